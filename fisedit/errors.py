@@ -1,0 +1,201 @@
+"""One class per user mistake; each message says what was given, what was expected and what to do.
+
+An error is a dataclass of the facts, and its message is `template` filled with them, so raising one is short:
+
+    raise PromptTooLongError(prompt=prompt, tokens=81, limit=77)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+
+@dataclass(eq=False, repr=False)
+class FISEditError(Exception):
+    """The base of every error that FISEdit raises about its use."""
+
+    template: ClassVar[str] = "FISEdit failed."
+
+    def facts(self) -> dict[str, Any]:
+        """The fields of the error, by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def __str__(self) -> str:
+        return self.template.format(**self.facts())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self)!r})"
+
+    def __reduce__(self) -> tuple[Callable[..., "FISEditError"], tuple[Any, ...]]:
+        return _rebuild, (type(self), self.facts())
+
+
+def _rebuild(error: type[FISEditError], facts: dict[str, Any]) -> FISEditError:
+    return error(**facts)
+
+
+@dataclass(eq=False, repr=False)
+class InvalidMaskError(FISEditError):
+    """A mask of wrong shape, dtype or values."""
+
+    given: str
+    expected: str
+    advice: str = "Give one mask [H, W], true (or above one half) where the image may change."
+
+    template: ClassVar[str] = "The mask is {given}; expected {expected}. {advice}"
+
+
+@dataclass(eq=False, repr=False)
+class MaskBatchError(FISEditError):
+    """Several masks, or several samples, where one is taken."""
+
+    given: int
+    what: str = "masks"
+
+    template: ClassVar[str] = (
+        "Got {given} {what} where one is expected. Call once for each sample, or join the masks with logical or."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class RecordingMismatchError(FISEditError):
+    """The edit runs under other settings than its recording: size, batch, guidance, dtype, scheduler, steps."""
+
+    differences: Mapping[str, tuple[Any, Any]]  # field -> (value of the recording, value of the edit)
+
+    template: ClassVar[str] = (
+        "The edit does not fit its recording:\n{differences}\n"
+        "Edit with the settings of the recording, or record again with these."
+    )
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: recorded {old!r}, edited with {new!r}" for name, (old, new) in self.differences.items()]
+        return self.template.format(differences="\n".join(lines))
+
+
+@dataclass(eq=False, repr=False)
+class ForeignRecordingError(FISEditError):
+    """A recording that another model made."""
+
+    recorded_by: str
+    edited_by: str
+
+    template: ClassVar[str] = (
+        "This recording was made by {recorded_by}, and {edited_by} cannot edit it: the cached feature maps belong to "
+        "other weights. Record with the model that edits."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class IncompleteRecordingError(FISEditError):
+    """The edit needs steps or cache slots that the recording lacks."""
+
+    missing: Sequence[str]
+    recorded: str
+
+    template: ClassVar[str] = (
+        "The edit needs {missing}, which the recording lacks; it holds {recorded}. "
+        "Let the recorded run finish before editing it, and edit with the same scheduler and number of steps."
+    )
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.missing[:5])
+        more = f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
+        return self.template.format(missing=shown + more, recorded=self.recorded)
+
+
+@dataclass(eq=False, repr=False)
+class NestedSessionError(FISEditError):
+    """record() or edit() inside another one on the same module."""
+
+    opened: str
+    active: str
+
+    template: ClassVar[str] = (
+        "{opened}() was entered while {active}() is still open on the same module. Leave the first `with` block before "
+        "the second; to record an edit, ask the edit itself to be recorded."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class SessionClosedError(FISEditError):
+    """A session used after its `with` block, or a handle whose caches were released."""
+
+    session: str
+    action: str
+
+    template: ClassVar[str] = "{action} needs an open {session}, but this one is closed. Open a new one."
+
+
+@dataclass(eq=False, repr=False)
+class NotRecordedError(FISEditError):
+    """An edit of an edit that kept no caches."""
+
+    template: ClassVar[str] = (
+        "This edit kept no feature maps, so it cannot be edited in turn. Make it with record=True, "
+        "or edit the recording that it came from."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class PromptTooLongError(FISEditError):
+    """A prompt of more tokens than the text encoder takes; it is never cut silently."""
+
+    prompt: str
+    tokens: int
+    limit: int
+
+    template: ClassVar[str] = (
+        "The prompt {prompt!r} has {tokens} tokens, start and end included; the tokenizer takes {limit}. Shorten it."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class UnsupportedCaptureError(FISEditError):
+    """A model that could not be traced into a graph."""
+
+    model: str
+    reason: str
+    advice: str = "Undo what makes the forward pass depend on data or on Python state, such as attention slicing."
+
+    template: ClassVar[str] = "{model} could not be captured as a graph: {reason}. {advice}"
+
+
+@dataclass(eq=False, repr=False)
+class UnsupportedDtypeError(FISEditError):
+    """A dtype that the device cannot compute in."""
+
+    dtype: str
+    device: str
+    supported: Sequence[str]
+
+    template: ClassVar[str] = (
+        "The model is {dtype} on {device}, which is not supported there; supported: {supported}. "
+        "Move it with .to(dtype) or to another device."
+    )
+
+    def __str__(self) -> str:
+        return self.template.format(**self.facts() | {"supported": ", ".join(self.supported)})
+
+
+@dataclass(eq=False, repr=False)
+class UnknownOptionError(FISEditError):
+    """An option with a value that it does not take."""
+
+    option: str
+    given: object
+    allowed: str | Sequence[object]
+
+    template: ClassVar[str] = "{option}={given!r} is not known; it takes {allowed}."
+
+    def __str__(self) -> str:
+        allowed = self.allowed if isinstance(self.allowed, str) else " | ".join(map(repr, self.allowed))
+        return self.template.format(**self.facts() | {"allowed": allowed})
+
+
+class FISEditWarning(UserWarning):
+    """The base of every warning of FISEdit."""
+
+
+class EmptyMaskWarning(FISEditWarning):
+    """The mask selects nothing, so the edit is the recorded image."""

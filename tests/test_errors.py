@@ -1,0 +1,55 @@
+"""Every error names its facts, survives pickling, and is caught as FISEditError."""
+
+import pickle
+
+import pytest
+
+from fisedit import errors
+
+EXAMPLES = [
+    (errors.InvalidMaskError(given="of shape [3, 4, 5]", expected="[H, W]"), ["[3, 4, 5]", "[H, W]", "Give one mask"]),
+    (errors.MaskBatchError(given=3), ["3 masks", "Call once for each sample"]),
+    (
+        errors.RecordingMismatchError(differences={"steps": (50, 30), "guidance": (7.5, 1.0)}),
+        ["steps: recorded 50, edited with 30", "guidance: recorded 7.5, edited with 1.0", "record again"],
+    ),
+    (errors.ForeignRecordingError(recorded_by="unet A", edited_by="unet B"), ["unet A", "unet B", "Record with"]),
+    (
+        errors.IncompleteRecordingError(missing=[f"timestep {t}" for t in range(8)], recorded="2 steps"),
+        ["timestep 0, timestep 1", "timestep 4 and 3 more", "2 steps"],
+    ),
+    (errors.NestedSessionError(opened="edit", active="record"), ["edit() was entered while record() is still open"]),
+    (errors.SessionClosedError(session="edit session", action="mask"), ["mask needs an open edit session"]),
+    (errors.NotRecordedError(), ["record=True"]),
+    (errors.PromptTooLongError(prompt="a {curly} prompt", tokens=81, limit=77), ["'a {curly} prompt'", "81", "77"]),
+    (errors.UnsupportedCaptureError(model="UNet", reason="it branches on data"), ["UNet", "branches on data", "Undo"]),
+    (errors.UnsupportedDtypeError(dtype="int8", device="cpu", supported=["float32"]), ["int8", "cpu", "float32"]),
+    (
+        errors.UnknownOptionError(option="cost", given="papr", allowed=["paper", "halo"]),
+        ["cost='papr'", "'paper' | 'halo'"],
+    ),
+    (errors.UnknownOptionError(option="dilation", given=-1, allowed="a whole number >= 0"), ["a whole number >= 0"]),
+]
+
+
+@pytest.mark.parametrize(("error", "parts"), EXAMPLES, ids=lambda value: type(value).__name__)
+def test_message_names_the_facts(error, parts):
+    for part in parts:
+        assert part in str(error)
+    assert isinstance(error, errors.FISEditError)
+
+
+@pytest.mark.parametrize("error", [error for error, _ in EXAMPLES], ids=lambda error: type(error).__name__)
+def test_errors_survive_pickling(error):
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error) and str(copy) == str(error)
+
+
+def test_every_error_has_an_example():
+    classes = {c for c in vars(errors).values() if isinstance(c, type) and issubclass(c, errors.FISEditError)}
+    assert {type(error) for error, _ in EXAMPLES} == classes - {errors.FISEditError}
+
+
+def test_warnings_are_user_warnings():
+    assert issubclass(errors.EmptyMaskWarning, errors.FISEditWarning)
+    assert issubclass(errors.FISEditWarning, UserWarning)
