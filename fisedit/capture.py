@@ -1,0 +1,202 @@
+"""Capture a U-Net's forward pass as a functional ATen graph, whoever wrote it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from fisedit.errors import UnsupportedCaptureError
+
+SAMPLE_NAMES = ("sample", "x", "latents", "hidden_states")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+TEXT_NAMES = ("encoder_hidden_states", "context")
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a captured graph is specialized to: everything about a call but the values of its tensors."""
+
+    tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+
+    def differences(self, other: Signature) -> dict[str, tuple[Any, Any]]:
+        """What differs between two calls: name -> (this one's, the other's)."""
+        mine, theirs = self._named(), other._named()
+        names = [*mine, *(name for name in theirs if name not in mine)]
+        return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+
+    def _named(self) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for name, shape, dtype, device in self.tensors:
+            named |= {f"{name} shape": shape, f"{name} dtype": str(dtype), f"{name} device": device}
+        return named | {name: value for name, value in self.constants if value is not None}
+
+
+@dataclass
+class Call:
+    """One call of the U-Net, its arguments taken apart into named tensors and constants."""
+
+    tensors: dict[str, Tensor]
+    constants: dict[str, Any]
+    spec: pytree.TreeSpec
+    order: tuple[str, ...]
+    sample: str
+    timestep: str
+    text: str | None
+
+    @property
+    def signature(self) -> Signature:
+        tensors = tuple((n, tuple(t.shape), t.dtype, str(t.device)) for n, t in self.tensors.items())
+        return Signature(tensors, tuple((name, _hashable(value)) for name, value in self.constants.items()))
+
+    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """The keyword arguments of the forward, with ``tensors`` in the places of this call's."""
+        leaves = [tensors[name] if name in tensors else self.constants[name] for name in self.order]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass
+class Captured:
+    """A functional graph of a forward pass: tensors in by name, tensor leaves out, and how to put the result together."""
+
+    module: GraphModule
+    signature: Signature
+    names: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+    out_leaves: list[Any]
+
+    def result(self, tensors: list[Tensor]) -> Any:
+        """The forward's return value (tuple, dataclass or tensor) from its tensor leaves."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if leaf is _TENSOR else leaf for leaf in self.out_leaves]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+_TENSOR = object()
+
+
+def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Name a call's arguments; the timestep becomes a float32 tensor ``[B]`` (samplers pass int64, float32, numbers).
+
+    Raises:
+        TypeError: the arguments do not fit the model's forward, as Python says it.
+    """
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    arguments: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
+    names = list(arguments)
+    sample = next((n for n in SAMPLE_NAMES if n in arguments), names[0])
+    timestep = next((n for n in TIMESTEP_NAMES if n in arguments), names[1] if len(names) > 1 else names[0])
+    arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
+    paths, spec = pytree.tree_flatten_with_path(arguments)
+    order = tuple(_leaf_name(path) for path, _ in paths)
+    leaves = dict(zip(order, (leaf for _, leaf in paths), strict=True))
+    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
+    constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+    text = next((n for n in TEXT_NAMES if n in tensors), None)
+    text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
+    return Call(tensors, constants, spec, order, sample, timestep, text)
+
+
+def normalize_timestep(timestep: Any, sample: Tensor) -> Tensor:
+    """Any timestep as a float32 tensor ``[B]`` on the sample's device."""
+    value = torch.as_tensor(timestep, device=sample.device).to(torch.float32).reshape(-1)
+    return value.expand(sample.shape[0]) if value.numel() == 1 else value
+
+
+def _leaf_name(path: pytree.KeyPath) -> str:
+    return re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") or "input"
+
+
+def _hashable(value: Any) -> Any:
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+class _Functional(nn.Module):
+    """The model as a function of tensors alone; tells ``on_structure`` the structure of what it returned."""
+
+    def __init__(self, model: nn.Module, call: Call, on_structure: Callable[[list[Any]], None]) -> None:
+        super().__init__()
+        self.model = model
+        self.call = call
+        self.on_structure = on_structure  # a callback, since export restores attributes after tracing
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(**self.call.arguments(dict(zip(self.call.tensors, tensors, strict=True))))
+        leaves, spec = pytree.tree_flatten(out)
+        self.on_structure([spec, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]])
+        return tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+
+
+def capture(model: nn.Module, call: Call) -> Captured:
+    """Trace ``model`` for calls of this signature with ``torch.export`` (non-strict), parameters shared, not copied.
+
+    The graph holds the ATen ops as the model calls them (convolution, group_norm, attention whole). A graph that writes
+    in place is functionalized; none of the model classes' names matters.
+
+    Raises:
+        UnsupportedCaptureError: the model cannot be traced, or is in training mode with active dropout.
+    """
+    structure: list[Any] = []
+    functional = _Functional(model, call, structure.extend)
+    tensors = tuple(tensor.detach() for tensor in call.tensors.values())
+    try:
+        with torch.no_grad(), _quiet():
+            exported = torch.export.export(functional, tensors, strict=False)
+            if any(_mutates(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})
+            module = exported.module(check_guards=False)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
+        raise UnsupportedCaptureError(model=type(model).__name__, reason=reason) from error
+    _name_inputs(module, call)
+    return Captured(module, call.signature, tuple(call.tensors), *structure)
+
+
+def _mutates(node: torch.fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _name_inputs(module: GraphModule, call: Call) -> None:
+    """Give the placeholders the names of the arguments, and say which is the timestep."""
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(placeholders, call.tensors, strict=True):
+        node.target = name
+        node.name = name
+        if name == call.timestep:
+            node.meta["role"] = "timestep"
+    for node in module.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if stack:
+            node.meta["nn_module_stack"] = {
+                key: (path.removeprefix("model").removeprefix("."), kind) for key, (path, kind) in stack.items()
+            }
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what tracing says about itself; nothing of it is about the user's model."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

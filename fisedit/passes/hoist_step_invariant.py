@@ -1,0 +1,42 @@
+"""Mark what need not be computed in every step: ``meta["stage"]``.
+
+- ``edit``: depends on weights and text only (text keys and values, packed weights): once per edit;
+- ``timestep``: depends on the timestep too, but on nothing that varies over the image (time embeddings);
+- ``step``: everything else.
+``lower`` cuts the graph along these marks.
+"""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule, Node
+
+from fisedit.passes.base import PassResult
+from fisedit.passes.ir import fisedit, is_op, layout_of
+
+STAGES = ("edit", "timestep", "step")
+
+
+def hoist_step_invariant(gm: GraphModule) -> PassResult:
+    hoisted = 0
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        stage = max((STAGES.index(arg.meta["stage"]) for arg in node.all_input_nodes), default=0)
+        node.meta["stage"] = STAGES[max(stage, _own_stage(node))]
+        hoisted += node.op == "call_function" and node.meta["stage"] != "step"
+    return PassResult(hoisted)
+
+
+def _own_stage(node: Node) -> int:
+    if node.op == "placeholder":
+        if node.meta.get("role") == "timestep":
+            return STAGES.index("timestep")
+        return STAGES.index("step" if layout_of(node) is not None or node.meta.get("role") == "step" else "edit")
+    reads_edit = is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_store.default)
+    return STAGES.index("step" if reads_edit or node.target in _random_ops() else "edit")
+
+
+def _random_ops() -> set[object]:
+    import torch
+
+    return {torch.ops.aten.rand_like.default, torch.ops.aten.randn_like.default, torch.ops.aten.dropout.default}

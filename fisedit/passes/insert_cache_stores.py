@@ -1,0 +1,47 @@
+"""Make a dense graph keep the values of the given slots, as explicit ``cache_store`` nodes."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit.passes import rows
+from fisedit.passes.base import PassResult
+from fisedit.passes.ir import bound_arguments, fisedit, layout_of, tensor
+from fisedit.passes.slots import Slot
+
+
+def insert_cache_stores(gm: GraphModule, slots: Iterable[Slot] = ()) -> PassResult:
+    graph = gm.graph
+    nodes = {node.meta["origin"]: node for node in graph.nodes if node.op not in ("output", "get_attr")}
+    output = next(node for node in graph.nodes if node.op == "output")
+    wanted = sorted(slots)
+    stats = {origin: _with_stats(graph, nodes[origin]) for origin in {s.origin for s in wanted if s.kind == "mean"}}
+    with graph.inserting_before(output):
+        for slot in wanted:
+            if slot.kind in ("mean", "rstd"):
+                value = graph.call_function(operator.getitem, (stats[slot.origin], 1 if slot.kind == "mean" else 2))
+                rows.store(graph, value, slot.key)
+            elif slot.kind == "rows":
+                layout = layout_of(nodes[slot.origin])
+                assert layout is not None
+                rows.store(graph, rows.dense_to_rows(graph, nodes[slot.origin], layout), slot.key, layout.level)
+            else:
+                rows.store(graph, nodes[slot.origin], slot.key)
+    return PassResult(len(wanted))
+
+
+def _with_stats(graph: Graph, node: Node) -> Node:
+    """Replace a ``group_norm`` by the op that also returns its statistics."""
+    bound = bound_arguments(node)
+    arguments = (bound["input"], bound["num_groups"], bound["weight"], bound["bias"], bound["eps"])
+    with graph.inserting_before(node):
+        both = graph.call_function(fisedit.group_norm_stats.default, arguments)
+        normalized = graph.call_function(operator.getitem, (both, 0))
+    normalized.meta = dict(node.meta)
+    both.meta = {"val": tensor(node), "converts": True}
+    node.replace_all_uses_with(normalized)
+    graph.erase_node(node)
+    return both

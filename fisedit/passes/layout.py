@@ -1,0 +1,199 @@
+"""Where the pixels are: a tensor's dimensions as lists of atoms (batch, y, x, everything else).
+
+A convolution map ``[B, C, H, W]``, a token sequence ``[B, H*W, C]`` and attention heads ``[B*h, H*W, d]`` hold the same
+positions in different layouts. Tracking atoms through views and permutes (never comparing sizes) tells for every value
+how to reach its *rows form* ``[B, R, C]``: one row per position, all other atoms merged into ``C`` in their order.
+In that form the layout changes of the dense model are no-ops.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+Level = tuple[int, int]
+"""A resolution level, named by its size ``(height, width)``."""
+
+
+class LayoutError(ValueError):
+    """The rows of a value cannot be followed through an op; the message is shown by ``inspect``."""
+
+
+class Kind(Enum):
+    BATCH = "batch"
+    Y = "y"
+    X = "x"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, eq=False)
+class Atom:
+    """An indivisible part of a dimension. ``level`` is set on the spatial kinds."""
+
+    kind: Kind
+    size: int
+    level: Level | None = None
+
+    @property
+    def spatial(self) -> bool:
+        return self.level is not None
+
+    def __repr__(self) -> str:
+        return f"{self.kind.value}:{self.size}"
+
+
+Dim = tuple[Atom, ...]
+
+
+def fresh_dim(size: int, kind: Kind = Kind.OTHER) -> Dim:
+    """A dimension of one atom; size 1 needs none."""
+    return (Atom(kind, size),) if size != 1 else ()
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The dimensions of a value that has one row per position of ``level``."""
+
+    dims: tuple[Dim, ...]
+
+    @staticmethod
+    def of_map(shape: Sequence[int]) -> Layout:
+        """The layout of a map ``[B, C, H, W]``."""
+        batch, channels, height, width = (int(size) for size in shape)
+        level = (height, width)
+        y, x = Atom(Kind.Y, height, level), Atom(Kind.X, width, level)
+        return Layout((fresh_dim(batch, Kind.BATCH), fresh_dim(channels), (y,), (x,)))
+
+    @property
+    def atoms(self) -> list[Atom]:
+        return [atom for dim in self.dims for atom in dim]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(atom.size for atom in dim) for dim in self.dims)
+
+    @property
+    def level(self) -> Level:
+        return next(atom.level for atom in self.atoms if atom.level is not None)
+
+    @property
+    def batch(self) -> int:
+        return math.prod(atom.size for atom in self.atoms if atom.kind is Kind.BATCH)
+
+    @property
+    def channels(self) -> int:
+        return math.prod(atom.size for atom in self.atoms if atom.kind is Kind.OTHER)
+
+    @property
+    def rest_sizes(self) -> tuple[int, ...]:
+        """Sizes of the dimensions that hold neither batch nor positions, in order: how ``C`` factors."""
+        return tuple(math.prod(a.size for a in dim) for dim in self.dims if dim and _only(dim, Kind.OTHER))
+
+    def rest_index(self, dim: int) -> int:
+        """The place of dimension ``dim`` among ``rest_sizes``.
+
+        Raises:
+            LayoutError: the dimension holds batch or spatial atoms, or has size 1.
+        """
+        dim %= len(self.dims)
+        if not self.dims[dim] or not _only(self.dims[dim], Kind.OTHER) or self.mixed:
+            raise LayoutError(f"dimension {dim} of {self} is not a channel dimension of its own")
+        return sum(1 for d in self.dims[:dim] if d and _only(d, Kind.OTHER))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a dimension merges channels with positions or batch (``[B*h, N, d]``, ``[B, C*H*W]``)."""
+        return any(any(a.kind is Kind.OTHER for a in dim) and not _only(dim, Kind.OTHER) for dim in self.dims)
+
+    def with_dim(self, dim: int, size: int) -> Layout:
+        """The same layout with dimension ``dim`` replaced by a fresh one of ``size``."""
+        dims = list(self.dims)
+        dims[dim] = fresh_dim(size)
+        return Layout(tuple(dims))
+
+    def matches(self, other: Layout) -> bool:
+        """Whether two values can be combined element by element in rows form."""
+        return self._signature() == other._signature()
+
+    def same_rows(self, other: Layout) -> bool:
+        """Whether the rows forms agree: same level, batch, and channel atoms of the same sizes in the same order."""
+        return (self.level, self.batch, self.channels) == (other.level, other.batch, other.channels)
+
+    def _signature(self) -> list[list[tuple[Kind, object]]]:
+        out = []
+        for dim in self.dims:
+            parts: list[tuple[Kind, object]] = []
+            for atom in dim:
+                if parts and parts[-1][0] is atom.kind and not atom.spatial:
+                    parts[-1] = (atom.kind, parts[-1][1] * atom.size)  # type: ignore[operator]
+                else:
+                    parts.append((atom.kind, (atom.level, atom.size) if atom.spatial else atom.size))
+            out.append(parts)
+        return out
+
+    def permute(self, order: Sequence[int]) -> Layout:
+        """The layout of ``x.permute(order)``; an order that swaps channel atoms among themselves is refused."""
+        permuted = Layout(tuple(self.dims[i] for i in order))
+        return _checked(permuted, [a for a in self.atoms if a.kind is Kind.OTHER])
+
+    def view(self, shape: Sequence[int]) -> Layout:
+        """The layout of ``x.reshape(shape)``, by splitting and merging atoms in order.
+
+        Raises:
+            LayoutError: a position dimension would be split, or sizes do not factor.
+        """
+        pending = list(self.atoms)
+        dims = [_take(pending, int(size), _next_size(shape, i)) for i, size in enumerate(shape)]
+        if any(atom.size > 1 for atom in pending):
+            raise LayoutError(f"{self} cannot be viewed as {tuple(shape)}")
+        if pending:
+            dims[-1] = dims[-1] + tuple(pending)
+        return _checked(Layout(tuple(dims)))
+
+    def __repr__(self) -> str:
+        return "[" + ", ".join("*".join(map(repr, dim)) or "1" for dim in self.dims) + "]"
+
+
+def _only(dim: Iterable[Atom], kind: Kind) -> bool:
+    return all(atom.kind is kind for atom in dim)
+
+
+def _next_size(shape: Sequence[int], i: int) -> int | None:
+    return int(shape[i + 1]) if i + 1 < len(shape) else None
+
+
+def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
+    """Remove from ``pending`` the atoms of a dimension of ``size`` and return them."""
+    dim: list[Atom] = []
+    left = size
+    while left > 1 or (size == 1 and pending and pending[0].spatial and pending[0].size == 1):
+        if not pending:
+            raise LayoutError(f"no atoms left for a dimension of size {size}")
+        atom = pending.pop(0)
+        if left % atom.size == 0:
+            left //= atom.size
+        elif atom.size % left == 0 and atom.kind is Kind.OTHER:
+            pending.insert(0, Atom(Kind.OTHER, atom.size // left))
+            atom, left = Atom(Kind.OTHER, left), 1
+        else:
+            raise LayoutError(f"a dimension of size {size} would split {atom}")
+        dim.append(atom)
+    # An x of size 1 belongs with its y unless the next dimension, of size 1 too, is meant for it.
+    if dim and dim[-1].kind is Kind.Y and pending and pending[0].kind is Kind.X and pending[0].size == 1:
+        if following != 1:
+            dim.append(pending.pop(0))
+    return tuple(dim)
+
+
+def _checked(layout: Layout, order: list[Atom] | None = None) -> Layout:
+    """Raise unless y is directly followed by x and the channel atoms kept their order."""
+    atoms = layout.atoms
+    spatial = [i for i, atom in enumerate(atoms) if atom.spatial]
+    kinds = [atoms[i].kind for i in spatial]
+    if kinds != [Kind.Y, Kind.X] or spatial[1] != spatial[0] + 1:
+        raise LayoutError(f"y and x are not neighbors in {layout}")
+    if order is not None and [a for a in atoms if a.kind is Kind.OTHER] != order:
+        raise LayoutError("channel dimensions change places")
+    return layout

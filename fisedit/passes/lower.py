@@ -1,0 +1,102 @@
+"""Turn a finished graph into something to run: choose a provider for every semantic op, cut it into stages.
+
+Index tables and cache loads become inputs of the stage, cache stores become outputs, so that the runtime fills and
+drains fixed buffers and the graph itself touches no storage.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Graph, GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from fisedit.passes.hoist_step_invariant import STAGES
+from fisedit.passes.ir import fisedit, is_op
+from fisedit.runtime import kernels
+from fisedit.runtime.executor import Executable, Input, Stage, Store
+
+
+def lower(gm: GraphModule, provider: str = "reference") -> Executable:
+    """Cut ``gm`` into stages and bind every ``fisedit`` op to ``provider``'s kernel.
+
+    Raises:
+        KeyError: the provider has no kernel for an op.
+    """
+    for node in gm.graph.nodes:
+        node.meta.setdefault("stage", "step")
+    present = [stage for stage in STAGES if any(node.meta["stage"] == stage for node in gm.graph.nodes)]
+    return Executable([_cut(gm, stage, provider) for stage in present if stage == "step" or _computes(gm, stage)])
+
+
+def _computes(gm: GraphModule, stage: str) -> bool:
+    return any(node.op == "call_function" and node.meta["stage"] == stage for node in gm.graph.nodes)
+
+
+class _Cutter:
+    """Copies the nodes of one stage; values of earlier stages become inputs."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.graph = Graph()
+        self.inputs: dict[Input, Node] = {}
+        self.mapping: dict[Node, Node] = {}
+        self.stores: dict[Store, Node] = {}
+
+    def take(self, node: Node) -> Node:
+        if node not in self.mapping:
+            self.mapping[node] = self._input(node)
+        return self.mapping[node]
+
+    def _input(self, node: Node) -> Node:
+        if node.op == "get_attr":
+            return self.graph.get_attr(str(node.target))
+        if is_op(node, fisedit.table.default):
+            return self.add_input(Input.table(node.meta["table"]))
+        if is_op(node, fisedit.cache_load.default):
+            index = node.args[1] if len(node.args) > 1 else None
+            table = index.meta["table"] if isinstance(index, Node) else None
+            return self.add_input(Input.load(str(node.args[0]), table))
+        return self.add_input(Input.user(node.name) if node.op == "placeholder" else Input.value(node.name))
+
+    def add_input(self, source: Input) -> Node:
+        if source not in self.inputs:
+            first = next((node for node in self.graph.nodes if node.op != "placeholder"), self.graph._root)
+            with self.graph.inserting_before(first):
+                self.inputs[source] = self.graph.placeholder(f"{source.kind}_{len(self.inputs)}")
+        return self.inputs[source]
+
+
+def _cut(gm: GraphModule, stage: str, provider: str) -> Stage:
+    cutter = _Cutter(stage)
+    exported: list[Node] = []
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            continue
+        if node.meta["stage"] == stage and node.op == "call_function":
+            _copy(cutter, node, provider)
+            if any(user.meta.get("stage") != stage and user.op != "output" for user in node.users):
+                exported.append(node)
+    results: list[Node] = []
+    if stage == "step":
+        output = next(node for node in gm.graph.nodes if node.op == "output")
+        results = [cutter.take(leaf) for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, Node)]
+    outputs = results + [cutter.mapping[node] for node in exported] + list(cutter.stores.values())
+    cutter.graph.output(tuple(outputs))
+    cutter.graph.eliminate_dead_code()
+    module = GraphModule(gm, cutter.graph, class_name=f"{stage.capitalize()}Stage")
+    names = tuple(node.name for node in exported)
+    return Stage(stage, module, tuple(cutter.inputs), len(results), names, tuple(cutter.stores))
+
+
+def _copy(cutter: _Cutter, node: Node, provider: str) -> None:
+    if is_op(node, fisedit.table.default, fisedit.cache_load.default):
+        return  # becomes an input where it is used
+    if is_op(node, fisedit.cache_store.default):
+        store = Store(str(node.args[1]), node.meta.get("table"))
+        cutter.stores[store] = cutter.take(node.args[0])  # type: ignore[arg-type]
+    else:
+        copy = cutter.graph.node_copy(node, cutter.take)
+        kernel = kernels.find(node.target, provider)
+        if kernel is not None:
+            copy.target = kernel
+            copy.meta["provider"] = node.meta["provider"] = provider
+        cutter.mapping[node] = copy

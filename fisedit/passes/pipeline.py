@@ -1,0 +1,51 @@
+"""THE ordered lists: what happens to a captured U-Net, graph by graph.
+
+``canonical`` runs once on the captured graph. The other three start from a copy of its result:
+
+- ``edit``: the packed graph, computing active rows only;
+- ``detect``: the dense graph with cross-attention control (the first steps of an edit);
+- ``record``: the dense graph that stores what the other two load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+from fisedit.passes.base import GraphPass
+from fisedit.passes.canonicalize_attention import canonicalize_attention
+from fisedit.passes.control_attention import control_attention
+from fisedit.passes.eliminate_repacking import eliminate_repacking
+from fisedit.passes.fold_group_norm import fold_group_norm
+from fisedit.passes.hoist_step_invariant import hoist_step_invariant
+from fisedit.passes.infer_domains import infer_domains
+from fisedit.passes.insert_cache_loads import insert_cache_loads
+from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.slots import Slot
+from fisedit.passes.sparsify_attention import sparsify_attention
+from fisedit.passes.sparsify_conv import sparsify_conv
+from fisedit.passes.sparsify_rowwise import sparsify_rowwise
+
+
+def canonical_passes() -> list[GraphPass]:
+    return [canonicalize_attention, infer_domains]
+
+
+def edit_passes(kv: str, store: Iterable[Slot] = ()) -> list[GraphPass]:
+    return [
+        fold_group_norm,
+        sparsify_conv,
+        partial(sparsify_attention, kv=kv),
+        sparsify_rowwise,
+        eliminate_repacking,
+        partial(insert_cache_loads, store=store),
+        hoist_step_invariant,
+    ]
+
+
+def detect_passes(store: Iterable[Slot] = ()) -> list[GraphPass]:
+    return [partial(insert_cache_stores, slots=store), control_attention]
+
+
+def record_passes(store: Iterable[Slot]) -> list[GraphPass]:
+    return [partial(insert_cache_stores, slots=store)]

@@ -1,0 +1,166 @@
+"""Run row-wise ops on active rows: pointwise ops, linear, normalization over channels, concatenation, splits, views.
+
+A view or permute that only changes the layout of the same rows disappears.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from fisedit.passes import rows
+from fisedit.passes.base import PassResult, Refusal
+from fisedit.passes.infer_domains import PERMUTES, POINTWISE_EXTRA, SPLITS, VIEWS, is_pointwise
+from fisedit.passes.ir import Rows, aten, bound_arguments, is_op, layout_of, tensor
+from fisedit.passes.layout import Layout, LayoutError
+
+SAME_ROWS = VIEWS | PERMUTES | {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
+
+
+def sparsify_rowwise(gm: GraphModule) -> PassResult:
+    graph, matched, refused = gm.graph, 0, []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or layout_of(node) is None or "island" in node.meta:
+            continue
+        rewrite = _rewriter(node)
+        if rewrite is None:
+            continue
+        try:
+            with graph.inserting_before(node):
+                packed = rewrite(graph, node)
+                if packed is not None:
+                    rows.replace(graph, node, packed)
+            matched += 1
+        except LayoutError as error:
+            node.meta["island"] = str(error)
+            refused.append(Refusal(node.name, str(error)))
+    graph.eliminate_dead_code()
+    return PassResult(matched, tuple(refused))
+
+
+def _rewriter(node: Node) -> Callable[[Graph, Node], Node | None] | None:
+    target: Any = node.target
+    if target in SAME_ROWS:
+        return _same_rows
+    if target in (aten.linear.default, aten.layer_norm.default, aten.rms_norm.default):
+        return _last_dim
+    if target in (aten.cat.default, aten.concat.default):
+        return _cat
+    if target in SPLITS:
+        return _split
+    if target is operator.getitem:
+        return None
+    if target is aten.slice.Tensor:
+        return _slice
+    if target in POINTWISE_EXTRA or is_pointwise(target):
+        return _pointwise
+    return None
+
+
+def _same_rows(graph: Graph, node: Node) -> Node:
+    return rows.pack(graph, node.args[0])  # type: ignore[arg-type]
+
+
+def _pointwise(graph: Graph, node: Node) -> Node:
+    layout = layout_of(node)
+    assert layout is not None
+
+    def convert(arg: Any) -> Any:
+        if not isinstance(arg, Node):
+            return arg
+        own = layout_of(arg)
+        if own is None:
+            return _operand(graph, arg, layout)
+        if own.channels not in (1, layout.channels):
+            raise LayoutError("an operand broadcasts over a part of the channels")
+        return rows.pack(graph, arg)
+
+    args = [convert(arg) for arg in node.args]
+    kwargs = {key: convert(value) for key, value in node.kwargs.items() if key != "memory_format"}
+    return rows.call(graph, node.target, args, kwargs, Rows.of(layout))
+
+
+def _operand(graph: Graph, value: Node, layout: Layout) -> Node:
+    """A pointwise operand that inference saw no positions in: broadcast it, or pack it if it has one value each."""
+    shape = tuple(int(s) for s in tensor(value).shape)
+    aligned = (1,) * (len(layout.dims) - len(shape)) + shape
+    dims = tuple(dim if size != 1 else () for dim, size in zip(layout.dims, aligned, strict=True))
+    spatial = Layout(dims)
+    if not any(atom.spatial for atom in spatial.atoms):
+        return rows.broadcast_to_rows(graph, value, layout)
+    if sum(atom.spatial for atom in spatial.atoms) != 2 or spatial.shape != aligned:
+        raise LayoutError("an operand with a value per line of the map")
+    if spatial.channels not in (1, layout.channels):
+        raise LayoutError("an operand broadcasts over a part of the channels")
+    return rows.pack(graph, value, spatial)
+
+
+def _with_dims(graph: Graph, packed: Node, layout: Layout) -> Node:
+    """Packed rows ``[B, N, C]`` with ``C`` split as the dense value has it: ``[B, N, c1, c2, ...]``."""
+    if len(layout.rest_sizes) == 1:
+        return packed
+    return rows.reshape(graph, packed, [layout.batch, -1, *layout.rest_sizes])
+
+
+def _merge_dims(graph: Graph, value: Node, layout: Layout) -> Node:
+    if len(layout.rest_sizes) == 1:
+        return value
+    return rows.reshape(graph, value, [layout.batch, -1, layout.channels])
+
+
+def _last_dim(graph: Graph, node: Node) -> Node:
+    source, layout = layout_of(node.args[0]), layout_of(node)
+    assert source is not None and layout is not None
+    if source.rest_index(-1) != len(source.rest_sizes) - 1:
+        raise LayoutError("the last dimension is not the last of the channels")
+    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
+    out = rows.call(graph, node.target, (value, *node.args[1:]), dict(node.kwargs), Rows.of(layout))
+    return _merge_dims(graph, out, layout)
+
+
+def _cat(graph: Graph, node: Node) -> Node:
+    layout = layout_of(node)
+    assert layout is not None
+    bound = bound_arguments(node)
+    dim = layout.rest_index(bound["dim"])
+    parts = []
+    for part in bound["tensors"]:
+        own = layout_of(part)
+        assert own is not None
+        parts.append(_with_dims(graph, rows.pack(graph, part), own))
+    out = rows.call(graph, aten.cat.default, (parts, 2 + dim), rows=Rows.of(layout))
+    return _merge_dims(graph, out, layout)
+
+
+def _split(graph: Graph, node: Node) -> None:
+    """Split packed rows; each part that is used is unpacked in its own place."""
+    source = layout_of(node.args[0])
+    assert source is not None
+    bound = bound_arguments(node)
+    dim = 2 + source.rest_index(bound["dim"])
+    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
+    split = rows.call(graph, node.target, (value, node.args[1], dim), rows=Rows.of(source))
+    for part in list(node.users):
+        if not is_op(part, operator.getitem) or layout_of(part) is None:
+            raise LayoutError("a part of a split is used as a whole")
+        layout = layout_of(part)
+        assert layout is not None
+        with graph.inserting_before(part):
+            taken = rows.call(graph, operator.getitem, (split, part.args[1]), rows=Rows.of(layout))
+            rows.replace(graph, part, _merge_dims(graph, taken, layout))
+    graph.erase_node(node)
+
+
+def _slice(graph: Graph, node: Node) -> Node:
+    source, layout = layout_of(node.args[0]), layout_of(node)
+    assert source is not None and layout is not None
+    if source.shape == layout.shape:
+        return rows.pack(graph, node.args[0])  # type: ignore[arg-type]
+    bound = bound_arguments(node)
+    dim = 2 + source.rest_index(bound["dim"])
+    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
+    arguments = (value, dim, bound["start"], bound["end"], bound["step"])
+    return _merge_dims(graph, rows.call(graph, aten.slice.Tensor, arguments, rows=Rows.of(layout)), layout)

@@ -1,0 +1,1 @@
+"""Recorded feature maps."""

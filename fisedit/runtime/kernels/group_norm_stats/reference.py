@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def group_norm_stats(
+    x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``aten.group_norm`` that also returns its statistics.
+
+    Args:
+        x: ``[B, C, ...]``.
+    Returns:
+        The normalized value like ``x``, and float32 mean and reciprocal standard deviation ``[B, groups]``.
+    """
+    batch, channels = x.shape[:2]
+    size = math.prod(x.shape[2:])
+    x = x.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
+    out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, batch, channels, size, groups, eps)
+    if x.dtype != torch.float32:
+        grouped = x.float().reshape(batch, groups, -1)  # [B, G, C/G*...]
+        variance, mean = torch.var_mean(grouped, -1, correction=0)
+        rstd = torch.rsqrt(variance + eps)
+    return out, mean.view(batch, groups), rstd.view(batch, groups)
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

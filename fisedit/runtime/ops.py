@@ -1,0 +1,79 @@
+"""The semantic ops of namespace ``fisedit``: schemas and shape rules, torch only.
+
+Passes write graphs in these ops; ``passes/lower.py`` gives each one a provider from ``runtime/kernels``.
+Letters: B batch, M masks (1 when one mask is shared by the batch, else B), N active rows of a level,
+H halo rows, R all rows of a level, C channels, T tiles, L text tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+_library = torch.library.Library("fisedit", "DEF")
+
+SCHEMAS = {
+    # Structural: say what a value is; resolved by insert_cache and lower, never executed.
+    "pack": "(Tensor dense) -> Tensor",
+    "unpack": "(Tensor rows) -> Tensor",
+    "halo": "(Tensor dense, Tensor index) -> Tensor",
+    "recorded": "(Tensor dense) -> Tensor",
+    "table": "(str key) -> Tensor",
+    "cache_load": "(str slot, Tensor? index=None) -> Tensor",
+    "cache_store": "(Tensor value, str slot) -> ()",
+    # Computing: each has a reference kernel.
+    "gather_rows": "(Tensor rows, Tensor index) -> Tensor",
+    "scatter_rows": "(Tensor base, Tensor index, Tensor rows) -> Tensor",
+    "sparse_conv": "(Tensor rows, Tensor halo, Tensor table, Tensor? out_index, Tensor weight, Tensor? bias, "
+    "int[] kernel_size, int[] stride, int[] dilation, int groups) -> Tensor",
+    "group_norm_rows": "(Tensor rows, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? shift) -> Tensor",
+    "group_norm_stats": "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
+    "row_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, float? scale) -> Tensor",
+    "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
+    "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
+}
+
+STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_store")
+
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+
+has_side_effect(torch.ops.fisedit.cache_store.default)
+
+
+@torch.library.register_fake("fisedit::gather_rows", lib=_library)
+def _(rows: Tensor, index: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], index.shape[1], rows.shape[2])  # [B, N, C]
+
+
+@torch.library.register_fake("fisedit::scatter_rows", lib=_library)
+def _(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    return torch.empty_like(base)  # [B, R, C]
+
+
+@torch.library.register_fake("fisedit::sparse_conv", lib=_library)
+def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation, groups):  # type: ignore[no-untyped-def]
+    count = table.shape[1] if out_index is None else out_index.shape[1]
+    return rows.new_empty(rows.shape[0], count, weight.shape[0])  # [B, N', Co]
+
+
+@torch.library.register_fake("fisedit::group_norm_rows", lib=_library)
+def _(rows, mean, rstd, weight, bias, shift):  # type: ignore[no-untyped-def]
+    return torch.empty_like(rows)  # [B, N, C]
+
+
+@torch.library.register_fake("fisedit::group_norm_stats", lib=_library)
+def _(x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+    stats = x.new_empty(x.shape[0], groups, dtype=torch.float32)
+    return torch.empty_like(x), stats, torch.empty_like(stats)
+
+
+@torch.library.register_fake("fisedit::row_attention", lib=_library)
+def _(query, key, value, mask, heads, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, N, h*d]
+
+
+@torch.library.register_fake("fisedit::controlled_attention", lib=_library)
+def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):  # type: ignore[no-untyped-def]
+    return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]
