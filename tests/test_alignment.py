@@ -1,5 +1,6 @@
 """Token alignments on prompts whose answer is known, and their properties on random ones."""
 
+import logging
 import string
 from functools import cache
 
@@ -147,14 +148,17 @@ def test_a_learned_word_of_its_own_is_a_word():
 
 
 @pytest.mark.parametrize("position", [0, 1])
-def test_prompts_that_do_not_fit_are_refused(position, caplog):
+def test_prompts_that_do_not_fit_are_refused(position, caplog, monkeypatch):
+    tokenizer = small_tokenizer()  # a tokenizer warns only once
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    caplog.set_level(logging.WARNING, "transformers")
     fits, too_long = "a " * (LENGTH - 2), "a " * (LENGTH - 1)
     given_prompts = [fits, fits]
-    align_prompts(TOKENIZER, *given_prompts)
+    align_prompts(tokenizer, *given_prompts)
     given_prompts[position] = too_long
     with pytest.raises(PromptTooLongError, match=f"{LENGTH + 1} tokens.* takes {LENGTH}"):
-        align_prompts(TOKENIZER, *given_prompts)
-    assert not caplog.records
+        align_prompts(tokenizer, *given_prompts)
+    assert not caplog.records  # our error is the only word on it
 
 
 def test_explain_reads_as_a_table():

@@ -184,6 +184,25 @@ def test_automatic_mask_drops_specks_and_fills_pinholes():
     assert raw[0, 2, 40] and not raw[0, 20, 20]
 
 
+def test_pixels_that_touch_at_corners_are_one_region_but_not_one_hole():
+    recorded, edited = rectangle_runs((10, 30, 10, 30), noise=0.0)
+    for x, y in zip(recorded, edited, strict=True):
+        for step in range(2):
+            y[..., 2 + step, 40 + step] += 0.5
+            y[..., 20 + step, 20 + step] = x[..., 20 + step, 20 + step]
+    mask = automatic_mask(recorded, edited, smooth=0.0, dilation=0, min_area=2)[0]
+    assert mask[2, 40] and mask[3, 41] and mask[20, 20] and mask[21, 21]
+
+
+def test_by_default_regions_below_a_thousandth_are_dropped():
+    recorded, edited = rectangle_runs((10, 30, 10, 30), size=(50, 60), noise=0.0)
+    for y in edited:
+        y[..., 2, 40:42] += 0.5
+        y[..., 2, 50:53] += 0.5
+    mask = automatic_mask(recorded, edited, smooth=0.0, dilation=0)[0]
+    assert not mask[2, 40:42].any() and mask[2, 50:53].all()
+
+
 def test_the_largest_region_always_stays():
     recorded, edited = rectangle_runs((10, 11, 10, 11), noise=0.0)
     mask = automatic_mask(recorded, edited, smooth=0.0, dilation=0, min_area=50)
@@ -212,6 +231,13 @@ def test_difference_map_weighs_steps_alike():
     recorded, edited = random_runs(6)
     louder = [x + (y - x) * (1 + t) for t, (x, y) in enumerate(zip(recorded, edited, strict=True))]
     torch.testing.assert_close(difference_map(recorded, louder), difference_map(recorded, edited))
+
+
+def test_difference_map_of_a_few_pixels_stays_dark_elsewhere():
+    recorded, edited = rectangle_runs((18, 22, 30, 34), size=(64, 64))  # 0.4 % of the picture
+    values = difference_map(recorded, edited)[0]
+    assert values[18:22, 30:34].amin() > 0.9
+    assert values.mean() < 0.2
 
 
 @pytest.mark.parametrize(
