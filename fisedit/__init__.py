@@ -1,1 +1,23 @@
-"""FISEdit: sparse, cache-enabled editing of images that a diffusion U-Net generated."""
+"""FISEdit: edit a generated image by changing words, and compute only the region that the words touch."""
+
+from fisedit.api import compile
+from fisedit.config import CompileConfig, DetectConfig
+from fisedit.edit import Edit
+from fisedit.errors import FISEditError, FISEditWarning
+from fisedit.module import CompiledUNet
+from fisedit.pipeline import EditPipeline, EditResult, Generation
+from fisedit.recording import Recording
+
+__all__ = [
+    "CompileConfig",
+    "CompiledUNet",
+    "DetectConfig",
+    "Edit",
+    "EditPipeline",
+    "EditResult",
+    "FISEditError",
+    "FISEditWarning",
+    "Generation",
+    "Recording",
+    "compile",
+]

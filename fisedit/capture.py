@@ -53,6 +53,7 @@ class Call:
     order: tuple[str, ...]
     sample: str
     timestep: str
+    timestep_value: float
     text: str | None
 
     @property
@@ -100,6 +101,8 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     names = list(arguments)
     sample = next((n for n in SAMPLE_NAMES if n in arguments), names[0])
     timestep = next((n for n in TIMESTEP_NAMES if n in arguments), names[1] if len(names) > 1 else names[0])
+    # Read before it is moved to the sample's device: a scheduler's timestep on the CPU then costs no wait for the GPU.
+    timestep_value = float(torch.as_tensor(arguments[timestep]).flatten()[0])
     arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
     paths, spec = pytree.tree_flatten_with_path(arguments)
     order = tuple(_leaf_name(path) for path, _ in paths)
@@ -108,7 +111,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
     text = next((n for n in TEXT_NAMES if n in tensors), None)
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
-    return Call(tensors, constants, spec, order, sample, timestep, text)
+    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text)
 
 
 def normalize_timestep(timestep: Any, sample: Tensor) -> Tensor:

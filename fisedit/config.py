@@ -54,7 +54,7 @@ class DetectConfig:
         threshold: ``"otsu"``, or a fixed level in 0..1 of the normalized difference map.
         smooth: sigma, in latent pixels, of the Gaussian that smooths the difference map.
         dilation: latent pixels by which the mask grows.
-        min_area: regions smaller than this many latent pixels are dropped.
+        min_area: regions and holes of fewer latent pixels are dropped and filled; ``None`` takes a thousandth of all.
         control: whether kept words keep their recorded attention maps while detecting.
         method: ``"automatic"`` as described, ``"paper"`` for the paper's exact mask.
 
@@ -67,7 +67,7 @@ class DetectConfig:
     threshold: Literal["otsu"] | float = "otsu"
     smooth: float = 1.0
     dilation: int = 1
-    min_area: int = 4
+    min_area: int | None = None
     control: bool = True
     method: Literal["automatic", "paper"] = "automatic"
 

@@ -1,6 +1,7 @@
 """Normalize packed rows with the recorded run's statistics: one multiply-add per row.
 
-The paper's "approximate normalization". A broadcast add before the norm (the time embedding) folds into the shift.
+The paper's "approximate normalization", and better: a level whose positions are all active (deep levels often are) is
+normalized with its own statistics. A broadcast add before the norm (the time embedding) folds into the shift.
 """
 
 from __future__ import annotations
@@ -36,9 +37,8 @@ def _fold(graph: Graph, node: Node) -> None:
         packed = rows.pack(graph, source)
         stats = [rows.call(graph, fisedit.cache_load.default, (f"{kind}:{node.meta['origin']}",))
                  for kind in ("mean", "rstd")]  # fmt: skip
-        for load in stats:
-            load.meta["stats_of"] = node.meta["origin"]
-        arguments = (packed, *stats, bound["weight"], bound["bias"], shift)
+        positions = layout.level[0] * layout.level[1]
+        arguments = (packed, *stats, bound["weight"], bound["bias"], shift, bound["eps"], positions)
         folded = rows.call(graph, fisedit.group_norm_rows.default, arguments, rows=Rows.of(layout))
         rows.replace(graph, node, folded)
 

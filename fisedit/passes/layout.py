@@ -165,10 +165,13 @@ def _next_size(shape: Sequence[int], i: int) -> int | None:
 
 
 def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
-    """Remove from ``pending`` the atoms of a dimension of ``size`` and return them."""
+    """Remove from ``pending`` the atoms of a dimension of ``size`` and return them.
+
+    Atoms of size 1 are only kept for y and x: they go with this dimension, unless x has the next one for itself.
+    """
     dim: list[Atom] = []
     left = size
-    while left > 1 or (size == 1 and pending and pending[0].spatial and pending[0].size == 1):
+    while left > 1:
         if not pending:
             raise LayoutError(f"no atoms left for a dimension of size {size}")
         atom = pending.pop(0)
@@ -180,10 +183,10 @@ def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
         else:
             raise LayoutError(f"a dimension of size {size} would split {atom}")
         dim.append(atom)
-    # An x of size 1 belongs with its y unless the next dimension, of size 1 too, is meant for it.
-    if dim and dim[-1].kind is Kind.Y and pending and pending[0].kind is Kind.X and pending[0].size == 1:
-        if following != 1:
-            dim.append(pending.pop(0))
+    if size == 1 and pending and pending[0].spatial and pending[0].size == 1:
+        dim.append(pending.pop(0))
+    if dim and dim[-1].kind is Kind.Y and pending and pending[0].size == 1 and following != 1:
+        dim.append(pending.pop(0))
     return tuple(dim)
 
 

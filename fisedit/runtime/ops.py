@@ -27,7 +27,8 @@ SCHEMAS = {
     "scatter_rows": "(Tensor base, Tensor index, Tensor rows) -> Tensor",
     "sparse_conv": "(Tensor rows, Tensor halo, Tensor table, Tensor? out_index, Tensor weight, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] dilation, int groups) -> Tensor",
-    "group_norm_rows": "(Tensor rows, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? shift) -> Tensor",
+    "group_norm_rows": "(Tensor rows, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? shift, "
+    "float eps, int positions) -> Tensor",
     "group_norm_stats": "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
     "row_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, float? scale) -> Tensor",
     "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
@@ -59,7 +60,7 @@ def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation,
 
 
 @torch.library.register_fake("fisedit::group_norm_rows", lib=_library)
-def _(rows, mean, rstd, weight, bias, shift):  # type: ignore[no-untyped-def]
+def _(rows, mean, rstd, weight, bias, shift, eps, positions):  # type: ignore[no-untyped-def]
     return torch.empty_like(rows)  # [B, N, C]
 
 

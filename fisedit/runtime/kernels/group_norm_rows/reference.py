@@ -5,19 +5,34 @@ from torch import Tensor
 
 
 def group_norm_rows(
-    rows: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, shift: Tensor | None
+    rows: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    eps: float,
+    positions: int,
 ) -> Tensor:
-    """Group normalization with given statistics, as one multiply-add: ``rows * scale + offset``.
+    """Group normalization with recorded statistics, as one multiply-add: ``rows * scale + offset``.
+
+    Where the rows are all ``positions`` of the level, their own statistics are exact and are used instead.
 
     Args:
         rows: ``[B, N, C]``.
         mean, rstd: recorded statistics, float32 ``[B, G]``.
         weight, bias: affine parameters ``[C]``.
+        eps: added to the variance of fresh statistics.
         shift: added to the rows before normalizing, ``[B, 1, C]`` or broadcastable to it.
     Returns:
         ``[B, N, C]`` in the dtype of ``rows``.
     """
-    channels = rows.shape[2]
+    batch, count, channels = rows.shape
+    if count == positions:
+        moved = rows if shift is None else rows + shift
+        grouped = moved.float().view(batch, count, mean.shape[1], -1)  # [B, R, G, C/G]
+        variance, mean = torch.var_mean(grouped, (1, 3), correction=0)  # [B, G]
+        rstd = torch.rsqrt(variance + eps)
     repeat = channels // mean.shape[1]
     scale = rstd.repeat_interleave(repeat, 1)[:, None]  # [B, 1, C]
     if weight is not None:

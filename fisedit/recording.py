@@ -1,0 +1,172 @@
+"""A recorded run: the handle that ``record()`` gives, which owns its caches and can be edited any number of times."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fisedit.capture import Call, Signature
+from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
+from fisedit.runtime.cache.store import StepCache, clone_detached
+
+if TYPE_CHECKING:
+    from fisedit.module import CompiledUNet
+
+CallKey = tuple[float, int]
+"""A call within a run: the timestep's value, and how many calls of that value came before it."""
+
+
+class CallCounter:
+    """Names the calls of a run, in the order they come. No step count is assumed: second-order samplers visit a
+    timestep twice, and some codebases run the two halves of guidance in two calls."""
+
+    def __init__(self) -> None:
+        self._seen: Counter[float] = Counter()
+
+    def next(self, call: Call) -> CallKey:
+        key = (call.timestep_value, self._seen[call.timestep_value])
+        self._seen[call.timestep_value] += 1
+        return key
+
+
+@dataclass
+class RecordedCall:
+    """One recorded U-Net call: its input ``sample``, its outputs, its cache, and how long it took."""
+
+    cache: StepCache
+    sample: Tensor
+    outputs: list[Tensor]
+    seconds: float
+
+
+@dataclass
+class Recording:
+    """What ``record()`` yields: the feature maps of a run, keyed by timestep. It belongs to the model that made it.
+
+    Attributes:
+        calls: the recorded calls in order.
+        latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
+        complete: whether the ``with`` block ended without an exception.
+    """
+
+    owner: object
+    model_name: str
+    signature: Signature | None = None
+    text: Tensor | None = None
+    calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)
+    complete: bool = False
+    released: bool = False
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The timesteps of the schedule, in the order they were first called."""
+        return list(dict.fromkeys(timestep for timestep, _ in self.calls))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of cached feature maps that this recording holds itself."""
+        return sum(call.cache.nbytes for call in self.calls.values())
+
+    def on_step_end(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A diffusers ``callback_on_step_end`` that keeps the latents of each step, for an exact background."""
+        self.latents.append(clone_detached(kwargs["latents"]))
+        return kwargs
+
+    def release(self) -> None:
+        """Free the caches now; the recording cannot be edited any more."""
+        self.calls.clear()
+        self.latents.clear()
+        self.released = True
+
+    def check_editable(self, owner: object, model_name: str) -> None:
+        """Raise unless this recording can be edited by the model ``owner``.
+
+        Raises:
+            ForeignRecordingError, SessionClosedError, IncompleteRecordingError.
+        """
+        if self.owner is not owner:
+            raise ForeignRecordingError(recorded_by=self.model_name, edited_by=f"another model ({model_name})")
+        if self.released:
+            raise SessionClosedError(session="recording", action="edit")
+        if not self.complete or not self.calls:
+            recorded = f"{len(self.calls)} calls of a run that did not finish" if self.calls else "no call at all"
+            raise IncompleteRecordingError(missing=["a finished run"], recorded=recorded)
+
+    def check_call(self, call: Call) -> None:
+        """Raise unless a call has the shapes, dtypes and settings of the recorded ones.
+
+        Raises:
+            RecordingMismatchError: names what differs.
+        """
+        assert self.signature is not None
+        differences = self.signature.differences(call.signature)
+        if differences:
+            raise RecordingMismatchError(differences=differences)
+
+    def find(self, key: CallKey) -> RecordedCall:
+        """The recorded call ``key``.
+
+        Raises:
+            RecordingMismatchError: the run has no such timestep, or fewer calls of it.
+        """
+        if key in self.calls:
+            return self.calls[key]
+        timestep, occurrence = key
+        if timestep in self.timesteps:
+            calls = sum(1 for t, _ in self.calls if t == timestep)
+            raise RecordingMismatchError(differences={f"calls at timestep {timestep:g}": (calls, occurrence + 1)})
+        shown = ", ".join(f"{t:g}" for t in self.timesteps[:6]) + (", ..." if len(self.timesteps) > 6 else "")
+        raise RecordingMismatchError(
+            differences={"timesteps (scheduler or number of steps)": (f"{len(self.timesteps)}: {shown}", timestep)}
+        )
+
+    def step_of(self, key: CallKey) -> int:
+        """The 0-based step of the schedule that a call belongs to."""
+        return self.timesteps.index(key[0])
+
+    def __repr__(self) -> str:
+        state = "released" if self.released else f"{len(self.timesteps)} steps, {self.nbytes / 2**20:.0f} MiB"
+        return f"Recording({state}{'' if self.complete or self.released else ', not finished'})"
+
+
+class RecordSession:
+    """Runs calls dense and keeps their feature maps."""
+
+    name = "record"
+
+    def __init__(self, recording: Recording) -> None:
+        self.recording = recording
+        self.counter = CallCounter()
+
+    def run(self, unet: CompiledUNet, call: Call) -> Any:
+        recording = self.recording
+        if recording.signature is None:
+            recording.signature, recording.text = call.signature, text_of(call)
+        recording.check_call(call)
+        program = unet.program(call)
+        executable = program.executable("record")
+        start = now(call)
+        outputs, stored = executable.run(call.tensors)
+        seconds = now(call) - start
+        cache = StepCache({store.slot: value for store, value in stored.items()})
+        kept = [clone_detached(output) for output in outputs]
+        sample = clone_detached(call.tensors[call.sample])
+        recording.calls[self.counter.next(call)] = RecordedCall(cache, sample, kept, seconds)
+        return program.captured.result(outputs)
+
+
+def text_of(call: Call) -> Tensor | None:
+    return call.tensors[call.text].detach() if call.text is not None else None
+
+
+def now(call: Call) -> float:
+    """Seconds on a clock; waits for the device so that the difference of two is compute time."""
+    if call.tensors[call.sample].is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter()
