@@ -67,9 +67,10 @@ class Edit:
         if step >= len(self.base.latents):
             raise NotRecordedError
         latents, recorded = kwargs["latents"], self.base.latents[step]
-        if self.mask is None and step + 1 >= self.detect_steps:
-            self._samples[step + 1] = (recorded, latents)
-            self.find_mask()
+        if self.mask is None:
+            self._samples[step + 1] = (recorded, clone_detached(latents))
+            if step + 1 >= self.detect_steps:
+                self.find_mask()
         if self.mask is not None:
             kwargs["latents"] = latents = torch.where(self.mask.to(latents.device), latents, recorded)
         self.latents.append(clone_detached(latents))
