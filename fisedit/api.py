@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -18,7 +19,7 @@ from fisedit.passes.slots import Slot
 from fisedit.runtime.executor import Executable
 
 
-def compile(unet: nn.Module, config: CompileConfig | None = None, **options: object) -> CompiledUNet:
+def compile(unet: nn.Module, config: CompileConfig | None = None, **options: Any) -> CompiledUNet:
     """Make a U-Net that can record a run and edit it sparsely; otherwise it is the same dense model.
 
     The result takes the place of ``unet`` in any Stable Diffusion code and shares its parameters. Nothing is traced
@@ -36,7 +37,7 @@ def compile(unet: nn.Module, config: CompileConfig | None = None, **options: obj
         return unet
     if not isinstance(unet, nn.Module):
         raise TypeError(f"compile takes the U-Net module (pipe.unet), not {type(unet).__name__}")
-    return CompiledUNet(unet, config or CompileConfig(**options), build_program)  # type: ignore[arg-type]
+    return CompiledUNet(unet, config or CompileConfig(**options), build_program)
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Call:
 
 @dataclass
 class Captured:
-    """A functional graph of a forward pass: tensors in by name, tensor leaves out, and how to put the result together."""
+    """A functional graph of a forward pass: tensors in by name, tensor leaves out, and how they make the result."""
 
     module: GraphModule
     signature: Signature

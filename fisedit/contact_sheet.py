@@ -60,7 +60,7 @@ def overlay_mask(image: Image.Image, mask: Tensor) -> Image.Image:
     return Image.composite(Image.blend(out, Image.new("RGB", image.size, EDGE), 0.6), out, edge)
 
 
-def _shrink(mask: Tensor):  # type: ignore[no-untyped-def]
+def _shrink(mask: Tensor):
     """The mask without its outermost pixels, as an array."""
     import torch.nn.functional as F
 

@@ -24,8 +24,8 @@ class EditPipeline:
     """Generate images that can be edited by changing words of their prompt.
 
     Args:
-        pipe: a diffusers pipeline with ``unet``, ``tokenizer`` and ``scheduler``, called as ``pipe(prompt, ...)``. It is
-            copied shallowly and not changed; weights are shared.
+        pipe: a diffusers pipeline with ``unet``, ``tokenizer`` and ``scheduler``, called as ``pipe(prompt, ...)``.
+            It is copied shallowly and not changed; weights are shared.
         config, options: as for :func:`fisedit.compile`.
     """
 

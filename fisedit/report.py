@@ -55,13 +55,8 @@ class EditReport:
         if self.seconds_per_recorded_step is not None:
             rows.append(("recorded call", f"median {self.seconds_per_recorded_step * 1e3:.1f} ms"))
         if self.macs_dense and self.macs_sparse:
-            ratio = self.macs_dense / self.macs_sparse
-            rows.append(
-                (
-                    "GMACs a call",
-                    f"{self.macs_dense / 1e9:.2f} dense, {self.macs_sparse / 1e9:.2f} sparse ({ratio:.1f}x fewer)",
-                )
-            )
+            figures = f"{self.macs_dense / 1e9:.2f} dense, {self.macs_sparse / 1e9:.2f} sparse"
+            rows.append(("GMACs a call", f"{figures} ({self.macs_dense / self.macs_sparse:.1f}x fewer)"))
         if self.bytes_loaded:
             rows.append(("loaded a sparse call", f"{median(self.bytes_loaded) / 2**20:.1f} MiB"))
         rows.append(("cached by the base", f"{self.bytes_cached / 2**20:.0f} MiB"))

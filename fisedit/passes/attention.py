@@ -42,7 +42,7 @@ def match_attention(node: Node) -> Attention:
     if (key_layout is None) != (value_layout is None):
         raise LayoutError("only one of key and value has positions")
     over_positions = key_layout is not None
-    if over_positions and (mask is not None or not layout.same_rows(key_layout)):  # type: ignore[arg-type]
+    if key_layout is not None and (mask is not None or not layout.same_rows(key_layout)):
         raise LayoutError("masked self-attention" if mask is not None else "keys of another level")
     if mask is not None and not _mask_ignores_queries(mask, tensor(query).dim()):
         raise LayoutError("an attention mask that differs between queries")

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch.fx import GraphModule
@@ -63,7 +64,7 @@ class PassError(RuntimeError):
 
 
 def pass_name(graph_pass: GraphPass) -> str:
-    return getattr(graph_pass, "__name__", None) or graph_pass.func.__name__  # type: ignore[attr-defined]
+    return graph_pass.func.__name__ if isinstance(graph_pass, partial) else graph_pass.__name__
 
 
 def run_passes(gm: GraphModule, passes: Sequence[GraphPass], log: PassLog) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.ir import aten, bound_arguments, is_op, tensor
+from fisedit.passes.ir import args, aten, bound_arguments, is_op, tensor
 
 CASTS = (aten.to.dtype, aten._to_copy.default, aten.contiguous.default, aten.clone.default, aten.alias.default)
 PRODUCTS = (aten.bmm.default, aten.matmul.default)
@@ -49,9 +49,9 @@ def canonicalize_attention(gm: GraphModule) -> PassResult:
 
 def _rewrite(graph: Graph, softmax: Node) -> str | None:
     """Replace one attention; returns the reason where it is not one."""
-    if int(softmax.args[1]) % tensor(softmax).dim() != tensor(softmax).dim() - 1:  # type: ignore[arg-type]
+    if int(args(softmax)[1]) % tensor(softmax).dim() != tensor(softmax).dim() - 1:
         return "softmax is not over the last dimension"
-    scores = _match_scores(softmax.args[0])
+    scores = _match_scores(args(softmax)[0])
     if scores is None:
         return "its input is not a product of queries and keys"
     weights = _follow_casts(softmax)
@@ -61,7 +61,7 @@ def _rewrite(graph: Graph, softmax: Node) -> str | None:
     value = _match_value(product, weights)
     if value is None:
         return "its result is not multiplied by values"
-    if not tensor(scores.query).dim() == tensor(value).dim():
+    if tensor(scores.query).dim() != tensor(value).dim():
         return "queries and values of different ranks"
     with graph.inserting_before(product):
         key: Any = scores.key
@@ -86,12 +86,12 @@ def _follow_casts(node: Node) -> Node:
 
 
 def _inactive_dropout(node: Node) -> bool:
-    return is_op(node, aten.dropout.default) and not (node.args[1] and node.args[2])
+    return is_op(node, aten.dropout.default) and not (args(node)[1] and args(node)[2])
 
 
 def _look_through(value: Any) -> Any:
     while is_op(value, *CASTS) or isinstance(value, Node) and _inactive_dropout(value):
-        value = value.args[0]
+        value = args(value)[0]
     return value
 
 
@@ -100,15 +100,15 @@ def _match_scores(value: Any) -> Scores | None:
     value = _look_through(value)
     if not isinstance(value, Node):
         return None
-    if is_op(value, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) and isinstance(value.args[1], (int, float)):
-        scores = _match_scores(value.args[0])
+    if is_op(value, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor) and isinstance(args(value)[1], (int, float)):
+        scores = _match_scores(args(value)[0])
         if scores is None or scores.mask is not None:
             return None
-        factor = value.args[1] if not is_op(value, aten.div.Tensor) else 1.0 / value.args[1]
+        factor = args(value)[1] if not is_op(value, aten.div.Tensor) else 1.0 / args(value)[1]
         scores.scale *= factor
         return scores
     if is_op(value, aten.add.Tensor) and not value.kwargs:
-        for product, mask in (value.args[:2], value.args[1::-1]):
+        for product, mask in (args(value)[:2], args(value)[1::-1]):
             scores = _match_scores(product)
             if scores is not None and scores.mask is None and isinstance(mask, Node):
                 scores.mask = mask
@@ -121,7 +121,7 @@ def _match_product(value: Node) -> Scores | None:
     if is_op(value, aten.einsum.default):
         left, right, out = _einsum(value)
         if left[:-1] == out[:-1] and right[:-2] == left[:-2] and (left[-1], right[-2]) == (right[-1], out[-1]):
-            return Scores(*value.args[1], transposed=False)  # type: ignore[misc]
+            return Scores(args(value)[1][0], args(value)[1][1], transposed=False)
         return None
     if is_op(value, aten.baddbmm.default):
         bound = bound_arguments(value)
@@ -129,23 +129,23 @@ def _match_product(value: Node) -> Scores | None:
         if bound["beta"] not in (0, 1):
             return None
         return Scores(bound["batch1"], bound["batch2"], True, float(bound["alpha"]), mask)
-    if is_op(value, *PRODUCTS) and tensor(value.args[0]).dim() >= 3:  # type: ignore[arg-type]
-        return Scores(value.args[0], value.args[1], True)  # type: ignore[arg-type]
+    if is_op(value, *PRODUCTS) and tensor(args(value)[0]).dim() >= 3:
+        return Scores(args(value)[0], args(value)[1], True)
     return None
 
 
 def _match_value(product: Node, weights: Node) -> Node | None:
-    if is_op(product, *PRODUCTS) and product.args[0] is weights:
-        return product.args[1]  # type: ignore[return-value]
-    if is_op(product, aten.einsum.default) and product.args[1][0] is weights:  # type: ignore[index]
+    if is_op(product, *PRODUCTS) and args(product)[0] is weights:
+        return args(product)[1]
+    if is_op(product, aten.einsum.default) and args(product)[1][0] is weights:
         left, right, out = _einsum(product)
         if left[:-2] == right[:-2] == out[:-2] and left[-1] == right[-2] and out[-2:] == left[-2] + right[-1]:
-            return product.args[1][1]  # type: ignore[index,return-value]
+            return args(product)[1][1]
     return None
 
 
 def _einsum(node: Node) -> tuple[str, str, str]:
     """The subscripts of a two-operand einsum; empty strings where it is another kind."""
-    inputs, _, out = str(node.args[0]).replace(" ", "").partition("->")
+    inputs, _, out = str(args(node)[0]).replace(" ", "").partition("->")
     parts = inputs.split(",")
     return (parts[0], parts[1], out) if len(parts) == 2 and min(map(len, parts)) >= 3 else ("   ", "   ", "???")

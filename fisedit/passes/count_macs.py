@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from fisedit.passes.ir import aten, bound_arguments, fisedit, rows_of, tensor
+from fisedit.passes.ir import args, aten, bound_arguments, fisedit, rows_of, tensor
 from fisedit.runtime.plan import MaskPlan
 
 
@@ -33,18 +33,17 @@ def _count(node: Node, plan: MaskPlan | None) -> int:
     if node.target is fisedit.row_attention.default:
         return _row_attention(node, plan)
     if node.target is aten.linear.default:
-        weight = _weight_shape(node.args[1])
+        weight = _weight_shape(args(node)[1])
         return _leading(node, plan, weight[0]) * weight[0] * weight[1]
     if "val" not in node.meta:
         return 0
     if node.target is aten.conv2d.default:
-        weight = tensor(bound_arguments(node)["weight"]).shape
-        return tensor(node).numel() * math.prod(weight[1:])
+        return tensor(node).numel() * math.prod(tensor(bound_arguments(node)["weight"]).shape[1:])
     if node.target is aten.scaled_dot_product_attention.default:
-        query, key, value = (tensor(argument).shape for argument in node.args[:3])  # type: ignore[arg-type]
+        query, key, value = (tensor(argument).shape for argument in args(node)[:3])
         return math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if node.target in (aten.bmm.default, aten.matmul.default, aten.mm.default):
-        return tensor(node).numel() * tensor(node.args[0]).shape[-1]  # type: ignore[arg-type]
+        return tensor(node).numel() * tensor(args(node)[0]).shape[-1]
     return 0
 
 
@@ -61,16 +60,16 @@ def _weight_shape(weight: Any) -> tuple[int, int]:
     if "val" in weight.meta:
         shape = tensor(weight).shape
         return int(shape[0]), math.prod(int(s) for s in shape[1:])
-    return _weight_shape(weight.args[0])
+    return _weight_shape(args(weight)[0])
 
 
 def _sparse_conv(node: Node, plan: MaskPlan | None) -> int:
     assert plan is not None
-    rows, geometry = rows_of(node), node.args[2].meta["table"].of  # type: ignore[union-attr]
-    neighbors = plan.table(node.args[2].meta["table"])  # type: ignore[union-attr]
+    rows, geometry = rows_of(node), args(node)[2].meta["table"].of
+    neighbors = plan.table(args(node)[2].meta["table"])
     assert rows is not None and neighbors is not None
     tile = plan.tiles[geometry]
-    weight = _weight_shape(node.args[4])
+    weight = _weight_shape(args(node)[4])
     return rows.batch * neighbors.shape[1] * tile[0] * tile[1] * weight[0] * weight[1]
 
 
@@ -78,9 +77,9 @@ def _row_attention(node: Node, plan: MaskPlan | None) -> int:
     assert plan is not None
     rows = rows_of(node)
     assert rows is not None
-    key: Any = node.args[1]
+    key: Any = args(node)[1]
     while not ("val" in key.meta or "rows" in key.meta or key.target is fisedit.scatter_rows.default):
-        key = key.args[0]
+        key = args(key)[0]
     if key.target is fisedit.scatter_rows.default:
         length = rows.level[0] * rows.level[1]
     elif rows_of(key) is not None:

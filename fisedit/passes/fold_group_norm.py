@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.ir import Rows, aten, bound_arguments, fisedit, is_op, layout_of
+from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of
 from fisedit.passes.layout import Layout, LayoutError
 
 
@@ -47,14 +47,14 @@ def _split_shift(graph: Graph, source: Node, layout: Layout) -> tuple[Node, Node
     """``source`` as a map plus a per-channel shift ``[B, 1, C]``, where it is such a sum and used only here."""
     if not is_op(source, aten.add.Tensor) or source.kwargs or len(source.users) != 1 or "island" in source.meta:
         return source, None
-    for base, shift in (source.args[:2], source.args[1::-1]):
+    for base, shift in (args(source)[:2], args(source)[1::-1]):
         base_layout = layout_of(base)
         if base_layout is None or layout_of(shift) is not None or not isinstance(shift, Node):
             continue
         if not base_layout.matches(layout):
             continue
         try:
-            return base, rows.broadcast_to_rows(graph, shift, layout)  # type: ignore[return-value]
+            return base, rows.broadcast_to_rows(graph, shift, layout)
         except LayoutError:
             continue
     return source, None

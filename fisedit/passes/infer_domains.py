@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 
 from fisedit.passes.attention import match_attention
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.ir import aten, bound_arguments, layout_of, tensor
+from fisedit.passes.ir import args, aten, bound_arguments, layout_of, tensor
 from fisedit.passes.layout import Layout, LayoutError
 
 Rule = Callable[[Node], Layout]
@@ -111,7 +111,7 @@ def _rule(*targets: object) -> Callable[[Rule], Rule]:
 
 
 def _source(node: Node, index: int = 0) -> Layout:
-    layout = layout_of(node.args[index])
+    layout = layout_of(args(node)[index])
     if layout is None:
         raise LayoutError("the main operand has no positions")
     return layout
@@ -149,9 +149,9 @@ def _permute(node: Node) -> Layout:
     rank = len(source.dims)
     order = list(range(rank))
     if node.target is aten.permute.default:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr,arg-type]
+        order = [int(d) % rank for d in args(node)[1]]
     else:
-        a, b = (int(d) % rank for d in node.args[1:3])  # type: ignore[arg-type]
+        a, b = (int(d) % rank for d in args(node)[1:3])
         order[a], order[b] = order[b], order[a]
     return source.permute(order)
 
@@ -159,7 +159,7 @@ def _permute(node: Node) -> Layout:
 @_rule(aten.linear.default)
 def _linear(node: Node) -> Layout:
     source = _source(node)
-    if any(layout_of(arg) is not None for arg in node.args[1:]):
+    if any(layout_of(arg) is not None for arg in args(node)[1:]):
         raise LayoutError("the weight depends on positions")
     source.rest_index(-1)
     return source.with_dim(-1, int(tensor(node).shape[-1]))
@@ -168,7 +168,7 @@ def _linear(node: Node) -> Layout:
 @_rule(aten.layer_norm.default, aten.rms_norm.default)
 def _layer_norm(node: Node) -> Layout:
     source = _source(node)
-    if len(node.args[1]) != 1:  # type: ignore[arg-type]
+    if len(args(node)[1]) != 1:
         raise LayoutError("normalizes over several dimensions")
     source.rest_index(-1)
     return source
@@ -209,10 +209,10 @@ def _split(node: Node) -> Layout:
 
 @_rule(operator.getitem)
 def _getitem(node: Node) -> Layout:
-    parts = node.args[0].meta.get("layouts")  # type: ignore[union-attr]
+    parts = args(node)[0].meta.get("layouts")
     if parts is None:
         raise LayoutError("takes a part of an op that stays dense")
-    return parts[node.args[1]]
+    return parts[args(node)[1]]
 
 
 @_rule(aten.slice.Tensor)

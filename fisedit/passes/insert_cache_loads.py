@@ -13,19 +13,19 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import fisedit, is_op, layout_of
+from fisedit.passes.ir import args, fisedit, is_op, layout_of
 from fisedit.passes.slots import Slot
 from fisedit.runtime.plan import Table
 
 
 def insert_cache_loads(gm: GraphModule, store: Iterable[Slot] = ()) -> PassResult:
     graph, matched = gm.graph, 0
-    packed = {node.meta["origin"]: node.args[0] for node in graph.nodes if is_op(node, fisedit.unpack.default)}
+    packed = {node.meta["origin"]: args(node)[0] for node in graph.nodes if is_op(node, fisedit.unpack.default)}
     _insert_stores(graph, store, packed)
     for node in list(graph.nodes):
         if is_op(node, fisedit.halo.default, fisedit.recorded.default):
             with graph.inserting_before(node):
-                _replace(graph, node, _recorded_rows(graph, *node.args))  # type: ignore[arg-type]
+                _replace(graph, node, _recorded_rows(graph, *node.args))
             matched += 1
     for node in list(graph.nodes):
         if is_op(node, fisedit.unpack.default) and node.users:
@@ -41,7 +41,7 @@ def insert_cache_loads(gm: GraphModule, store: Iterable[Slot] = ()) -> PassResul
 
 def loaded_slots(graph: Graph) -> set[Slot]:
     """The slots that a graph reads."""
-    return {Slot.parse(node.args[0]) for node in graph.nodes if is_op(node, fisedit.cache_load.default)}
+    return {Slot.parse(args(node)[0]) for node in graph.nodes if is_op(node, fisedit.cache_load.default)}
 
 
 def _replace(graph: Graph, node: Node, new: Node) -> None:
@@ -63,18 +63,18 @@ def _recorded_rows(graph: Graph, dense: Node, index: Node | None = None) -> Node
 
 
 def _scatter(graph: Graph, unpack: Node) -> Node:
-    layout, packed = layout_of(unpack), unpack.args[0]
+    layout, packed = layout_of(unpack), args(unpack)[0]
     assert layout is not None
     recorded = graph.call_function(fisedit.cache_load.default, (Slot("rows", unpack.meta["origin"]).key,))
     index = rows.table(graph, Table("active", layout.level))
     full = graph.call_function(fisedit.scatter_rows.default, (recorded, index, packed))  # [B, R, C]
-    full.meta["rows"] = packed.meta["rows"]  # type: ignore[union-attr]
+    full.meta["rows"] = packed.meta["rows"]
     return rows.rows_to_dense(graph, full, layout)
 
 
 def _gather(graph: Graph, pack: Node) -> Node:
-    layout, dense = pack.meta["packs"], pack.args[0]
-    full = rows.dense_to_rows(graph, dense, layout)  # type: ignore[arg-type]
+    layout, dense = pack.meta["packs"], args(pack)[0]
+    full = rows.dense_to_rows(graph, dense, layout)
     index = rows.table(graph, Table("active", layout.level))
     return graph.call_function(fisedit.gather_rows.default, (full, index))  # [B, N, C]
 

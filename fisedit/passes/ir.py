@@ -58,6 +58,11 @@ def tensor(node: Node) -> torch.Tensor:
     return node.meta["val"]
 
 
+def args(node: Node) -> tuple[Any, ...]:
+    """``node.args``, typed as what passes know them to be."""
+    return node.args
+
+
 def is_op(value: Any, *targets: Any) -> bool:
     return isinstance(value, Node) and value.op == "call_function" and value.target in targets
 
@@ -65,8 +70,8 @@ def is_op(value: Any, *targets: Any) -> bool:
 def bound_arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by schema name, defaults filled in."""
     bound = {}
-    schema = node.target._schema  # type: ignore[union-attr]
-    for i, argument in enumerate(schema.arguments):
+    target: Any = node.target
+    for i, argument in enumerate(target._schema.arguments):
         if i < len(node.args) and not argument.kwarg_only:
             bound[argument.name] = node.args[i]
         else:

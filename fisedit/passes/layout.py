@@ -121,15 +121,16 @@ class Layout:
         """Whether the rows forms agree: same level, batch, and channel atoms of the same sizes in the same order."""
         return (self.level, self.batch, self.channels) == (other.level, other.batch, other.channels)
 
-    def _signature(self) -> list[list[tuple[Kind, object]]]:
+    def _signature(self) -> list[list[tuple[Kind, Level | None, int]]]:
+        """The dimensions with neighboring atoms of one kind merged."""
         out = []
         for dim in self.dims:
-            parts: list[tuple[Kind, object]] = []
+            parts: list[tuple[Kind, Level | None, int]] = []
             for atom in dim:
                 if parts and parts[-1][0] is atom.kind and not atom.spatial:
-                    parts[-1] = (atom.kind, parts[-1][1] * atom.size)  # type: ignore[operator]
+                    parts[-1] = (atom.kind, None, parts[-1][2] * atom.size)
                 else:
-                    parts.append((atom.kind, (atom.level, atom.size) if atom.spatial else atom.size))
+                    parts.append((atom.kind, atom.level, atom.size))
             out.append(parts)
         return out
 

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from fisedit.passes.hoist_step_invariant import STAGES
-from fisedit.passes.ir import fisedit, is_op
+from fisedit.passes.ir import args, fisedit, is_op
 from fisedit.runtime import kernels
 from fisedit.runtime.executor import Executable, Input, Stage, Store
 
@@ -52,9 +52,9 @@ class _Cutter:
         if is_op(node, fisedit.table.default):
             return self.add_input(Input.table(node.meta["table"]))
         if is_op(node, fisedit.cache_load.default):
-            index = node.args[1] if len(node.args) > 1 else None
+            index = args(node)[1] if len(node.args) > 1 else None
             table = index.meta["table"] if isinstance(index, Node) else None
-            return self.add_input(Input.load(str(node.args[0]), table))
+            return self.add_input(Input.load(str(args(node)[0]), table))
         return self.add_input(Input.user(node.name) if node.op == "placeholder" else Input.value(node.name))
 
     def add_input(self, source: Input) -> Node:
@@ -78,7 +78,7 @@ def _cut(gm: GraphModule, stage: str, provider: str) -> Stage:
     results: list[Node] = []
     if stage == "step":
         output = next(node for node in gm.graph.nodes if node.op == "output")
-        results = [cutter.take(leaf) for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, Node)]
+        results = [cutter.take(leaf) for leaf in pytree.tree_leaves(args(output)[0]) if isinstance(leaf, Node)]
     outputs = results + [cutter.mapping[node] for node in exported] + list(cutter.stores.values())
     cutter.graph.output(tuple(outputs))
     cutter.graph.eliminate_dead_code()
@@ -91,8 +91,8 @@ def _copy(cutter: _Cutter, node: Node, provider: str) -> None:
     if is_op(node, fisedit.table.default, fisedit.cache_load.default):
         return  # becomes an input where it is used
     if is_op(node, fisedit.cache_store.default):
-        store = Store(str(node.args[1]), node.meta.get("table"))
-        cutter.stores[store] = cutter.take(node.args[0])  # type: ignore[arg-type]
+        store = Store(str(args(node)[1]), node.meta.get("table"))
+        cutter.stores[store] = cutter.take(args(node)[0])
     else:
         copy = cutter.graph.node_copy(node, cutter.take)
         kernel = kernels.find(node.target, provider)

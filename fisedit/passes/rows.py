@@ -33,7 +33,7 @@ def replace(graph: Graph, node: Node, rows: Node) -> None:
     """Put ``unpack(rows)`` in the place of dense ``node`` and erase it."""
     layout = layout_of(node)
     assert layout is not None
-    keep = {k: node.meta[k] for k in ("nn_module_stack", "origin", "val") if k in node.meta}
+    keep: dict[str, Any] = {k: node.meta[k] for k in ("nn_module_stack", "origin", "val") if k in node.meta}
     rows.meta = {**keep, **rows.meta, "rows": Rows.of(layout)}
     unpack = graph.call_function(fisedit.unpack.default, (rows,))
     unpack.meta = {**keep, "layout": layout}

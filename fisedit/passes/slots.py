@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 SlotKind = Literal["rows", "mean", "rstd", "text"]
 
@@ -26,4 +26,4 @@ class Slot:
     @staticmethod
     def parse(key: str) -> Slot:
         kind, _, origin = key.partition(":")
-        return Slot(kind, origin)  # type: ignore[arg-type]
+        return Slot(cast(SlotKind, kind), origin)

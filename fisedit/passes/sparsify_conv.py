@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.infer_domains import UPSAMPLES
-from fisedit.passes.ir import Rows, aten, bound_arguments, fisedit, is_op, layout_of, tensor
+from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of, tensor
 from fisedit.runtime.plan import ConvGeometry, Table, Upsample
 
 
@@ -41,7 +41,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _upsample_of(node: Node) -> Upsample:
     height, width = (int(s) for s in tensor(node).shape[-2:])
     bound = bound_arguments(node)
-    scales = bound.get("scale_factors") or (bound.get("scales_h"), bound.get("scales_w"))
+    scales: Any = bound.get("scale_factors") or (bound.get("scales_h"), bound.get("scales_w"))
     if None in scales:
         return Upsample((height, width), None)
     return Upsample((height, width), (float(scales[0]), float(scales[1])))
@@ -51,7 +51,7 @@ def _sparsify(graph: Graph, node: Node) -> None:
     bound = bound_arguments(node)
     source, upsample = bound["input"], None
     if is_op(source, *UPSAMPLES) and layout_of(source) is not None and "island" not in source.meta:
-        upsample, source = _upsample_of(source), source.args[0]
+        upsample, source = _upsample_of(source), args(source)[0]
     source_layout, layout = layout_of(source), layout_of(node)
     assert source_layout is not None and layout is not None
     kernel = tuple(int(k) for k in tensor(bound["weight"]).shape[-2:])
@@ -80,7 +80,7 @@ def _neighbor_conv(graph: Graph, geometry: ConvGeometry, packed: Node, source: N
 
 def _sparsify_upsample(graph: Graph, node: Node) -> None:
     """An upsampling that no convolution absorbed: gather the source rows."""
-    source, layout = node.args[0], layout_of(node)
+    source, layout = args(node)[0], layout_of(node)
     source_layout = layout_of(source)
     assert isinstance(source, Node) and source_layout is not None and layout is not None
     geometry = ConvGeometry(source_layout.level, layout.level, (1, 1), (1, 1), (0, 0), (1, 1), _upsample_of(node))

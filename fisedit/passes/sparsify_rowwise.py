@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.infer_domains import PERMUTES, POINTWISE_EXTRA, SPLITS, VIEWS, is_pointwise
-from fisedit.passes.ir import Rows, aten, bound_arguments, is_op, layout_of, tensor
+from fisedit.passes.ir import Rows, args, aten, bound_arguments, is_op, layout_of, tensor
 from fisedit.passes.layout import Layout, LayoutError
 
 SAME_ROWS = VIEWS | PERMUTES | {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
@@ -61,7 +61,7 @@ def _rewriter(node: Node) -> Callable[[Graph, Node], Node | None] | None:
 
 
 def _same_rows(graph: Graph, node: Node) -> Node:
-    return rows.pack(graph, node.args[0])  # type: ignore[arg-type]
+    return rows.pack(graph, args(node)[0])
 
 
 def _pointwise(graph: Graph, node: Node) -> Node:
@@ -112,12 +112,12 @@ def _merge_dims(graph: Graph, value: Node, layout: Layout) -> Node:
 
 
 def _last_dim(graph: Graph, node: Node) -> Node:
-    source, layout = layout_of(node.args[0]), layout_of(node)
+    source, layout = layout_of(args(node)[0]), layout_of(node)
     assert source is not None and layout is not None
     if source.rest_index(-1) != len(source.rest_sizes) - 1:
         raise LayoutError("the last dimension is not the last of the channels")
-    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
-    out = rows.call(graph, node.target, (value, *node.args[1:]), dict(node.kwargs), Rows.of(layout))
+    value = _with_dims(graph, rows.pack(graph, args(node)[0]), source)
+    out = rows.call(graph, node.target, (value, *args(node)[1:]), dict(node.kwargs), Rows.of(layout))
     return _merge_dims(graph, out, layout)
 
 
@@ -137,30 +137,30 @@ def _cat(graph: Graph, node: Node) -> Node:
 
 def _split(graph: Graph, node: Node) -> None:
     """Split packed rows; each part that is used is unpacked in its own place."""
-    source = layout_of(node.args[0])
+    source = layout_of(args(node)[0])
     assert source is not None
     bound = bound_arguments(node)
     dim = 2 + source.rest_index(bound["dim"])
-    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
-    split = rows.call(graph, node.target, (value, node.args[1], dim), rows=Rows.of(source))
+    value = _with_dims(graph, rows.pack(graph, args(node)[0]), source)
+    split = rows.call(graph, node.target, (value, args(node)[1], dim), rows=Rows.of(source))
     for part in list(node.users):
         if not is_op(part, operator.getitem) or layout_of(part) is None:
             raise LayoutError("a part of a split is used as a whole")
         layout = layout_of(part)
         assert layout is not None
         with graph.inserting_before(part):
-            taken = rows.call(graph, operator.getitem, (split, part.args[1]), rows=Rows.of(layout))
+            taken = rows.call(graph, operator.getitem, (split, args(part)[1]), rows=Rows.of(layout))
             rows.replace(graph, part, _merge_dims(graph, taken, layout))
     graph.erase_node(node)
 
 
 def _slice(graph: Graph, node: Node) -> Node:
-    source, layout = layout_of(node.args[0]), layout_of(node)
+    source, layout = layout_of(args(node)[0]), layout_of(node)
     assert source is not None and layout is not None
     if source.shape == layout.shape:
-        return rows.pack(graph, node.args[0])  # type: ignore[arg-type]
+        return rows.pack(graph, args(node)[0])
     bound = bound_arguments(node)
     dim = 2 + source.rest_index(bound["dim"])
-    value = _with_dims(graph, rows.pack(graph, node.args[0]), source)  # type: ignore[arg-type]
+    value = _with_dims(graph, rows.pack(graph, args(node)[0]), source)
     arguments = (value, dim, bound["start"], bound["end"], bound["step"])
     return _merge_dims(graph, rows.call(graph, aten.slice.Tensor, arguments, rows=Rows.of(layout)), layout)

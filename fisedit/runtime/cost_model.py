@@ -1,7 +1,7 @@
 """APSC: choose how a convolution is cut, for a level and a mask.
 
-Adaptive pixel-wise sparse convolution covers the active outputs with tiles and gathers one input block a tile. A tile of
-1x1 is "rows" (a neighbor table, no wasted output); one tile of the whole map is "dense".
+Adaptive pixel-wise sparse convolution covers the active outputs with tiles and gathers one input block a tile. A tile
+of 1x1 is "rows" (a neighbor table, no wasted output); one tile of the whole map is "dense".
 """
 
 from __future__ import annotations

@@ -54,27 +54,27 @@ def _(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fisedit::sparse_conv", lib=_library)
-def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation, groups):  # type: ignore[no-untyped-def]
+def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation, groups):
     count = table.shape[1] if out_index is None else out_index.shape[1]
     return rows.new_empty(rows.shape[0], count, weight.shape[0])  # [B, N', Co]
 
 
 @torch.library.register_fake("fisedit::group_norm_rows", lib=_library)
-def _(rows, mean, rstd, weight, bias, shift, eps, positions):  # type: ignore[no-untyped-def]
+def _(rows, mean, rstd, weight, bias, shift, eps, positions):
     return torch.empty_like(rows)  # [B, N, C]
 
 
 @torch.library.register_fake("fisedit::group_norm_stats", lib=_library)
-def _(x, groups, weight, bias, eps):  # type: ignore[no-untyped-def]
+def _(x, groups, weight, bias, eps):
     stats = x.new_empty(x.shape[0], groups, dtype=torch.float32)
     return torch.empty_like(x), stats, torch.empty_like(stats)
 
 
 @torch.library.register_fake("fisedit::row_attention", lib=_library)
-def _(query, key, value, mask, heads, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, mask, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, N, h*d]
 
 
 @torch.library.register_fake("fisedit::controlled_attention", lib=_library)
-def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):  # type: ignore[no-untyped-def]
+def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]

@@ -54,9 +54,8 @@ class ConvGeometry:
 
     def block(self, tile: Tile) -> tuple[int, int]:
         """The size of the input block that a tile of outputs reads."""
-        return tuple(  # type: ignore[return-value]
-            (tile[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 for i in (0, 1)
-        )
+        height, width = ((tile[i] - 1) * self.stride[i] + (self.kernel[i] - 1) * self.dilation[i] + 1 for i in (0, 1))
+        return height, width
 
     def __str__(self) -> str:
         name = f"conv{self.kernel[0]}x{self.kernel[1]}_s{self.stride[0]}" + ("_up" if self.upsample else "")
