@@ -32,7 +32,9 @@ class Scores:
 def canonicalize_attention(gm: GraphModule) -> PassResult:
     graph = gm.graph
     for node in list(graph.nodes):
-        if is_op(node, aten._assert_tensor_metadata.default):
+        if _inactive_dropout(node):
+            node.replace_all_uses_with(args(node)[0])
+        if _inactive_dropout(node) or is_op(node, aten._assert_tensor_metadata.default):
             graph.erase_node(node)
     matched, refused = 0, []
     for softmax in list(graph.nodes):
@@ -76,10 +78,10 @@ def _rewrite(graph: Graph, softmax: Node) -> str | None:
 
 
 def _follow_casts(node: Node) -> Node:
-    """The last of a chain of casts and inactive dropouts that starts at ``node``."""
+    """The last of a chain of casts that starts at ``node``."""
     while len(node.users) == 1:
         user = next(iter(node.users))
-        if not (is_op(user, *CASTS) or _inactive_dropout(user)):
+        if not is_op(user, *CASTS):
             break
         node = user
     return node
@@ -90,7 +92,7 @@ def _inactive_dropout(node: Node) -> bool:
 
 
 def _look_through(value: Any) -> Any:
-    while is_op(value, *CASTS) or isinstance(value, Node) and _inactive_dropout(value):
+    while is_op(value, *CASTS):
         value = args(value)[0]
     return value
 

@@ -18,7 +18,9 @@ def insert_cache_stores(gm: GraphModule, slots: Iterable[Slot] = ()) -> PassResu
     nodes = {node.meta["origin"]: node for node in graph.nodes if node.op not in ("output", "get_attr")}
     output = next(node for node in graph.nodes if node.op == "output")
     wanted = sorted(slots)
-    stats = {origin: _with_stats(graph, nodes[origin]) for origin in {s.origin for s in wanted if s.kind == "mean"}}
+    stats = {}
+    for origin in {slot.origin for slot in wanted if slot.kind == "mean"}:
+        nodes[origin], stats[origin] = _with_stats(graph, nodes[origin])
     with graph.inserting_before(output):
         for slot in wanted:
             if slot.kind in ("mean", "rstd"):
@@ -35,8 +37,8 @@ def insert_cache_stores(gm: GraphModule, slots: Iterable[Slot] = ()) -> PassResu
     return PassResult(len(wanted))
 
 
-def _with_stats(graph: Graph, node: Node) -> Node:
-    """Replace a ``group_norm`` by the op that also returns its statistics."""
+def _with_stats(graph: Graph, node: Node) -> tuple[Node, Node]:
+    """Replace a ``group_norm`` by the op that also returns its statistics; gives the new norm, and that op."""
     bound = bound_arguments(node)
     arguments = (bound["input"], bound["num_groups"], bound["weight"], bound["bias"], bound["eps"])
     with graph.inserting_before(node):
@@ -46,4 +48,4 @@ def _with_stats(graph: Graph, node: Node) -> Node:
     both.meta = {"val": tensor(node), "converts": True}
     node.replace_all_uses_with(normalized)
     graph.erase_node(node)
-    return both
+    return normalized, both

@@ -151,7 +151,7 @@ def _type(node: Node) -> str:
 
 def _show(value: Any) -> str:
     if isinstance(value, Node):
-        return ("@" + str(value.target)) if value.op == "get_attr" else "%" + value.name
+        return ("@" + str(value.target).removeprefix("model.")) if value.op == "get_attr" else "%" + value.name
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_show, value)) + "]"
     return repr(value)

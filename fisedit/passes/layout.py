@@ -48,8 +48,8 @@ Dim = tuple[Atom, ...]
 
 
 def fresh_dim(size: int, kind: Kind = Kind.OTHER) -> Dim:
-    """A dimension of one atom; size 1 needs none."""
-    return (Atom(kind, size),) if size != 1 else ()
+    """A dimension of one atom; channels of size 1 need none."""
+    return (Atom(kind, size),) if size != 1 or kind is not Kind.OTHER else ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +168,7 @@ def _next_size(shape: Sequence[int], i: int) -> int | None:
 def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
     """Remove from ``pending`` the atoms of a dimension of ``size`` and return them.
 
-    Atoms of size 1 are only kept for y and x: they go with this dimension, unless x has the next one for itself.
+    Of size 1 there are only batch, y and x: they go with this dimension, unless x has the next one for itself.
     """
     dim: list[Atom] = []
     left = size
@@ -184,7 +184,7 @@ def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
         else:
             raise LayoutError(f"a dimension of size {size} would split {atom}")
         dim.append(atom)
-    if size == 1 and pending and pending[0].spatial and pending[0].size == 1:
+    if size == 1 and pending and pending[0].size == 1:
         dim.append(pending.pop(0))
     if dim and dim[-1].kind is Kind.Y and pending and pending[0].size == 1 and following != 1:
         dim.append(pending.pop(0))
