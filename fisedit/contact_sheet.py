@@ -1,68 +1,128 @@
-"""Draw images side by side with captions, and a mask over an image."""
+"""Draw images side by side with captions whose changed words stand out, and a mask over an image."""
 
 from __future__ import annotations
 
-import textwrap
+import difflib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor
 
-MARGIN, LINE, SIZE = 12, 17, 14
-INK, PAPER = (32, 33, 36), (255, 255, 255)
-EDGE = (226, 55, 68)
+SIDES = (256, 384)
+"""Images are drawn with their shorter side within this range, in pixels."""
+MARGIN, LINE, TEXT = 14, 22, 16
+INK, FAINT, PAPER, ACCENT = (32, 33, 36), (110, 113, 118), (255, 255, 255), (205, 28, 50)
 
-Panel = tuple[str, Image.Image]
+Word = tuple[str, bool]
+"""A word of a caption, and whether it stands out."""
 
 
-def draw_contact_sheet(rows: Sequence[Sequence[Panel]], titles: Sequence[str] = ()) -> Image.Image:
+@dataclass(frozen=True)
+class Panel:
+    """An image of a sheet; ``caption`` stands under it, one :data:`Word` after another."""
+
+    image: Image.Image
+    caption: Sequence[Word] = field(default=())
+
+    @staticmethod
+    def plain(image: Image.Image, caption: str) -> Panel:
+        return Panel(image, [(word, False) for word in caption.split()])
+
+
+def changed_words(before: str, after: str) -> tuple[list[Word], list[Word]]:
+    """Both prompts as words; those that the other lacks stand out."""
+    words = before.split(), after.split()
+    bare = [[word.strip(",.;:!?").lower() for word in prompt] for prompt in words]
+    kept = difflib.SequenceMatcher(None, bare[0], bare[1], autojunk=False).get_matching_blocks()
+    kept_old = {block.a + i for block in kept for i in range(block.size)}
+    kept_new = {block.b + i for block in kept for i in range(block.size)}
+    old = [(word, i not in kept_old) for i, word in enumerate(words[0])]
+    return old, [(word, i not in kept_new) for i, word in enumerate(words[1])]
+
+
+def draw_contact_sheet(rows: Sequence[Sequence[Panel]], headings: Sequence[str] = ()) -> Image.Image:
     """Rows of captioned images on one sheet.
 
     Args:
-        rows: for each row its panels (caption, image); images of a sheet may differ in size.
-        titles: one line above each row, or none.
+        rows: for each row its panels; small images are enlarged and large ones reduced, see :data:`SIDES`.
+        headings: one above each column, or none.
     Returns:
         an RGB image.
     """
-    font = ImageFont.load_default(SIZE)
-    width = max(image.width for row in rows for _, image in row)
-    height = max(image.height for row in rows for _, image in row)
-    characters = max(12, int(width / font.getlength("n")))
-    captions = [[textwrap.wrap(caption, characters) or [""] for caption, _ in row] for row in rows]
-    head = LINE + MARGIN // 2 if titles else 0
-    heights = [head + height + MARGIN // 2 + LINE * max(map(len, row)) + MARGIN for row in captions]
-    columns = max(map(len, rows))
-    sheet = Image.new("RGB", (columns * (width + MARGIN) + MARGIN, sum(heights) + MARGIN), PAPER)
+    font = ImageFont.load_default(TEXT)
+    rows = [[Panel(fit(panel.image), panel.caption) for panel in row] for row in rows]
+    cell = max(panel.image.width for row in rows for panel in row)
+    captions = [[_wrap(panel.caption, font, cell) for panel in row] for row in rows]
+    pictures = [max(panel.image.height for panel in row) for row in rows]
+    texts = [max(map(len, row)) * LINE for row in captions]
+    head = LINE + MARGIN // 2 if headings else 0
+    width = max(map(len, rows)) * (cell + MARGIN) + MARGIN
+    height = head + MARGIN + sum(a + b + MARGIN + MARGIN // 2 for a, b in zip(pictures, texts, strict=True))
+    sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    top = MARGIN
-    for number, row in enumerate(rows):
-        if titles:
-            draw.text((MARGIN, top), titles[number], INK, font)
-        for column, (_, image) in enumerate(row):
-            left = MARGIN + column * (width + MARGIN)
-            sheet.paste(image.convert("RGB"), (left, top + head))
-            for i, line in enumerate(captions[number][column]):
-                draw.text((left, top + head + height + MARGIN // 2 + i * LINE), line, INK, font)
-        top += heights[number]
+    for column, heading in enumerate(headings):
+        draw.text((MARGIN + column * (cell + MARGIN), MARGIN), heading, FAINT, font)
+    top = head + MARGIN
+    for row, lines, picture, text in zip(rows, captions, pictures, texts, strict=True):
+        for column, panel in enumerate(row):
+            left = MARGIN + column * (cell + MARGIN)
+            sheet.paste(panel.image, (left, top))
+            for number, line in enumerate(lines[column]):
+                _draw_words(draw, (left, top + picture + MARGIN // 2 + number * LINE), line, font)
+        top += picture + text + MARGIN + MARGIN // 2
     return sheet
 
 
 def overlay_mask(image: Image.Image, mask: Tensor) -> Image.Image:
-    """``image`` with everything outside ``mask`` (bool ``[H, W]``, any resolution) dimmed and the edge drawn."""
-    image = image.convert("RGB")
-    grid = Image.fromarray(mask.cpu().numpy().astype("uint8") * 255)
-    inside = grid.resize(image.size, Image.Resampling.NEAREST)
-    dimmed = Image.blend(image, Image.new("RGB", image.size, PAPER), 0.72)
-    out = Image.composite(image, dimmed, inside)
-    scale = max(1, image.width // mask.shape[1])
-    shrunk = Image.fromarray((_shrink(mask) * 255).astype("uint8")).resize(image.size, Image.Resampling.NEAREST)
-    edge = Image.composite(Image.new("L", image.size, 0), inside, shrunk) if scale > 1 else Image.new("L", image.size)
-    return Image.composite(Image.blend(out, Image.new("RGB", image.size, EDGE), 0.6), out, edge)
+    """``image`` in full color inside ``mask`` (bool ``[H, W]``, any resolution), grey and pale outside, edge drawn.
+
+    Returns:
+        an RGB image of a size that a contact sheet draws as it is.
+    """
+    image = fit(image)
+    inside = mask_image(mask, image.size)
+    grey = Image.blend(image.convert("L").convert("RGB"), Image.new("RGB", image.size, PAPER), 0.6)
+    out = Image.composite(image, grey, inside)
+    edge = ImageChops.difference(inside.filter(ImageFilter.MaxFilter(5)), inside)
+    out.paste(ACCENT, mask=edge)
+    return out
 
 
-def _shrink(mask: Tensor):
-    """The mask without its outermost pixels, as an array."""
-    import torch.nn.functional as F
+def mask_image(mask: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A mask (bool ``[H, W]``) as a picture of (width, height): white where the image may change."""
+    pixels = Image.fromarray(mask.cpu().numpy().astype("uint8") * 255)
+    return pixels.resize(size, Image.Resampling.NEAREST)
 
-    padded = F.pad((~mask.cpu()).float()[None, None], (1, 1, 1, 1), value=0.0)
-    return (F.max_pool2d(padded, 3, 1)[0, 0] == 0).numpy()
+
+def fit(image: Image.Image) -> Image.Image:
+    """An RGB copy whose shorter side lies within :data:`SIDES`."""
+    short = min(image.size)
+    factor = min(max(short, SIDES[0]), SIDES[1]) / short
+    size = (round(image.width * factor), round(image.height * factor))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def _wrap(words: Sequence[Word], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[list[Word]]:
+    """The words in lines of at most ``width`` pixels; a word that is longer has a line of its own."""
+    lines: list[list[Word]] = []
+    for word in words:
+        if lines and font.getlength(" ".join(w for w, _ in [*lines[-1], word])) <= width:
+            lines[-1].append(word)
+        else:
+            lines.append([word])
+    return lines
+
+
+def _draw_words(
+    draw: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    words: Sequence[Word],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> None:
+    left, top = float(place[0]), place[1]
+    for word, stands_out in words:
+        draw.text((left, top), word, ACCENT if stands_out else INK, font)
+        if stands_out:  # underlined too, for those who cannot tell the color
+            draw.line((left, top + LINE - 3, left + font.getlength(word), top + LINE - 3), ACCENT, 2)
+        left += font.getlength(word + " ")

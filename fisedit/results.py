@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fisedit.contact_sheet import draw_contact_sheet, overlay_mask
+from fisedit.contact_sheet import Panel, changed_words, draw_contact_sheet, overlay_mask
 from fisedit.edit import Edit
 from fisedit.recording import Recording
 from fisedit.report import EditReport
@@ -53,8 +54,18 @@ class Generation:
         """Edit this image; see :meth:`EditPipeline.edit`."""
         return self.pipeline.edit(self, prompt, **options)
 
+    def contact_sheet(self) -> Image.Image:
+        """All images of the prompt side by side, with the prompt."""
+        panels = [Panel(image) for image in self.images]
+        panels[0] = Panel.plain(self.image, self.prompt)
+        return draw_contact_sheet([panels])
+
     def _repr_html_(self) -> str:
-        return f"{_html_image(self.image)}<br><i>{_escape(self.prompt)}</i>"
+        return _html_image(self.contact_sheet(), self.prompt)
+
+
+HEADINGS = ("before", "after", "computed again", "dense rerun")
+"""The columns of an edit's contact sheet."""
 
 
 @dataclass
@@ -65,14 +76,14 @@ class EditResult(Generation):
         base: what was edited. edit_handle: the handle that ``unet.edit`` gave.
     """
 
-    base: Generation
-    edit_handle: Edit = field(repr=False)
+    base: Generation = field(repr=False)
+    edit_handle: Edit
 
     @property
     def mask(self) -> Tensor:
         """Bool ``[H, W]`` over the latent: where the image was computed again."""
         mask = self.edit_handle.mask
-        return mask if mask is not None else torch.zeros(self.edit_handle.base.latents[-1].shape[-2:], dtype=torch.bool)
+        return mask if mask is not None else torch.zeros(self.base.latents.shape[-2:], dtype=torch.bool)
 
     @property
     def latents(self) -> Tensor:
@@ -80,36 +91,49 @@ class EditResult(Generation):
         return self.edit_handle.latents[-1] if self.edit_handle.latents else self.base.latents
 
     @property
+    def background_is_identical(self) -> bool:
+        """Whether the final latents outside the mask are the base's, compared bit for bit."""
+        outside = ~self.mask.to(self.latents.device)
+        return torch.equal(self.latents[..., outside], self.base.latents[..., outside])
+
+    @property
     def report(self) -> EditReport:
         """What was computed and moved, and how long it took."""
         return self.edit_handle.report()
 
-    def overlay(self) -> Image.Image:
-        """The edited image with the region outside the mask dimmed."""
-        return overlay_mask(self.image, self.mask)
+    def overlay(self, number: int = 0) -> Image.Image:
+        """Edited image ``number`` with all that lies outside the mask grey and pale, and the mask's edge drawn."""
+        return overlay_mask(self.images[number], self.mask)
 
-    def contact_sheet(self, dense: Image.Image | bool = False) -> Image.Image:
+    def panels(self, dense: list[Image.Image] | None = None) -> list[list[Panel]]:
+        """The rows of :meth:`contact_sheet`, one per image of the prompt."""
+        before, after = changed_words(self.base.prompt, self.prompt)
+        share = f"{float(self.mask.float().mean()):.1%} of the latent"
+        rows = []
+        for number, (old, new) in enumerate(zip(self.base.images, self.images, strict=True)):
+            row = [Panel(old, before), Panel(new, after), Panel.plain(self.overlay(number), share)]
+            rows.append(row + [Panel(dense[number], after)] if dense else row)
+        return rows
+
+    def contact_sheet(self, dense: list[Image.Image] | Image.Image | bool = False) -> Image.Image:
         """Before, after, mask and dense rerun side by side.
 
         Args:
-            dense: the dense rerun's image; ``True`` computes it now, ``False`` leaves it out.
+            dense: the dense rerun's images; ``True`` computes them now, ``False`` leaves them out.
         """
-        panels = [(self.base.prompt, self.base.image), (self.prompt, self.image), ("mask", self.overlay())]
         if dense is True:
-            dense = self.pipeline.rerun(self.base, self.prompt)[0][0]
-        if isinstance(dense, Image.Image):
-            panels.append(("dense rerun", dense))
-        return draw_contact_sheet([panels])
+            dense = self.pipeline.rerun(self.base, self.prompt)[0]
+        images = [dense] if isinstance(dense, Image.Image) else dense or None
+        return draw_contact_sheet(self.panels(images), HEADINGS[: 4 if images else 3])
 
     def _repr_html_(self) -> str:
-        return f"{_html_image(self.contact_sheet())}<pre>{_escape(str(self.report))}</pre>"
+        figures = html.escape(str(self.report))
+        return f'{_html_image(self.contact_sheet(), self.prompt)}<pre style="line-height:1.3">{figures}</pre>'
 
 
-def _html_image(image: Image.Image) -> str:
+def _html_image(image: Image.Image, description: str) -> str:
+    """An ``<img>`` that no notebook cell overflows. JPEG: a sheet as PNG weighs some megabytes in a saved notebook."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return f'<img src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    image.save(buffer, "JPEG", quality=92)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(description)}" style="max-width:100%" src="data:image/jpeg;base64,{data}">'
