@@ -179,6 +179,18 @@ class UnsupportedDtypeError(FISEditError):
 
 
 @dataclass(eq=False, repr=False)
+class ModelNotFoundError(FISEditError):
+    """A folder that holds no diffusers pipeline."""
+
+    folder: str
+
+    template: ClassVar[str] = (
+        "The folder {folder!r} holds no diffusers pipeline: it has no model_index.json. "
+        "Give the folder that pipe.save_pretrained wrote; nothing is downloaded."
+    )
+
+
+@dataclass(eq=False, repr=False)
 class UnknownOptionError(FISEditError):
     """An option with a value that it does not take."""
 

@@ -24,6 +24,7 @@ EXAMPLES = [
     (errors.PromptTooLongError(prompt="a {curly} prompt", tokens=81, limit=77), ["'a {curly} prompt'", "81", "77"]),
     (errors.UnsupportedCaptureError(model="UNet", reason="it branches on data"), ["UNet", "branches on data", "Undo"]),
     (errors.UnsupportedDtypeError(dtype="int8", device="cpu", supported=["float32"]), ["int8", "cpu", "float32"]),
+    (errors.ModelNotFoundError(folder="models/sd"), ["models/sd", "model_index.json", "nothing is downloaded"]),
     (
         errors.UnknownOptionError(option="cost", given="papr", allowed=["paper", "halo"]),
         ["cost='papr'", "'paper' | 'halo'"],

@@ -1,0 +1,248 @@
+"""The command line: ``fisedit generate | edit | demo | inspect``.
+
+Everything that takes long to import is imported by the command that needs it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from fisedit.errors import FISEditError, FISEditWarning
+
+if TYPE_CHECKING:
+    from fisedit.config import CompileConfig
+    from fisedit.pipeline import EditPipeline
+
+
+class Commands(TyperGroup):
+    """Shows our own errors as one red message and our warnings as a yellow one, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _shown(warnings.showwarning)
+                return super().invoke(ctx)
+        except FISEditError as error:
+            _say(f"Error: {error}", "bold red")
+            raise typer.Exit(1) from None
+
+
+def _shown(default: Callable[..., None]) -> Callable[..., None]:
+    """A ``warnings.showwarning`` that shows ours in yellow and leaves those of others to ``default``."""
+
+    def show(message: Warning | str, *where: Any, **more: Any) -> None:
+        if isinstance(message, FISEditWarning):
+            _say(f"Warning: {message}", "yellow")
+        else:
+            default(message, *where, **more)
+
+    return show
+
+
+def _say(message: str, style: str) -> None:
+    Console(stderr=True).print(message, style=style, markup=False, highlight=False)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    help="Generate an image, change words of its prompt, and compute only the region that they touch.",
+)
+
+
+class Dtype(StrEnum):
+    """Of the weights."""
+
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class KeysValues(StrEnum):
+    """What self-attention of the active positions looks at."""
+
+    CACHED = "cached"
+    ACTIVE = "active"
+
+
+class CostName(StrEnum):
+    """How convolutions are cut."""
+
+    HALO = "halo"
+    PAPER = "paper"
+    ROWS = "rows"
+    DENSE = "dense"
+
+
+class GraphKind(StrEnum):
+    """The three graphs of a captured U-Net."""
+
+    EDIT = "edit"
+    DETECT = "detect"
+    RECORD = "record"
+
+
+Prompt = Annotated[str, typer.Argument(metavar="PROMPT", help="What to draw.", show_default=False)]
+Model = Annotated[
+    Path | None, typer.Option(help="Folder of a diffusers pipeline.", show_default="the demo model that ships")
+]
+Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda, cuda:1.", show_default="a GPU if there is one")]
+Precision = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Of the weights.", show_default="float16 on a GPU, float32 on a CPU")
+]
+Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
+Size = Annotated[
+    str | None, typer.Option(metavar="HxW", help="Height and width of the image.", show_default="the model's own")
+]
+
+NewPrompts = Annotated[
+    list[str],
+    typer.Argument(metavar="NEW_PROMPT...", help="The prompt with other words; one or more.", show_default=False),
+]
+EditFolder = Annotated[Path, typer.Option(help="Folder to write images, masks, contact sheet and report to.")]
+Mask = Annotated[
+    str,
+    typer.Option(metavar="auto|FILE", help="'auto' finds where the image may change; or a picture, white there."),
+]
+Rounds = Annotated[bool, typer.Option("--rounds", help="Each edit starts from the one before, not from the base.")]
+Compare = Annotated[bool, typer.Option("--compare", help="Also rerun each new prompt dense.")]
+DetectSteps = Annotated[int | None, typer.Option(help="Dense steps that find the mask.", show_default="a fifth of all")]
+Dilation = Annotated[int, typer.Option(help="Latent pixels by which a found mask grows.")]
+KV = Annotated[
+    KeysValues, typer.Option(help="Keys and values of self-attention: 'active' approximates and loads nothing.")
+]
+Cost = Annotated[CostName, typer.Option(help="How convolutions are cut: by cost model, or forced.")]
+
+DemoFolder = Annotated[Path, typer.Option(help="Folder to write contact_sheet.png and report.json to.")]
+DemoSteps = Annotated[int | None, typer.Option(min=3, help="Denoising steps.", show_default="25, or 5 with --quick")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few steps: shows that it runs, not how it looks.")]
+
+
+@app.command()
+def generate(
+    prompt: Prompt,
+    output: Annotated[Path, typer.Option(help="Image file to write.")] = Path("image.png"),
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Generate an image from a prompt."""
+    settings = _settings(steps, guidance, size)
+    editor = _load(model, device, dtype)
+    from fisedit.commands import draw_image
+
+    image = draw_image(editor, prompt, seed, settings)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    image.save(output)
+    Console().print(f"wrote {output}", highlight=False)
+
+
+@app.command()
+def edit(
+    prompt: Prompt,
+    new_prompts: NewPrompts,
+    output: EditFolder = Path("edit"),
+    mask: Mask = "auto",
+    rounds: Rounds = False,
+    compare: Compare = False,
+    detect_steps: DetectSteps = None,
+    dilation: Dilation = 1,
+    kv: KV = KeysValues.CACHED,
+    cost: Cost = CostName.HALO,
+    seed: Seed = 0,
+    steps: Steps = 25,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Generate PROMPT, then edit it to each NEW_PROMPT; the rest of the image stays."""
+    from fisedit.config import CompileConfig, DetectConfig
+
+    settings = _settings(steps, guidance, size)
+    detect = DetectConfig(steps=detect_steps, dilation=dilation)
+    editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
+    from fisedit.commands import edit_to_folder
+    from fisedit.comparison import comparison_table
+    from fisedit.environment import describe_environment, environment_line
+
+    prompts = [prompt, *new_prompts]
+    comparisons = edit_to_folder(
+        editor, prompts, output, seed=seed, settings=settings, mask=mask, detect=detect, rounds=rounds, rerun=compare
+    )
+    title = environment_line(describe_environment(editor.pipe.device))
+    names = [f"edit {number}" for number in range(1, len(prompts))]
+    Console().print(comparison_table(comparisons, names, title))
+    Console().print(f"wrote {output}/: base, edits, masks, contact_sheet.png, report.json", highlight=False)
+
+
+@app.command()
+def demo(
+    output: DemoFolder = Path("demo"),
+    steps: DemoSteps = None,
+    quick: Quick = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Three edits on the demo model, each beside the dense rerun, with a table of what was saved."""
+    editor = _load(model, device, dtype)
+    from fisedit.demo.showcase import QUICK_STEPS, STEPS, run_showcase
+
+    run_showcase(editor, output, steps=steps or (QUICK_STEPS if quick else STEPS))
+
+
+@app.command()
+def inspect(
+    graph: Annotated[GraphKind, typer.Option(help="Which of the three graphs.")] = GraphKind.EDIT,
+    guidance: Guidance = 5.0,
+    size: Size = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Precision = None,
+) -> None:
+    """Print a graph of the U-Net: its nodes, the passes that made it, what they left alone, and dense islands."""
+    settings = _settings(1, guidance, size)
+    editor = _load(model, device, dtype)
+    from fisedit.commands import inspect_graph
+
+    typer.echo(inspect_graph(editor, graph.value, settings))
+
+
+def _load(
+    model: Path | None, device: str | None, dtype: Dtype | None, config: CompileConfig | None = None
+) -> EditPipeline:
+    import torch
+
+    from fisedit.loading import load_editor
+
+    return load_editor(model, device, getattr(torch, dtype.value) if dtype else None, config)
+
+
+def _settings(steps: int, guidance: float, size: str | None) -> dict[str, Any]:
+    """The arguments of the pipeline that the options stand for."""
+    settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+    if size is not None:
+        found = re.fullmatch(r"(\d+)[xX](\d+)", size)
+        if found is None:
+            raise typer.BadParameter(f"{size!r} is no size; give height x width, such as 512x768", param_hint="--size")
+        settings |= {"height": int(found[1]), "width": int(found[2])}
+    return settings

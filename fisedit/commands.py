@@ -1,0 +1,81 @@
+"""What the commands of the command line do, on a loaded pipeline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fisedit.alignment import align_prompts
+from fisedit.comparison import Comparison, compare
+from fisedit.config import DetectConfig
+from fisedit.contact_sheet import Panel, draw_contact_sheet, mask_image
+from fisedit.environment import describe_environment
+from fisedit.pipeline import EditPipeline
+from fisedit.results import HEADINGS, Generation
+
+
+def draw_image(editor: EditPipeline, prompt: str, seed: int, settings: dict[str, Any]) -> Image.Image:
+    """The image that ``editor.generate`` gives, without keeping anything for an edit.
+
+    Raises:
+        PromptTooLongError: the prompt has more tokens than the text encoder takes.
+    """
+    align_prompts(editor.pipe.tokenizer, prompt, prompt)
+    return editor.pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
+
+
+def edit_to_folder(
+    editor: EditPipeline,
+    prompts: Sequence[str],
+    output: Path,
+    *,
+    seed: int,
+    settings: dict[str, Any],
+    mask: str | Path = "auto",
+    detect: DetectConfig | None = None,
+    rounds: bool = False,
+    rerun: bool = False,
+) -> list[Comparison]:
+    """Generate the first of ``prompts``, edit it to each other one, and write images, masks, sheet and report.
+
+    Args:
+        output: the folder for base.png, edit_N.png, mask_N.png, contact_sheet.png and report.json; made if missing.
+        rounds: each edit starts from the former one, not from the base.
+        rerun: also rerun each new prompt dense, and show it on the sheet.
+    Returns:
+        the figures of each edit.
+    """
+    base = editor.generate(prompts[0], seed=seed, **settings)
+    output.mkdir(parents=True, exist_ok=True)
+    base.image.save(output / "base.png")
+    start: Generation = base
+    rows: list[list[Panel]] = []
+    comparisons: list[Comparison] = []
+    for number, prompt in enumerate(prompts[1:], 1):
+        result = editor.edit(start, prompt, mask=mask, detect=detect, record=rounds)
+        result.image.save(output / f"edit_{number}.png")
+        mask_image(result.mask, result.image.size).save(output / f"mask_{number}.png")
+        comparison, dense = compare(result, rerun=rerun)
+        comparisons.append(comparison)
+        rows += result.panels(dense)
+        start = result if rounds else base
+    draw_contact_sheet(rows, HEADINGS[: 4 if rerun else 3]).save(output / "contact_sheet.png")
+    report = {
+        "environment": describe_environment(editor.pipe.device),
+        "settings": {**settings, "seed": seed, "rounds": rounds, "mask": str(mask)},
+        "edits": [comparison.to_dict() for comparison in comparisons],
+    }
+    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return comparisons
+
+
+def inspect_graph(editor: EditPipeline, kind: str, settings: dict[str, Any]) -> str:
+    """Capture the U-Net with one recorded step; its graph ``kind`` (edit, detect or record) as text, with passes,
+    refusals and dense islands."""
+    editor.generate("", seed=0, **{**settings, "num_inference_steps": 1, "output_type": "latent"})
+    return editor.pipe.unet.inspect(kind)
