@@ -202,7 +202,7 @@ class EditSession:
             self._unsettled.append((key, stored, made))
         elif self.edit.mask.all():
             made.cache = StepCache({store.slot: value for store, value in stored.items()})
-        else:
+        elif self.edit.mask.any():
             made.cache.values = overlay(stored, self.plan)
 
     def settle(self) -> None:
@@ -244,9 +244,8 @@ class EditSession:
         )
 
 
-def overlay(stored: dict[Store, Tensor], plan: MaskPlan | None) -> dict[str, Any]:
+def overlay(stored: dict[Store, Tensor], plan: MaskPlan) -> dict[str, Any]:
     """Stored active rows as overlays of their slots."""
-    assert plan is not None
     out: dict[str, Any] = {}
     for store, value in stored.items():
         index = plan.table(store.rows) if store.rows else None

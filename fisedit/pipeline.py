@@ -79,7 +79,8 @@ class EditPipeline:
             detect: how the region is found.
             alignment: which token continues which; found word by word by default.
             record: keep what a further edit of this result needs (costs memory in proportion to the active share).
-            settings: may repeat the generation's settings, but not change them.
+            settings: may repeat the generation's settings; of these only what does not change the latents may differ
+                (``output_type``, ``callback_on_step_end``).
 
         Raises:
             RecordingMismatchError: a setting, or the pipeline's scheduler, differs from the generation's.
@@ -94,7 +95,7 @@ class EditPipeline:
         given = None if isinstance(mask, str) and mask == "auto" else mask
         start = time.perf_counter()
         with self.pipe.unet.edit(base.recording, given, alignment=alignment, detect=detect, record=record) as edit:
-            images = self._run_edit(base, prompt, edit)
+            images = self._run_edit(base, prompt, edit, {**base.settings["given"], **settings})
         recording = edit.recording if edit.recording is not None and edit.recording.calls else None
         if edit.mask is not None and not edit.mask.any():
             recording = base.recording
@@ -109,10 +110,10 @@ class EditPipeline:
         images = self._run(prompt, base.state, base.device, base.settings["given"], lambda *args: args[-1])
         return images, time.perf_counter() - start
 
-    def _run_edit(self, base: Generation | EditResult, prompt: str, edit: Edit) -> list[Any]:
+    def _run_edit(self, base: Generation | EditResult, prompt: str, edit: Edit, settings: dict[str, Any]) -> list[Any]:
         if edit.mask is not None and not edit.mask.any():
             return list(base.images)
-        return self._run(prompt, base.state, base.device, base.settings["given"], edit.on_step_end)
+        return self._run(prompt, base.state, base.device, settings, edit.on_step_end)
 
     def _run(self, prompt: str, state: torch.Tensor, device: Any, settings: dict[str, Any], on_step: Callback) -> Any:
         generator = torch.Generator(device)
@@ -134,7 +135,8 @@ class EditPipeline:
         """What an edit must share with its base: the pipeline's arguments, and the scheduler."""
         known = inspect.signature(self.pipe.__call__).parameters
         compared = ("height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt",
-                    "negative_prompt", "eta", "timesteps", "sigmas", "guidance_rescale")  # fmt: skip
+                    "negative_prompt", "eta", "timesteps", "sigmas", "guidance_rescale", "clip_skip",
+                    "cross_attention_kwargs")  # fmt: skip
         settings = {n: given.get(n, known[n].default) for n in compared if n in known}
         scheduler = self.pipe.scheduler
         settings["scheduler"] = type(scheduler).__name__
