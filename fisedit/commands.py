@@ -15,6 +15,7 @@ from fisedit.comparison import Comparison, compare
 from fisedit.config import DetectConfig
 from fisedit.contact_sheet import Panel, draw_contact_sheet, mask_image
 from fisedit.environment import describe_environment
+from fisedit.mask import user_mask
 from fisedit.pipeline import EditPipeline
 from fisedit.results import HEADINGS, Generation
 
@@ -49,7 +50,11 @@ def edit_to_folder(
         rerun: also rerun each new prompt dense, and show it on the sheet.
     Returns:
         the figures of each edit.
+
+    Raises:
+        PromptTooLongError, InvalidMaskError, UnknownOptionError: before anything is generated.
     """
+    _check_edits(editor, prompts, settings, mask, detect)
     base = editor.generate(prompts[0], seed=seed, **settings)
     output.mkdir(parents=True, exist_ok=True)
     base.image.save(output / "base.png")
@@ -72,6 +77,22 @@ def edit_to_folder(
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return comparisons
+
+
+def _check_edits(
+    editor: EditPipeline,
+    prompts: Sequence[str],
+    settings: dict[str, Any],
+    mask: str | Path,
+    detect: DetectConfig | None,
+) -> None:
+    """Raise for what would fail only after the base is generated, so that no time is lost."""
+    for prompt in prompts:
+        align_prompts(editor.pipe.tokenizer, prompts[0], prompt)
+    if mask == "auto":
+        (detect or DetectConfig()).resolve(settings["num_inference_steps"])
+    else:
+        user_mask(mask, (1, 1))
 
 
 def inspect_graph(editor: EditPipeline, kind: str, settings: dict[str, Any]) -> str:

@@ -202,7 +202,7 @@ class EditSession:
             self._unsettled.append((key, stored, made))
         elif self.edit.mask.all():
             made.cache = StepCache({store.slot: value for store, value in stored.items()})
-        elif self.edit.mask.any():
+        elif self.plan is not None:
             made.cache.values = overlay(stored, self.plan)
 
     def settle(self) -> None:

@@ -17,7 +17,8 @@ LATENT = 16
 def build_tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
     """Builds the pipeline; ``folder`` takes the tokenizer's files.
 
-    Cross-attention at both levels, a stride-2 and a nearest-upsampling convolution: every op kind of the big ones.
+    Cross-attention at both levels (in the middle at the lower one), a stride-2 and a nearest-upsampling convolution:
+    every op kind of the big ones.
     """
     tokenizer = build_tokenizer(folder / "tokenizer")
     torch.manual_seed(seed)
@@ -28,7 +29,7 @@ def build_tiny_pipeline(folder: Path, seed: int = 0) -> StableDiffusionPipeline:
     unet = UNet2DConditionModel(
         sample_size=LATENT, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
         attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,

@@ -1,0 +1,180 @@
+"""The command line on a tiny pipeline: what it writes, prints, and how it fails."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import LATENT, build_tiny_pipeline
+from typer.testing import CliRunner
+
+from fisedit.cli import app
+from fisedit.demo.showcase import EDITS
+
+BEFORE = "a red house on the left, on grass, at noon"
+AFTER = "a blue house on the left, on grass, at noon"
+FIRST, SECOND = "a blue house on the left, on sand, at noon", "a blue cat on the left, on sand, at noon"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("model")
+    build_tiny_pipeline(made).save_pretrained(made)
+    return made
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """Runs the command line in an empty folder, on the tiny model unless told otherwise."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, model=folder):
+        options = ["--model", str(model), "--device", "cpu"] if model else []
+        return CliRunner().invoke(app, [*map(str, arguments), *options])
+
+    return run
+
+
+def error_line(result):
+    """What a failed command says, its line breaks undone."""
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return " ".join(result.output.replace("│", " ").split())
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_generate_writes_the_image_of_its_seed(run, folder, tmp_path):
+    for name, seed in (("one.png", 1), ("same.png", 1), ("other.png", 2)):
+        result = run("generate", BEFORE, "--output", f"out/{name}", "--seed", seed, "--steps", 2)
+        assert result.exit_code == 0, result.output
+        assert name in result.output
+    assert np.array_equal(pixels("out/one.png"), pixels("out/same.png"))
+    assert not np.array_equal(pixels("out/one.png"), pixels("out/other.png"))
+    theirs = build_tiny_pipeline(tmp_path)(
+        BEFORE, generator=torch.Generator().manual_seed(1), num_inference_steps=2, guidance_scale=5.0
+    )
+    assert np.abs(np.asarray(theirs.images[0]).astype(int) - pixels("out/one.png")).max() <= 1
+
+
+def test_generate_takes_a_size(run):
+    result = run("generate", BEFORE, "--size", "24x40", "--steps", 1)
+    assert result.exit_code == 0, result.output
+    assert Image.open("image.png").size == (40, 24)
+
+
+def test_edit_writes_images_masks_sheet_and_report(run):
+    result = run("edit", BEFORE, AFTER, "--steps", 4, "--output", "out", "--detect-steps", 2, "--compare")
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("out/report.json").read_text())
+    (figures,) = report["edits"]
+    inside = pixels("out/mask_1.png") > 0
+    assert 0 < inside.mean() < 1
+    assert inside.mean() == pytest.approx(figures["active_share"])
+    assert pixels("out/base.png").shape == pixels("out/edit_1.png").shape == (2 * LATENT, 2 * LATENT, 3)
+    assert not np.array_equal(pixels("out/base.png")[inside], pixels("out/edit_1.png")[inside])
+    assert figures["background_identical"] is True
+    assert figures["detect_steps"] == 2
+    assert 0 < figures["macs_sparse"] < figures["macs_dense"]
+    assert figures["step_ratio"] == pytest.approx(figures["dense_step"] / figures["sparse_step"])
+    assert figures["edit_ratio"] == pytest.approx(figures["rerun_seconds"] / figures["edit_seconds"])
+    assert {"device", "torch", "date"} <= set(report["environment"])
+    assert Image.open("out/contact_sheet.png").width > 4 * 256
+    for label in ("active share", "dense U-Net step", "sparse U-Net step", "bit-identical"):
+        assert label in result.output
+
+
+def test_rounds_start_from_the_edit_before(run):
+    reports = {}
+    for name, options in (("chained", ["--rounds"]), ("apart", [])):
+        result = run("edit", BEFORE, FIRST, SECOND, "--steps", 3, "--output", name, *options)
+        assert result.exit_code == 0, result.output
+        reports[name] = json.loads(Path(f"{name}/report.json").read_text())
+    assert np.array_equal(pixels("chained/edit_1.png"), pixels("apart/edit_1.png"))
+    assert not np.array_equal(pixels("chained/edit_2.png"), pixels("apart/edit_2.png"))
+    assert [e["before"] for e in reports["chained"]["edits"]] == [BEFORE, FIRST]
+    assert [e["before"] for e in reports["apart"]["edits"]] == [BEFORE, BEFORE]
+    assert all(e["background_identical"] for report in reports.values() for e in report["edits"])
+    assert Image.open("apart/contact_sheet.png").height > 2 * 256
+
+
+def test_a_mask_from_a_file_is_taken_as_it_is(run):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (16, 16, 40, 32))
+    mask.save("mask.png")
+    result = run("edit", BEFORE, AFTER, "--steps", 2, "--mask", "mask.png")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels("edit/mask_1.png"), np.asarray(mask.resize((32, 32), Image.Resampling.NEAREST)))
+    assert json.loads(Path("edit/report.json").read_text())["edits"][0]["detect_steps"] == 0
+
+
+def test_an_empty_mask_is_said_in_one_line(run):
+    Image.new("L", (32, 32), 0).save("mask.png")
+    result = run("edit", BEFORE, AFTER, "--steps", 2, "--mask", "mask.png", "--kv", "active", "--cost", "rows")
+    assert result.exit_code == 0, result.output
+    assert "Warning: The mask is empty" in error_line(result)
+    assert np.array_equal(pixels("edit/base.png"), pixels("edit/edit_1.png"))
+
+
+def test_demo_writes_a_sheet_and_a_report_of_three_edits(run):
+    result = run("demo", "--quick", "--output", "out")
+    assert result.exit_code == 0, result.output
+    report = json.loads(Path("out/report.json").read_text())
+    assert len(report["edits"]) == len(EDITS) >= 3
+    assert [e["after"] for e in report["edits"]] == [e.after for e in EDITS]
+    assert all(e["background_identical"] for e in report["edits"])
+    assert report["setup_seconds"] > 0 and report["settings"]["num_inference_steps"] == 5
+    assert Image.open("out/contact_sheet.png").height > 3 * 256
+    for edit in EDITS:
+        assert edit.name in result.output
+
+
+@pytest.mark.parametrize(
+    ("graph", "shows"),
+    [("edit", "sparse_conv"), ("detect", "controlled_attention"), ("record", "cache_store")],
+)
+def test_inspect_prints_the_graph_and_its_passes(run, graph, shows):
+    result = run("inspect", "--graph", graph)
+    assert result.exit_code == 0, result.output
+    assert shows in result.output
+    assert "passes:" in result.output and "infer_domains" in result.output and "dense islands:" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["edit", BEFORE, " ".join(["house"] * 90), "--steps", 2], 1, "has 92 tokens"),
+        (["generate", " ".join(["house"] * 90), "--steps", 2], 1, "has 92 tokens"),
+        (["edit", BEFORE, AFTER, "--mask", "missing.png", "--steps", 2], 1, "missing.png"),
+        (["edit", BEFORE, AFTER, "--detect-steps", 2, "--steps", 2], 1, "the schedule has 2 steps"),
+        (["edit", BEFORE, AFTER, "--dilation", -1], 1, "dilation=-1"),
+        (["edit", BEFORE, AFTER, "--dtype", "float16", "--steps", 3], 1, "float16 on cpu"),
+        (["edit", BEFORE], 2, "Missing argument"),
+        (["edit", BEFORE, AFTER, "--cost", "cheap"], 2, "'cheap' is not one of"),
+        (["generate", BEFORE, "--size", "big"], 2, "'big' is no size"),
+        (["generate", BEFORE, "--steps", 0], 2, "should be greater than or equal to 1"),
+        (["inspect", "--graph", "all"], 2, "'all' is not one of"),
+    ],
+    ids=lambda value: None if not isinstance(value, str) else value.replace(" ", "-")[:30],
+)
+def test_mistakes_are_told_in_one_message(run, arguments, code, says):
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert says in error_line(result)
+
+
+def test_a_folder_without_a_model_is_named(run, tmp_path):
+    result = run("generate", BEFORE, model=tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert "nowhere' holds no diffusers pipeline" in error_line(result).replace(" nowhere", "nowhere")
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["edit"], ["demo"], ["inspect"]])
+def test_help_names_every_option_with_a_text(command):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert ("--model" in result.output) == bool(command)
