@@ -33,6 +33,8 @@ class Edit:
     Attributes:
         base: the recording that is edited.
         mask: bool ``[H, W]`` over the latent, true where the image may change; ``None`` until it is found.
+        detect_steps: steps that run dense to find the mask; 0 with a given mask.
+        window: the first and last step (1-based) whose latents are compared.
         recording: this edit's own recording, if asked for; complete when the ``with`` block ends.
         latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
     """
@@ -47,15 +49,11 @@ class Edit:
     _samples: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _session: EditSession | None = None
 
-    @property
-    def detect_steps(self) -> int:
-        """Steps that run dense to find the mask; 0 with a given mask."""
-        return 0 if self._given else self.config.resolve(len(self.base.timesteps))[0]
-
     def __post_init__(self) -> None:
-        self._given = self.mask is not None
-        if not self._given:
-            self.config.resolve(len(self.base.timesteps))
+        # Counted now: the recording, and with it the schedule, may be released before the report is asked for.
+        self.detect_steps, self.window = 0, (0, 0)
+        if self.mask is None:
+            self.detect_steps, self.window = self.config.resolve(len(self.base.timesteps))
         self._warn_if_empty()
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -78,8 +76,8 @@ class Edit:
 
     def find_mask(self) -> Tensor:
         """Make the mask from the latents compared so far (the paper's section "Fine-Grained Mask Generation")."""
-        steps, window = self.config.resolve(len(self.base.timesteps))
-        pairs = [self._samples[i] for i in range(1, steps + 1)]
+        window = self.window
+        pairs = [self._samples[i] for i in range(1, self.detect_steps + 1)]
         recorded, edited = [a for a, _ in pairs], [b for _, b in pairs]
         if self.config.method == "paper":
             per_sample = [
