@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -158,6 +159,10 @@ class CompiledUNet(nn.Module):
         self._unet.train(mode)
         self.training = mode
         return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUNet:
+        """A copy of the model with weights of its own, which captures anew; recordings of this one are not its."""
+        return CompiledUNet(copy.deepcopy(self._unet, memo), self.compile_config, self._build)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,0 +1,397 @@
+"""The compiled module: a drop-in outside its sessions, and what ``record`` and ``edit`` do inside."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fisedit
+from fisedit import CompiledUNet, DetectConfig, Recording
+from fisedit.errors import (
+    EmptyMaskWarning,
+    ForeignRecordingError,
+    IncompleteRecordingError,
+    InvalidMaskError,
+    NestedSessionError,
+    RecordingMismatchError,
+    SessionClosedError,
+    UnknownOptionError,
+    UnsupportedCaptureError,
+)
+
+TIMESTEPS = (900, 700, 500, 300, 100)
+SIZE = (8, 8)
+
+
+@pytest.fixture(scope="module")
+def unet() -> CompiledUNet:
+    return fisedit.compile(models.one_level())
+
+
+@pytest.fixture(scope="module")
+def call(unet: CompiledUNet) -> dict[str, Any]:
+    arguments = models.arguments(unet, SIZE)
+    return {"sample": arguments["sample"], "encoder_hidden_states": arguments["encoder_hidden_states"]}
+
+
+@pytest.fixture(scope="module")
+def base(unet: CompiledUNet, call: dict[str, Any]) -> Recording:
+    with unet.record() as recording:
+        run(unet, call)
+    return recording
+
+
+def run(unet: nn.Module, call: dict[str, Any], timesteps: Any = TIMESTEPS, change: float = 0.0) -> list[Tensor]:
+    """A toy sampler: the sample moves a little with each output; ``change`` is added to a corner."""
+    sample, outputs = call["sample"].clone(), []
+    for timestep in timesteps:
+        out = unet(sample, timestep, call["encoder_hidden_states"], return_dict=False)[0]
+        outputs.append(out)
+        sample = sample - 0.1 * out
+        sample[..., :3, :3] += change
+    return outputs
+
+
+def corner() -> Tensor:
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[:3, :3] = True
+    return mask
+
+
+def other_text(call: dict[str, Any]) -> dict[str, Any]:
+    text = call["encoder_hidden_states"].clone()
+    text[1, 3:] = torch.randn(text[1, 3:].shape, generator=torch.Generator().manual_seed(5))
+    return {**call, "encoder_hidden_states": text}
+
+
+def test_outside_sessions_it_is_the_model(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    original = unet._unet
+    with torch.no_grad():
+        for mine, theirs in zip(run(unet, call), run(original, call), strict=True):
+            assert torch.equal(mine, theirs)
+    assert unet.config is original.config and unet.dtype == torch.float32 and unet.device.type == "cpu"
+    assert list(unet.state_dict()) == list(original.state_dict())
+    assert [n for n, _ in unet.named_parameters()] == [n for n, _ in original.named_parameters()]
+    assert fisedit.compile(unet) is unet
+
+
+def test_moving_and_loading_reach_the_original() -> None:
+    original = models.one_level()
+    unet = fisedit.compile(original)
+    unet.to(torch.float64)
+    assert original.conv_in.weight.dtype == torch.float64
+    state = {name: torch.zeros_like(value) for name, value in unet.state_dict().items()}
+    unet.load_state_dict(state)
+    assert original.conv_in.weight.abs().max() == 0
+    assert not unet.train(False).training and unet.train() is unet and original.training
+
+
+def test_a_deep_copy_is_another_model(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    twin = copy.deepcopy(unet)
+    with torch.no_grad():
+        assert torch.equal(run(twin, call)[0], run(unet, call)[0])
+        twin.conv_in.weight.data.zero_()
+        assert not torch.equal(run(twin, call)[0], run(unet, call)[0])
+    with pytest.raises(ForeignRecordingError, match="another model"), twin.edit(base):
+        pass
+
+
+def test_saving_saves_the_original(unet: CompiledUNet, tmp_path: Any) -> None:
+    unet.save_pretrained(tmp_path)
+    loaded = type(unet._unet).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), unet.parameters(), strict=True))
+
+
+def test_record_is_dense_and_keyed_by_timestep(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    with torch.no_grad():
+        dense = run(unet, call)
+    for (timestep, occurrence), made, wanted in zip(base.calls, base.calls.values(), dense, strict=True):
+        assert occurrence == 0 and timestep in TIMESTEPS
+        torch.testing.assert_close(made.outputs[0], wanted)
+    assert base.timesteps == [float(t) for t in TIMESTEPS] and base.nbytes > 0 and "5 steps" in repr(base)
+
+
+@pytest.mark.parametrize("kind", ["int", "float", "tensor", "int tensor"])
+def test_timesteps_of_every_kind(unet: CompiledUNet, call: dict[str, Any], base: Recording, kind: str) -> None:
+    convert = {"int": int, "float": float, "tensor": torch.tensor, "int tensor": lambda t: torch.tensor([int(t)])}[kind]
+    with unet.edit(base, corner()) as edit:
+        outputs = run(unet, call, [convert(t) for t in TIMESTEPS])
+    torch.testing.assert_close(outputs[-1], base.calls[(100.0, 0)].outputs[0])
+    assert len(edit.timings["sparse"]) == 5
+
+
+def test_dataclass_and_tuple_results(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    with unet.record():
+        result = unet(call["sample"], 5, call["encoder_hidden_states"])
+    assert type(result).__name__ == "UNet2DConditionOutput" and result.sample.shape == call["sample"].shape
+
+
+def test_an_edit_computes_only_the_mask(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    changed = other_text(call)
+    with unet.edit(base, corner()) as edit:
+        outputs = run(unet, changed, change=0.1)
+    with torch.no_grad():
+        dense = run(unet, changed, change=0.1)
+    for out, made, wanted in zip(outputs, base.calls.values(), dense, strict=True):
+        assert torch.equal(out[..., ~corner()], made.outputs[0][..., ~corner()])
+        old, new = (x[..., corner()] for x in (made.outputs[0], wanted))
+        assert (out[..., corner()] - new).norm() < (old - new).norm()
+    report = edit.report()
+    assert report.active_share == 9 / 64 and report.detect_steps == 0
+    assert report.macs_sparse and report.macs_dense and report.macs_sparse < report.macs_dense / 2
+    assert "active share" in str(report) and report.to_dict()["islands"] == []
+
+
+def test_the_mask_is_found(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    """The corner that the toy sampler changes is the mask, after the detect steps."""
+    with unet.edit(base, detect=DetectConfig(steps=3, dilation=0, smooth=0, control=False)) as edit:
+        assert edit.mask is None
+        outputs = run(unet, call, change=0.8)
+    assert edit.mask is not None and torch.equal(edit.mask, corner())
+    assert [len(edit.timings[kind]) for kind in ("detect", "sparse")] == [3, 2]
+    assert torch.equal(outputs[-1][..., ~corner()], base.calls[(100.0, 0)].outputs[0][..., ~corner()])
+
+
+def test_two_calls_a_timestep(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    """Guidance in two calls, or a second-order sampler: told apart by their place within the timestep."""
+
+    def halves(unet: nn.Module) -> list[Tensor]:
+        text, sample = call["encoder_hidden_states"], call["sample"][:1]
+        return [unet(sample, t, text[i : i + 1], return_dict=False)[0] for t in (9, 5) for i in (0, 1)]
+
+    with unet.record() as base:
+        recorded = halves(unet)
+    assert list(base.calls) == [(9.0, 0), (9.0, 1), (5.0, 0), (5.0, 1)] and base.timesteps == [9.0, 5.0]
+    with unet.edit(base, corner()):
+        for out, wanted in zip(halves(unet), recorded, strict=True):
+            torch.testing.assert_close(out, wanted)
+    with pytest.raises(RecordingMismatchError, match="calls at timestep 9"), unet.edit(base, corner()):
+        for _ in range(3):
+            unet(call["sample"][:1], 9, call["encoder_hidden_states"][:1], return_dict=False)
+
+
+def test_rounds(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    """An edit of an edit of an edit: each keeps the former outside its own mask, and costs memory by its mask."""
+    former, masks_ = base, [corner(), corner().flip(0), corner().flip(1)]
+    for round_, mask in enumerate(masks_):
+        with unet.edit(former, mask, record=True) as edit:
+            outputs = run(unet, other_text(call), change=0.1 * round_)
+        assert edit.recording is not None and edit.recording.complete
+        for out, made in zip(outputs, former.calls.values(), strict=True):
+            assert torch.equal(out[..., ~mask], made.outputs[0][..., ~mask])
+            assert not torch.equal(out[..., mask], made.outputs[0][..., mask])
+        assert edit.recording.nbytes < base.nbytes / 2
+        former = edit.recording
+
+
+def test_a_recorded_edit_holds_what_was_computed(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    """Editing the recording of an edit with the same words and latents gives the edit again."""
+    changed = other_text(call)
+    with unet.edit(base, corner(), record=True) as edit:
+        first = run(unet, changed, change=0.1)
+    assert edit.recording is not None
+    larger = torch.zeros(SIZE, dtype=torch.bool)
+    larger[:2, :2] = True
+    with unet.edit(edit.recording, larger):
+        again = run(unet, changed, change=0.1)
+    for a, b in zip(first, again, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_detected_edits_can_be_edited(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    detect = DetectConfig(steps=2, window=(1, 2), dilation=0, smooth=0)
+    with unet.edit(base, record=True, detect=detect) as edit:
+        outputs = run(unet, other_text(call), change=0.8)
+    assert edit.recording is not None and edit.mask is not None and 0 < edit.mask.sum() < 64
+    for key, made in edit.recording.calls.items():
+        assert torch.equal(made.outputs[0][..., ~edit.mask], base.calls[key].outputs[0][..., ~edit.mask])
+        assert made.cache.base is base.calls[key].cache
+    with unet.edit(edit.recording, corner().flip(0)):
+        again = run(unet, other_text(call), change=0.8)
+    outside = ~corner().flip(0)
+    assert torch.equal(again[-1][..., outside], outputs[-1][..., outside])
+
+
+def test_an_empty_mask_is_the_recording(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    empty = torch.zeros(SIZE, dtype=torch.bool)
+    with pytest.warns(EmptyMaskWarning), unet.edit(base, empty, record=True) as edit:
+        outputs = run(unet, other_text(call), change=0.5)
+    for out, made in zip(outputs, base.calls.values(), strict=True):
+        assert torch.equal(out, made.outputs[0])
+    assert edit.recording is not None and edit.recording.nbytes == 0
+
+
+def test_no_change_gives_the_recording(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    with pytest.warns(EmptyMaskWarning), unet.edit(base) as edit:
+        outputs = run(unet, call)
+    assert edit.mask is not None and not edit.mask.any()
+    torch.testing.assert_close(outputs[-1], base.calls[(100.0, 0)].outputs[0])
+
+
+def test_a_full_mask_is_dense(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    with unet.edit(base, torch.ones(SIZE), record=True) as edit:
+        outputs = run(unet, other_text(call), change=0.3)
+    with torch.no_grad():
+        dense = run(unet, other_text(call), change=0.3)
+    for out, wanted in zip(outputs, dense, strict=True):
+        torch.testing.assert_close(out, wanted)
+    assert len(edit.timings["dense"]) == 5 and edit.recording is not None
+    assert edit.recording.calls[(900.0, 0)].cache.base is None
+
+
+MISMATCHES = {
+    "sample shape": lambda c: {**c, "sample": c["sample"][..., :6]},
+    "sample dtype": lambda c: {**c, "sample": c["sample"].bfloat16()},
+    "encoder_hidden_states shape": lambda c: {**c, "encoder_hidden_states": c["encoder_hidden_states"][:, :5]},
+}
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_other_settings_are_named(unet: CompiledUNet, call: dict[str, Any], base: Recording, name: str) -> None:
+    with pytest.raises(RecordingMismatchError, match=name), unet.edit(base, corner()):
+        run(unet, MISMATCHES[name](call))
+
+
+def test_another_batch_and_other_steps_are_named(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    single = {name: value[:1] for name, value in call.items()}
+    with pytest.raises(RecordingMismatchError, match=r"\(2, 4, 8, 8\), edited with \(1, 4, 8, 8\)"), unet.edit(base):
+        run(unet, single)
+    with pytest.raises(RecordingMismatchError, match="scheduler or number of steps"), unet.edit(base, corner()):
+        run(unet, call, (900, 600))
+    with unet.record(), pytest.raises(RecordingMismatchError, match="sample shape"):
+        run(unet, call, (900,))
+        run(unet, single, (700,))
+
+
+def test_recordings_that_cannot_be_edited(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    with unet.record() as nothing:
+        pass
+    with pytest.raises(IncompleteRecordingError, match="no call at all"), unet.edit(nothing):
+        pass
+    with pytest.raises(KeyboardInterrupt), unet.record() as half:
+        run(unet, call, (900, 700))
+        raise KeyboardInterrupt
+    with pytest.raises(IncompleteRecordingError, match="2 calls of a run that did not finish"), unet.edit(half):
+        pass
+    with unet.record() as released:
+        run(unet, call, (900,))
+    released.release()
+    with pytest.raises(SessionClosedError), unet.edit(released):
+        pass
+    with unet.record() as foreign:
+        run(unet, call, (900,))
+    with pytest.raises(ForeignRecordingError), fisedit.compile(models.one_level()).edit(foreign):
+        pass
+
+
+def test_sessions_do_not_nest(unet: CompiledUNet, base: Recording) -> None:
+    with unet.record(), pytest.raises(NestedSessionError, match=r"edit\(\) was entered while record"), unet.edit(base):
+        pass
+    with unet.edit(base), pytest.raises(NestedSessionError), unet.record():
+        pass
+
+
+def test_an_exception_leaves_the_model_dense(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    with pytest.raises(ZeroDivisionError), unet.edit(base, corner()):
+        run(unet, call, (900,))
+        raise ZeroDivisionError
+    with torch.no_grad():
+        assert torch.equal(run(unet, call)[0], run(unet._unet, call)[0])
+    with unet.edit(base, corner()):
+        torch.testing.assert_close(run(unet, call)[-1], base.calls[(100.0, 0)].outputs[0])
+
+
+@pytest.mark.parametrize("mask", [torch.full(SIZE, 2.0), torch.full(SIZE, float("nan")), torch.ones(2, 8, 8), "no file"])
+def test_bad_masks(unet: CompiledUNet, base: Recording, mask: Any) -> None:
+    with pytest.raises(InvalidMaskError), unet.edit(base, mask):
+        pass
+
+
+def test_bad_options(unet: CompiledUNet, base: Recording) -> None:
+    with pytest.raises(UnknownOptionError, match="kv='everything'"):
+        fisedit.compile(unet._unet, kv="everything")
+    with pytest.raises(TypeError, match="not str"):
+        fisedit.compile("unet")  # type: ignore[arg-type]
+    for bad in ({"steps": 0}, {"threshold": 1.5}, {"window": (3, 2)}, {"method": "guess"}, {"dilation": -1}):
+        with pytest.raises(UnknownOptionError):
+            DetectConfig(**bad)
+    with pytest.raises(UnknownOptionError, match="the schedule has 5 steps"), unet.edit(
+        base, detect=DetectConfig(steps=5)
+    ):
+        pass
+
+
+def test_two_edits_at_once_equal_one_after_the_other(
+    unet: CompiledUNet, call: dict[str, Any], base: Recording
+) -> None:
+    masks_ = [corner(), corner().flip(0)]
+    serial: list[list[Tensor]] = []
+    for mask in masks_:
+        with unet.edit(base, mask):
+            serial.append(run(unet, other_text(call), change=0.2))
+    results: dict[int, list[Tensor]] = {}
+    barrier = threading.Barrier(2)
+
+    def work(number: int) -> None:
+        with unet.edit(base, masks_[number]):
+            barrier.wait()
+            results[number] = run(unet, other_text(call), change=0.2)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in (0, 1):
+        for a, b in zip(results[number], serial[number], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_callers_tensors_are_their_own(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    """Writing into a returned output or an input afterwards does not reach the recording."""
+    sample = call["sample"].clone()
+    with unet.record() as base:
+        out = unet(sample, 5, call["encoder_hidden_states"], return_dict=False)[0]
+    kept = base.calls[(5.0, 0)].outputs[0].clone()
+    out.zero_()
+    sample.zero_()
+    with unet.edit(base, corner()):
+        again = unet(call["sample"], 5, call["encoder_hidden_states"], return_dict=False)[0]
+    torch.testing.assert_close(again, kept)
+
+
+def test_what_stays_dense_is_named() -> None:
+    class Rolling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.last(torch.roll(self.first(x), 1, -1) * (1 + 0 * t[0]))
+
+    unet = fisedit.compile(Rolling().eval())
+    x = torch.randn(1, 4, *SIZE)
+    assert "Nothing is captured yet" in unet.inspect()
+    with unet.record() as base:
+        recorded = unet(x, 5)
+    with unet.edit(base, corner()) as edit:
+        torch.testing.assert_close(unet(x, 5), recorded)
+    assert "aten.roll.default" in unet.inspect() and "no pass knows this op" in unet.inspect()
+    assert any("roll" in island for island in edit.report().islands)
+
+
+def test_what_cannot_be_captured_says_so() -> None:
+    class DataDependent(nn.Module):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    unet = fisedit.compile(DataDependent())
+    with pytest.raises(UnsupportedCaptureError, match="DataDependent could not be captured"), unet.record():
+        unet(torch.ones(1, 4, *SIZE), 5)
+    assert unet(torch.ones(1, 4, *SIZE), 5).sum() > 0
