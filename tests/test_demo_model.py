@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisedit.demo import clip_path, load_clip, load_pipeline, model_path
+from fisedit.demo import image_encoder_path, load_clip, load_pipeline, model_path
 from fisedit.demo.captions import PHRASINGS, alternatives, caption
 from fisedit.demo.clip import DemoClip
 from fisedit.demo.data import CAPTION_LENGTH, CaptionedScenes, full_length
@@ -47,7 +47,7 @@ def held_out(count: int) -> tuple[list[Scene], Tensor]:
 
 
 def test_files_are_small_and_half_precision() -> None:
-    files = [path for folder in (model_path(), clip_path()) for path in folder.rglob("*") if path.is_file()]
+    files = [path for folder in (model_path(), image_encoder_path()) for path in folder.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 48e6
     assert max(path.stat().st_size for path in files) <= 16 * 2**20
     assert {path.suffix for path in files} <= {".json", ".txt", ".safetensors"}

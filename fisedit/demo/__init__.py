@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .clip import DemoClip
 
-__all__ = ["clip_path", "load_clip", "load_pipeline", "model_path"]
+__all__ = ["image_encoder_path", "load_clip", "load_pipeline", "model_path"]
 
 
 def model_path() -> Path:
@@ -25,9 +25,9 @@ def model_path() -> Path:
     return Path(str(files(__name__) / "model"))
 
 
-def clip_path() -> Path:
+def image_encoder_path() -> Path:
     """Returns the folder of the image encoder and the text projection."""
-    return Path(str(files(__name__) / "clip"))
+    return Path(str(files(__name__) / "image_encoder"))
 
 
 def load_pipeline(
@@ -46,4 +46,4 @@ def load_clip(device: str | torch.device = "cpu") -> DemoClip:
     """Loads the text and image encoders in float32: `.embed_text`, `.embed_images`, `.confirms`."""
     from .clip import DemoClip
 
-    return DemoClip.load(model_path(), clip_path(), device)
+    return DemoClip.load(model_path(), image_encoder_path(), device)

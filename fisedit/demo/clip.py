@@ -52,12 +52,14 @@ class DemoClip:
         save_file({"weight": self.text_projection.half().cpu().contiguous()}, folder / "text_projection.safetensors")
 
     @staticmethod
-    def load(model_folder: Path, clip_folder: Path, device: str | torch.device = "cpu") -> DemoClip:
+    def load(model_folder: Path, image_encoder_folder: Path, device: str | torch.device = "cpu") -> DemoClip:
         """Loads the encoders in float32 from the pipeline's folder and the image side's folder; no network."""
         tokenizer = CLIPTokenizer.from_pretrained(model_folder / "tokenizer", local_files_only=True)
         text = CLIPTextModel.from_pretrained(model_folder / "text_encoder", local_files_only=True, dtype=torch.float32)
-        vision = CLIPVisionModelWithProjection.from_pretrained(clip_folder, local_files_only=True, dtype=torch.float32)
-        projection = load_file(clip_folder / "text_projection.safetensors")["weight"].float()
+        vision = CLIPVisionModelWithProjection.from_pretrained(
+            image_encoder_folder, local_files_only=True, dtype=torch.float32
+        )
+        projection = load_file(image_encoder_folder / "text_projection.safetensors")["weight"].float()
         return DemoClip(tokenizer, text.to(device).eval(), projection.to(device), vision.to(device).eval())
 
     @property

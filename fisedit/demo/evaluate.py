@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
-from . import clip_path, load_pipeline, model_path
+from . import image_encoder_path, load_pipeline, model_path
 from .captions import PHRASINGS, caption
 from .clip import DemoClip
 from .scenes import Scene, render, sample_scenes
@@ -23,11 +23,17 @@ from .train_vae import reconstruction_psnr
 ATTRIBUTES = ("kind", "color", "position", "attachment", "size", "ground", "sky")
 
 
-def confirmed(clip: DemoClip, images: Tensor, scenes: list[Scene]) -> dict[str, float]:
-    """Returns for each attribute the share of questions about it that the pictures `[B, 3, H, W]` confirm."""
+def confirmed(clip: DemoClip, images: Tensor, scenes: list[Scene], phrasings: list[int]) -> dict[str, float]:
+    """Returns for each attribute the share of questions about it that the pictures `[B, 3, H, W]` confirm.
+
+    Only scenes whose phrasing names sizes are asked about sizes; what is never asked is left out.
+    """
     shares = {}
     for attribute in ATTRIBUTES:
-        answers = clip.confirms(images, scenes, attribute)
+        asked = [b for b, p in enumerate(phrasings) if attribute != "size" or p >= PHRASINGS // 2]
+        if not asked:
+            continue
+        answers = clip.confirms(images[asked], [scenes[b] for b in asked], attribute)
         shares[attribute] = sum(answers) / len(answers)
     return shares
 
@@ -71,18 +77,19 @@ def main(
     scenes: Annotated[int, typer.Option(help="Held-out scenes for encoders, autoencoder and loss.")] = 256,
     generated: Annotated[int, typer.Option(help="Pictures to generate from held-out captions.")] = 256,
     steps: int = 30,
-    guidance: float = 5.0,
+    guidance: float = 4.0,
     sheet: Annotated[Path | None, typer.Option(help="Where to write some of the pictures, as PNG.")] = None,
 ) -> None:
     """Prints and writes the held-out figures of the demo model."""
     where = torch.device(device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    model, encoders = (folder / "model", folder / "clip") if folder else (model_path(), clip_path())
+    model, encoders = (folder / "model", folder / "image_encoder") if folder else (model_path(), image_encoder_path())
     pipe = load_pipeline(device=where, folder=model)
     clip = DemoClip.load(model, encoders, where)
     drawn = sample_scenes(max(scenes, generated), torch.Generator().manual_seed(2026), "held_out")
     listed = drawn.scenes()
-    captions = [caption(scene, i % PHRASINGS) for i, scene in enumerate(listed)]
+    phrasings = [i % PHRASINGS for i in range(len(listed))]
+    captions = [caption(scene, phrasing) for scene, phrasing in zip(listed, phrasings, strict=True)]
     rendered = torch.cat([render(drawn[i : i + 32]) for i in range(0, scenes, 32)])[:scenes].to(where)
     with torch.no_grad():
         pool = build_pool(pipe.vae, pipe.tokenizer, scenes, 99, 0, "held_out", batch=min(scenes, 32))
@@ -92,14 +99,14 @@ def main(
             "torch": torch.__version__,
             "held_out_scenes": scenes,
             "retrieval_accuracy": retrieval_accuracy(clip, rendered, captions[:scenes]),
-            "rendered_confirmed": confirmed(clip, rendered, listed[:scenes]),
+            "rendered_confirmed": confirmed(clip, rendered, listed[:scenes], phrasings[:scenes]),
             "reconstruction_psnr_db": reconstruction_psnr(pipe.vae, rendered),
             "validation_loss": validation_loss(objective, pool),
         }
     if generated:
         images = generate(pipe, captions[:generated], steps, guidance)
         figures |= {"generated": generated, "steps": steps, "guidance": guidance}
-        figures["generated_confirmed"] = confirmed(clip, images, listed[:generated])
+        figures["generated_confirmed"] = confirmed(clip, images, listed[:generated], phrasings[:generated])
         if sheet:
             picture_grid(images[:48], 8).save(sheet)
     text = json.dumps(figures, indent=2)

@@ -39,7 +39,7 @@ class Stage(StrEnum):
 def run_clip(
     model: Path, clip: Path, device: torch.device, minutes: float, batch: int, workers: int, max_steps: int | None
 ) -> None:
-    """Trains the encoders and writes `model/tokenizer`, `model/text_encoder` and `clip`."""
+    """Trains the encoders and writes `model/tokenizer`, `model/text_encoder` and `image_encoder`."""
     tokenizer = build_tokenizer(model / "tokenizer")
     trained = train_clip(tokenizer, device, minutes, batch=batch, workers=workers, max_steps=max_steps)
     trained.save_image_side(clip)
@@ -49,7 +49,7 @@ def run_clip(
 def run_judge(
     model: Path, clip: Path, device: torch.device, minutes: float, batch: int, workers: int, max_steps: int | None
 ) -> None:
-    """Trains the image side in `clip` further, against the text encoder in `model` as it is."""
+    """Trains the image encoder further, against the text encoder in `model` as it is."""
     trained = train_judge(
         DemoClip.load(model, clip, device), minutes, batch=batch, workers=workers, max_steps=max_steps
     )
@@ -89,7 +89,7 @@ def write_index(model: Path) -> None:
 
 def main(
     stage: Annotated[Stage, typer.Option(help="What to train; `all` is one after the other.")] = Stage.ALL,
-    output: Annotated[Path, typer.Option(help="Folder for `model` and `clip`.")] = Path("demo-training"),
+    output: Annotated[Path, typer.Option(help="Folder for `model` and `image_encoder`.")] = Path("demo-training"),
     clip_minutes: Annotated[float, typer.Option(help="Time for the text and image encoders.")] = 2.5,
     judge_minutes: Annotated[float, typer.Option(help="More time for the image encoder alone.")] = 2.5,
     vae_minutes: Annotated[float, typer.Option(help="Time for the autoencoder.")] = 2.5,
@@ -114,7 +114,7 @@ def main(
             where = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(where)
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    model, clip = output / "model", output / "clip"
+    model, clip = output / "model", output / "image_encoder"
     if stage in (Stage.CLIP, Stage.ALL):
         run_clip(model, clip, where, clip_minutes, clip_batch, workers, max_steps)
     if stage in (Stage.JUDGE, Stage.ALL):
