@@ -153,7 +153,8 @@ def main(
     outcomes = [o for o in (run_case(editor, clip, case, steps, guidance) for case in cases) if o is not None]
     summary = summarize(outcomes, steps)
     names = list(next(iter(summary.values())))
-    table = Table("setting", *names, title=f"{len(outcomes)} edits of {edits} scenes, {steps} steps, guidance {guidance}")
+    title = f"{len(outcomes)} edits of {edits} scenes, {steps} steps, guidance {guidance}"
+    table = Table("setting", *names, title=title)
     for name, figures in summary.items():
         table.add_row(name, *(f"{figures[n]:.1f}" if "PSNR" in n else f"{figures[n]:.0%}" for n in names))
     console.print(table)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +16,13 @@ from fisedit.capture import Call
 from fisedit.config import DetectConfig
 from fisedit.errors import EmptyMaskWarning, NotRecordedError
 from fisedit.passes.count_macs import count_macs
+from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall, Recording, now, text_of
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import Overlay, StepCache, clone_detached, shrink
+from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan
-
-if TYPE_CHECKING:
-    from fisedit.api import Program
-    from fisedit.module import CompiledUNet
 
 
 @dataclass
@@ -118,9 +117,10 @@ class EditSession:
 
     name = "edit"
 
-    def __init__(self, edit: Edit, unet: CompiledUNet) -> None:
+    def __init__(self, edit: Edit, programs: Callable[[Call], Program], cost_model: CostModel) -> None:
         self.edit = edit
-        self.unet = unet
+        self.programs = programs
+        self.cost_model = cost_model
         self.counter = CallCounter()
         self.memo = Memo()
         self.plan: MaskPlan | None = None
@@ -130,13 +130,13 @@ class EditSession:
         self._unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = []
         edit._session = self
 
-    def run(self, unet: CompiledUNet, call: Call) -> Any:
+    def run(self, call: Call) -> Any:
         edit = self.edit
         edit.base.check_call(call)
         key = self.counter.next(call)
         recorded = edit.base.find(key)
         step = edit.base.step_of(key)
-        self.program = unet.program(call)
+        self.program = self.programs(call)
         if edit.recording is not None and edit.recording.signature is None:
             edit.recording.signature, edit.recording.text = call.signature, text_of(call)
         if edit.mask is None:
@@ -162,7 +162,7 @@ class EditSession:
         if mask.all():
             return "dense", *self.program.executable("record").run(call.tensors)
         if self.plan is None:
-            self.plan = MaskPlan(mask.to(call.tensors[call.sample].device), self.unet.cost_model)
+            self.plan = MaskPlan(mask.to(call.tensors[call.sample].device), self.cost_model)
         before = self.memo.bytes_loaded
         executable = self.program.executable("edit", store)
         result = executable.run(call.tensors, plan=self.plan, source=recorded.cache, memo=self.memo)
@@ -208,7 +208,7 @@ class EditSession:
         mask = self.edit.mask
         assert mask is not None
         if self._unsettled and not mask.all() and mask.any():
-            plan = MaskPlan(mask.to(self._unsettled[0][2].sample.device), self.unet.cost_model)
+            plan = MaskPlan(mask.to(self._unsettled[0][2].sample.device), self.cost_model)
         for key, stored, made in self._unsettled:
             base = self.edit.base.calls[key]
             if mask.all():

@@ -1,7 +1,7 @@
 """Edit masks: where an image may change, as booleans on the latent grid.
 
 A mask is found from the latents that two runs have in common (`difference_map`, `automatic_mask`, `paper_mask`) or
-given by the user (`user_mask`); `project_mask` carries it to the coarser levels of a U-Net.
+given by the user (`user_mask`). `runtime/plan.py` carries it to the coarser levels of a U-Net.
 """
 
 from collections.abc import Sequence
@@ -198,33 +198,6 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
         raise UnknownOptionError(option="dilation", given=pixels, allowed="a whole number of latent pixels >= 0")
     maps = mask.float().reshape(-1, 1, *mask.shape[-2:])  # [N, 1, H, W]
     return F.max_pool2d(maps, 2 * pixels + 1, stride=1, padding=pixels).reshape(mask.shape).bool()
-
-
-def project_mask(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """A mask at a coarser level: a coarse pixel is active if any pixel that it covers is.
-
-    Pixel y of H belongs to coarse pixel floor(y * h / H). Over stride-2 layers go level by level: from 9 rows to 5 to
-    3 this is y // 2 each time, which is how those layers see the grid; from 9 to 3 at once it would be y // 3.
-
-    Args:
-        mask: bool `[..., H, W]`.
-        size: (h, w), with h <= H and w <= W.
-
-    Returns:
-        bool `[..., h, w]`.
-
-    Raises:
-        UnknownOptionError: `size` is larger than the mask.
-    """
-    (height, width), (h, w) = mask.shape[-2:], size
-    if not (0 < h <= height and 0 < w <= width):
-        raise UnknownOptionError(option="size", given=tuple(size), allowed=f"a size of at most {(height, width)}")
-    rows = torch.arange(height, device=mask.device) * h // height
-    columns = torch.arange(width, device=mask.device) * w // width
-    *batch, y, x = mask.nonzero(as_tuple=True)
-    projected = mask.new_zeros(*mask.shape[:-2], h, w)
-    projected[(*batch, rows[y], columns[x])] = True
-    return projected
 
 
 def _step_differences(recorded: Sequence[Tensor], edited: Sequence[Tensor], window: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,11 +18,9 @@ from fisedit.capture import Call, Signature, bind_call
 from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edit, EditSession
 from fisedit.errors import NestedSessionError, UnsupportedDtypeError
+from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
-
-if TYPE_CHECKING:
-    from fisedit.api import Program
 
 
 class Session(Protocol):
@@ -30,7 +28,7 @@ class Session(Protocol):
 
     name: str
 
-    def run(self, unet: CompiledUNet, call: Call) -> Any: ...
+    def run(self, call: Call) -> Any: ...
 
 
 # Which session the calls of this thread or task belong to, by the identity of the model. A context variable, not a
@@ -65,7 +63,7 @@ class CompiledUNet(nn.Module):
         session = _sessions.get().get(id(self))
         if session is None:
             return self._unet(*args, **kwargs)
-        return session.run(self, bind_call(self._unet, args, kwargs))
+        return session.run(bind_call(self._unet, args, kwargs))
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
@@ -78,7 +76,7 @@ class CompiledUNet(nn.Module):
             UnsupportedCaptureError, UnsupportedDtypeError: at the first call, if the model cannot be captured.
         """
         recording = Recording(self._identity, self.model_name)
-        with self._open(RecordSession(recording)):
+        with self._open(RecordSession(recording, self.program)):
             yield recording
         recording.complete = True
 
@@ -112,7 +110,7 @@ class CompiledUNet(nn.Module):
             mask = masks.user_mask(mask, (int(size[0]), int(size[1])))
         recording = Recording(self._identity, self.model_name) if record else None
         edit = Edit(base, detect or DetectConfig(), recording, alignment, mask)
-        with self._open(EditSession(edit, self)):
+        with self._open(EditSession(edit, self.program, self.cost_model)):
             yield edit
         if recording is not None:
             recording.latents, recording.complete = edit.latents, True

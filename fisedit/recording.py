@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fisedit.capture import Call, Signature
 from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
+from fisedit.program import Program
 from fisedit.runtime.cache.store import StepCache, clone_detached
-
-if TYPE_CHECKING:
-    from fisedit.module import CompiledUNet
 
 CallKey = tuple[float, int]
 """A call within a run: the timestep's value, and how many calls of that value came before it."""
@@ -140,16 +139,17 @@ class RecordSession:
 
     name = "record"
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, programs: Callable[[Call], Program]) -> None:
         self.recording = recording
+        self.programs = programs
         self.counter = CallCounter()
 
-    def run(self, unet: CompiledUNet, call: Call) -> Any:
+    def run(self, call: Call) -> Any:
         recording = self.recording
         if recording.signature is None:
             recording.signature, recording.text = call.signature, text_of(call)
         recording.check_call(call)
-        program = unet.program(call)
+        program = self.programs(call)
         executable = program.executable("record")
         start = now(call)
         outputs, stored = executable.run(call.tensors)

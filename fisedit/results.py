@@ -6,7 +6,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -17,8 +17,15 @@ from fisedit.edit import Edit
 from fisedit.recording import Recording
 from fisedit.report import EditReport
 
-if TYPE_CHECKING:
-    from fisedit.pipeline import EditPipeline
+
+class Editor(Protocol):
+    """What a result needs of the pipeline that made it (:class:`fisedit.EditPipeline`)."""
+
+    pipe: Any
+
+    def edit(self, base: Any, prompt: str, **options: Any) -> EditResult: ...
+
+    def rerun(self, base: Any, prompt: str) -> tuple[list[Any], float]: ...
 
 
 @dataclass
@@ -37,7 +44,7 @@ class Generation:
     state: Tensor = field(repr=False)
     device: Any = field(repr=False)
     seconds: float
-    pipeline: EditPipeline = field(repr=False)
+    pipeline: Editor = field(repr=False)
 
     @property
     def image(self) -> Image.Image:

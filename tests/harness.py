@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fisedit.api import Program, build_program
+from fisedit.api import build_program
 from fisedit.capture import Call, bind_call
 from fisedit.config import CompileConfig
+from fisedit.program import Program
 from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.executor import Store

@@ -76,8 +76,8 @@ def arguments(model: nn.Module, size: tuple[int, int], batch: int = 2, seed: int
 class OpenAIStyleUNet(nn.Module):
     """A U-Net in the style of the original Stable Diffusion code: nothing of diffusers in it.
 
-    Attention by einsum over ``(b h) n d``, GroupNorm through float32, a sequential timestep embedding, average-pool free
-    stride-2 downsampling, interpolation by factor.
+    Attention by einsum over ``(b h) n d``, GroupNorm through float32, a sequential timestep embedding, stride-2
+    downsampling, interpolation by factor.
     """
 
     def __init__(self, width: int = 16) -> None:

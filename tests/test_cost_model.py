@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fisedit.runtime.cost_model import SIDES, CostModel, count_tiles, paper_cost
-from fisedit.runtime.plan import ConvGeometry, MaskPlan, Table, project_mask
+from fisedit.runtime.geometry import ConvGeometry
+from fisedit.runtime.plan import MaskPlan, Table, project_mask
 
 
 def conv3x3(side: int) -> ConvGeometry:

@@ -46,7 +46,7 @@ def test_record_is_dense(case: str) -> None:
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("case", CASES)
 def test_edit_is_dense_on_active_rows(case: str, name: str) -> None:
-    """Same inputs, fresh caches, every active cache row NaN: the active rows are the dense model's, the rest recorded."""
+    """Same inputs, fresh caches, active cache rows NaN: active rows are the dense model's, the rest recorded."""
     h = harness(case)
     mask = masks(CASES[case][1])[name]
     out = h.edit(mask)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fisedit.runtime import kernels, ops
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.geometry import ConvGeometry, Upsample
 from fisedit.runtime.kernels.controlled_attention.reference import controlled_attention
 from fisedit.runtime.kernels.gather_rows.reference import gather_rows
 from fisedit.runtime.kernels.group_norm_rows.reference import group_norm_rows
@@ -18,7 +19,7 @@ from fisedit.runtime.kernels.group_norm_stats.reference import group_norm_stats
 from fisedit.runtime.kernels.row_attention.reference import row_attention
 from fisedit.runtime.kernels.scatter_rows.reference import scatter_rows
 from fisedit.runtime.kernels.sparse_conv.reference import sparse_conv
-from fisedit.runtime.plan import ConvGeometry, MaskPlan, Table, Upsample
+from fisedit.runtime.plan import MaskPlan, Table
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -68,7 +69,11 @@ def convolutions(draw: st.DrawFn) -> tuple[ConvGeometry, tuple[int, int], int, i
 def test_sparse_conv_is_conv2d(case: tuple[ConvGeometry, tuple[int, int], int, int]) -> None:
     """Tables and kernel together, any geometry and tile: the active outputs of ``F.conv2d`` on the whole map."""
     geometry, tile, groups, seed = case
-    image, weight, bias = noise(2, 4, *geometry.source), noise(6, 4 // groups, *geometry.kernel, seed=1), noise(6, seed=2)
+    image, weight, bias = (
+        noise(2, 4, *geometry.source),
+        noise(6, 4 // groups, *geometry.kernel, seed=1),
+        noise(6, seed=2),
+    )
     whole = image
     if geometry.upsample:
         scale = geometry.upsample.scale
@@ -190,4 +195,6 @@ def test_every_op_passes_opcheck() -> None:
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
     for name, arguments in calls.items():
-        torch.library.opcheck(getattr(torch.ops.fisedit, name).default, arguments, test_utils=("test_schema", "test_faketensor"))
+        torch.library.opcheck(
+            getattr(torch.ops.fisedit, name).default, arguments, test_utils=("test_schema", "test_faketensor")
+        )

@@ -17,7 +17,6 @@ from fisedit.mask import (
     dilate,
     otsu_threshold,
     paper_mask,
-    project_mask,
     user_mask,
 )
 
@@ -273,34 +272,6 @@ def test_dilate_is_opencvs(pixels):
 masks = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32)).map(
     lambda t: torch.rand(t[0], t[1], generator=torch.Generator().manual_seed(t[2])) < 0.2
 )
-
-
-@given(masks, st.data())
-def test_project_mask_is_the_loop(mask, data):
-    (height, width) = mask.shape
-    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
-    expected = torch.zeros(h, w, dtype=torch.bool)
-    for y in range(height):
-        for x in range(width):
-            expected[y * h // height, x * w // width] |= mask[y, x]
-    assert torch.equal(project_mask(mask, (h, w)), expected)
-    assert torch.equal(project_mask(mask.expand(2, 3, -1, -1), (h, w)), expected.expand(2, 3, -1, -1))
-
-
-@given(masks)
-def test_project_mask_level_by_level_halves(mask):
-    y, x = mask.nonzero(as_tuple=True)
-    level = mask
-    for depth in range(1, 5):
-        level = project_mask(level, tuple((n + 1) // 2 for n in level.shape))
-        expected = torch.zeros_like(level)
-        expected[y >> depth, x >> depth] = True
-        assert torch.equal(level, expected)
-
-
-def test_project_mask_does_not_enlarge():
-    with pytest.raises(UnknownOptionError, match="size"):
-        project_mask(torch.ones(4, 4, dtype=torch.bool), (5, 4))
 
 
 @given(masks, st.integers(1, 12), st.integers(1, 12))

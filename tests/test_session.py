@@ -307,7 +307,9 @@ def test_an_exception_leaves_the_model_dense(unet: CompiledUNet, call: dict[str,
         torch.testing.assert_close(run(unet, call)[-1], base.calls[(100.0, 0)].outputs[0])
 
 
-@pytest.mark.parametrize("mask", [torch.full(SIZE, 2.0), torch.full(SIZE, float("nan")), torch.ones(2, 8, 8), "no file"])
+@pytest.mark.parametrize(
+    "mask", [torch.full(SIZE, 2.0), torch.full(SIZE, float("nan")), torch.ones(2, 8, 8), "no file"]
+)
 def test_bad_masks(unet: CompiledUNet, base: Recording, mask: Any) -> None:
     with pytest.raises(InvalidMaskError), unet.edit(base, mask):
         pass
@@ -321,15 +323,14 @@ def test_bad_options(unet: CompiledUNet, base: Recording) -> None:
     for bad in ({"steps": 0}, {"threshold": 1.5}, {"window": (3, 2)}, {"method": "guess"}, {"dilation": -1}):
         with pytest.raises(UnknownOptionError):
             DetectConfig(**bad)
-    with pytest.raises(UnknownOptionError, match="the schedule has 5 steps"), unet.edit(
-        base, detect=DetectConfig(steps=5)
+    with (
+        pytest.raises(UnknownOptionError, match="the schedule has 5 steps"),
+        unet.edit(base, detect=DetectConfig(steps=5)),
     ):
         pass
 
 
-def test_two_edits_at_once_equal_one_after_the_other(
-    unet: CompiledUNet, call: dict[str, Any], base: Recording
-) -> None:
+def test_two_edits_at_once_equal_one_after_the_other(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
     masks_ = [corner(), corner().flip(0)]
     serial: list[list[Tensor]] = []
     for mask in masks_:

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-Level = tuple[int, int]
-"""A resolution level, named by its size ``(height, width)``."""
+from fisedit.runtime.geometry import Level
 
 
 class LayoutError(ValueError):

@@ -13,7 +13,8 @@ from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.infer_domains import UPSAMPLES
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of, tensor
-from fisedit.runtime.plan import ConvGeometry, Table, Upsample
+from fisedit.runtime.geometry import ConvGeometry, Upsample
+from fisedit.runtime.plan import Table
 
 
 def sparsify_conv(gm: GraphModule) -> PassResult:

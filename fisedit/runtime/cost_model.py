@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from fisedit.runtime.plan import ConvGeometry
+from fisedit.runtime.geometry import ConvGeometry, Tile
 
-Tile = tuple[int, int]
 Cost = Literal["halo", "paper", "rows", "dense"]
 COSTS: tuple[str, ...] = get_args(Cost)
 SIDES = (2, 4, 8, 16, 32)

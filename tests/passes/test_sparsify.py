@@ -271,5 +271,5 @@ def test_golden_graph() -> None:
 %permute_default_4: tensor = aten.permute(%reshape_default_6, [0, 3, 1, 2])
 %reshape_default_7: tensor = aten.reshape(%permute_default_4, [2, 8, 6, 8])  # norm
 return [%reshape_default_7]
-""",
+""",  # noqa: E501
     )
