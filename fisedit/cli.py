@@ -163,7 +163,7 @@ def edit(
     rounds: Rounds = False,
     compare: Compare = False,
     detect_steps: DetectSteps = None,
-    dilation: Dilation = 1,
+    dilation: Dilation = 2,
     kv: KV = KeysValues.CACHED,
     cost: Cost = CostName.HALO,
     seed: Seed = 0,

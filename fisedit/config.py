@@ -66,7 +66,7 @@ class DetectConfig:
     window: tuple[int, int] | None = None
     threshold: Literal["otsu"] | float = "otsu"
     smooth: float = 1.0
-    dilation: int = 1
+    dilation: int = 2
     min_area: int | None = None
     control: bool = True
     method: Literal["automatic", "paper"] = "automatic"

@@ -34,19 +34,19 @@ class ShowcaseEdit:
 
 EDITS = (
     ShowcaseEdit(
-        "another color", 7,
+        "another color", 1,
         "a red house on the left and a green tree on the right, on grass, at noon",
         "a blue house on the left and a green tree on the right, on grass, at noon",
     ),
     ShowcaseEdit(
-        "another object", 11,
-        "a yellow car on the left and a purple mushroom on the right, on sand, at sunset",
-        "a yellow car on the left and a purple tower on the right, on sand, at sunset",
+        "another object", 3,
+        "a yellow tower on the left and a purple boat on the right, on water, at noon",
+        "a yellow rocket on the left and a purple boat on the right, on water, at noon",
     ),
     ShowcaseEdit(
-        "an attachment", 5,
-        "a pink cat in the middle, on snow, at noon",
-        "a pink cat with a crown in the middle, on snow, at noon",
+        "an attachment", 8,
+        "a pink mushroom on the right, on stone, at night",
+        "a pink mushroom with a crown on the right, on stone, at night",
     ),
 )  # fmt: skip
 
