@@ -136,3 +136,20 @@ def test_macs_agree_with_torchs_counter(case: str) -> None:
         executable.run(inputs, plan=plan, source=h.cache, memo=memo)  # what runs once per edit has run
     ours = count_macs(h.program.graphs["edit"].graph, plan)
     assert ours == pytest.approx(counter.get_total_flops() / 2, rel=0.002)
+
+
+def test_demo_unet() -> None:
+    """The model that ships, at its full 64x64 latent."""
+    from fisedit.demo import load_pipeline
+
+    unet = load_pipeline().unet.eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randn(1, 77, unet.config.cross_attention_dim, generator=generator)
+    h = Harness(unet, {"sample": torch.randn(1, 4, 64, 64, generator=generator), "timestep": 500,
+                       "encoder_hidden_states": text})  # fmt: skip
+    assert relative_error(h.recorded, h.dense) <= TOLERANCE and not h.program.islands
+    for name, mask in masks((64, 64)).items():
+        if name in ("all", "blob", "ragged"):
+            out = h.edit(mask)
+            assert relative_error(out[..., mask], h.dense[..., mask]) <= TOLERANCE, name
+            assert torch.equal(out[..., ~mask], h.recorded[..., ~mask])
