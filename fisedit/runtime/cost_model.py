@@ -38,14 +38,13 @@ def paper_cost(mask: Tensor, geometry: ConvGeometry, tile: Tile) -> float:
 class HaloCost:
     """Time of a tiled convolution, in units of one multiply-add row: what is gathered and what is computed.
 
-    ``N(h, w) * (gather * bh * bw + compute * h * w * kh * kw)``, with ``bh x bw`` the input block including its halo.
-    The library convolution that tiles use (``tiled``) is less efficient than the one product that rows use on small
-    tiles; ``tile_overhead`` is the fixed cost of a tile. Calibrated by ``bench/cost_model.py``.
+    ``N(h, w) * (gather * bh * bw + tiled * h * w * kh * kw + tile_overhead)``, with ``bh x bw`` the input block including
+    its halo; rows cost ``N * (gather + 1) * kh * kw``. The defaults are those that ``bench/cost_model.py`` fits on a CPU.
     """
 
-    gather: float = 1.0
-    tiled: float = 1.0
-    tile_overhead: float = 8.0
+    gather: float = 0.25
+    tiled: float = 0.8
+    tile_overhead: float = 128.0
 
     def __call__(self, mask: Tensor, geometry: ConvGeometry, tile: Tile) -> float:
         kernel = geometry.kernel[0] * geometry.kernel[1]
