@@ -38,8 +38,8 @@ def paper_cost(mask: Tensor, geometry: ConvGeometry, tile: Tile) -> float:
 class HaloCost:
     """Time of a tiled convolution, in units of one multiply-add row: what is gathered and what is computed.
 
-    ``N(h, w) * (gather * bh * bw + tiled * h * w * kh * kw + tile_overhead)``, with ``bh x bw`` the input block including
-    its halo; rows cost ``N * (gather + 1) * kh * kw``. The defaults are those that ``bench/cost_model.py`` fits on a CPU.
+    ``N(h, w) * (gather * bh * bw + tiled * h * w * kh * kw + tile_overhead)``, with ``bh x bw`` the input block
+    including its halo; rows cost ``N * (gather + 1) * kh * kw``. ``bench/cost_model.py`` fitted the defaults on a CPU.
     """
 
     gather: float = 0.25
