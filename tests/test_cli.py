@@ -170,7 +170,8 @@ def test_mistakes_are_told_in_one_message(run, arguments, code, says):
 def test_a_folder_without_a_model_is_named(run, tmp_path):
     result = run("generate", BEFORE, model=tmp_path / "nowhere")
     assert result.exit_code == 1
-    assert "nowhere' holds no diffusers pipeline" in error_line(result).replace(" nowhere", "nowhere")
+    said = "".join(error_line(result).split())  # a long path is broken anywhere
+    assert "nowhere'holdsnodiffuserspipeline" in said
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["edit"], ["demo"], ["inspect"]])
