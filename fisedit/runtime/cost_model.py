@@ -42,9 +42,9 @@ class HaloCost:
     including its halo; rows cost ``N * (gather + 1) * kh * kw``. ``bench/cost_model.py`` fitted the defaults on a CPU.
     """
 
-    gather: float = 0.25
-    tiled: float = 0.8
-    tile_overhead: float = 128.0
+    gather: float = 0.5
+    tiled: float = 0.9
+    tile_overhead: float = 256.0
 
     def __call__(self, mask: Tensor, geometry: ConvGeometry, tile: Tile) -> float:
         kernel = geometry.kernel[0] * geometry.kernel[1]
