@@ -91,7 +91,7 @@ class DetectConfig:
         steps = self.steps if self.steps is not None else max(2, round(schedule / 5))
         if steps >= schedule:
             allowed = f"at most {schedule - 1}: the schedule has {schedule} steps, and the last must be sparse"
-            raise UnknownOptionError(option="steps", given=steps, allowed=allowed)
+            raise UnknownOptionError(option="DetectConfig.steps", given=steps, allowed=allowed)
         window = self.window or ((steps + 1) // 2, steps)
         if window[1] > steps:
             raise UnknownOptionError(option="window", given=window, allowed=f"steps 1 to {steps}")

@@ -24,6 +24,9 @@ from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan
 
+Computed = tuple[list[Tensor], dict[Store, Tensor]]
+"""The outputs of a call, and the values to record."""
+
 
 @dataclass
 class Edit:
@@ -143,31 +146,37 @@ class EditSession:
             edit.compare(step, recorded.sample, call.tensors[call.sample])
             if step >= edit.detect_steps:
                 edit.find_mask()
+        kind, compute = self._choose(call, recorded)
         start = now(call)
-        kind, outputs, stored = self._compute(call, recorded)
+        outputs, stored = compute()
         seconds = now(call) - start
         if kind in edit.timings:
             edit.timings[kind].append(seconds)
         self._keep(key, call, outputs, stored, seconds)
         return self.program.captured.result(outputs)
 
-    def _compute(self, call: Call, recorded: RecordedCall) -> tuple[str, list[Tensor], dict[Store, Tensor]]:
+    def _choose(self, call: Call, recorded: RecordedCall) -> tuple[str, Callable[[], Computed]]:
+        """How this call is computed, its graph built already, so that a call's time is its own."""
         assert self.program is not None
         mask, store = self.edit.mask, self.edit.recording is not None
         if mask is None:
-            inputs = {**call.tensors, **self._controls(call)}
-            return "detect", *self.program.executable("detect", store).run(inputs, source=recorded.cache)
+            detect, inputs = self.program.executable("detect", store), {**call.tensors, **self._controls(call)}
+            return "detect", lambda: detect.run(inputs, source=recorded.cache)
         if not mask.any():
-            return "recorded", [output.clone() for output in recorded.outputs], {}
+            return "recorded", lambda: ([output.clone() for output in recorded.outputs], {})
         if mask.all():
-            return "dense", *self.program.executable("record").run(call.tensors)
-        if self.plan is None:
-            self.plan = MaskPlan(mask.to(call.tensors[call.sample].device), self.cost_model)
-        before = self.memo.bytes_loaded
-        executable = self.program.executable("edit", store)
-        result = executable.run(call.tensors, plan=self.plan, source=recorded.cache, memo=self.memo)
-        self.bytes_loaded.append(self.memo.bytes_loaded - before)
-        return "sparse", *result
+            dense = self.program.executable("record")
+            return "dense", lambda: dense.run(call.tensors)
+        sparse = self.program.executable("edit", store)
+        plan = self.plan = self.plan or MaskPlan(mask.to(call.tensors[call.sample].device), self.cost_model)
+
+        def compute() -> Computed:
+            before = self.memo.bytes_loaded
+            result = sparse.run(call.tensors, plan=plan, source=recorded.cache, memo=self.memo)
+            self.bytes_loaded.append(self.memo.bytes_loaded - before)
+            return result
+
+        return "sparse", compute
 
     def _controls(self, call: Call) -> dict[str, Tensor]:
         """The inputs of cross-attention control: no control for rows whose text did not change (the empty prompt)."""

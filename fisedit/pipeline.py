@@ -20,6 +20,10 @@ from fisedit.results import EditResult, Generation
 Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 
 
+OURS = ("prompt", "generator", "latents", "prompt_embeds", "return_dict")
+"""Arguments of the pipeline that ``EditPipeline`` sets itself."""
+
+
 class EditPipeline:
     """Generate images that can be edited by changing words of their prompt.
 
@@ -120,15 +124,20 @@ class EditPipeline:
         generator.set_state(state)
         theirs = settings.get("callback_on_step_end")
         both = on_step if theirs is None else _chain(on_step, theirs)
-        return self.pipe(prompt, **{**settings, "generator": generator, "callback_on_step_end": both}).images
+        ours: dict[str, Any] = {"generator": generator, "callback_on_step_end": both}
+        if "callback_on_step_end_tensor_inputs" in settings:  # ours reads the latents, whatever theirs reads
+            ours["callback_on_step_end_tensor_inputs"] = list(
+                dict.fromkeys(["latents", *settings["callback_on_step_end_tensor_inputs"]])
+            )
+        return self.pipe(prompt, **{**settings, **ours}).images
 
     def _check(self, prompt: Any, settings: dict[str, Any]) -> None:
         if not isinstance(prompt, str):
             raise UnknownOptionError(option="prompt", given=prompt, allowed="one string: edit one image at a time")
         known = inspect.signature(self.pipe.__call__).parameters
         for name in settings:
-            if name not in known or name in ("prompt", "generator", "latents"):
-                raise UnknownOptionError(option="argument", given=name, allowed=[n for n in known if n != "latents"])
+            if name not in known or name in OURS:
+                raise UnknownOptionError(option="argument", given=name, allowed=[n for n in known if n not in OURS])
         align_prompts(self.pipe.tokenizer, prompt, prompt)
 
     def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
