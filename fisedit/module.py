@@ -75,7 +75,7 @@ class CompiledUNet(nn.Module):
             NestedSessionError: inside another ``record`` or ``edit`` of this model.
             UnsupportedCaptureError, UnsupportedDtypeError: at the first call, if the model cannot be captured.
         """
-        recording = Recording(self._identity, self.model_name)
+        recording = self._new_recording()
         with self._open(RecordSession(recording, self.program)):
             yield recording
         recording.complete = True
@@ -104,16 +104,23 @@ class CompiledUNet(nn.Module):
             RecordingMismatchError: at the first call, if its settings differ from the recorded ones.
             InvalidMaskError, NestedSessionError, UnknownOptionError.
         """
-        base.check_editable(self._identity, self.model_name)
+        base.check_editable(self._identity, self.model_name, self._weights())
         if mask is not None:
             size = next(iter(base.calls.values())).sample.shape[-2:]
             mask = masks.user_mask(mask, (int(size[0]), int(size[1])))
-        recording = Recording(self._identity, self.model_name) if record else None
+        recording = self._new_recording() if record else None
         edit = Edit(base, detect or DetectConfig(), recording, alignment, mask)
         with self._open(EditSession(edit, self.program, self.cost_model)):
             yield edit
         if recording is not None:
             recording.latents, recording.complete = edit.latents, True
+
+    def _new_recording(self) -> Recording:
+        return Recording(self._identity, self.model_name, self._weights())
+
+    def _weights(self) -> int:
+        """A number that changes when a parameter is replaced or written to in place."""
+        return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in self._unet.parameters()))
 
     @contextmanager
     def _open(self, session: Session) -> Iterator[None]:

@@ -94,7 +94,6 @@ class EditPipeline:
         self._check_same(base, settings)
         if base.recording is None:
             raise NotRecordedError
-        base.recording.check_editable(self.pipe.unet._identity, self.pipe.unet.model_name)
         alignment = alignment or align_prompts(self.pipe.tokenizer, base.prompt, prompt)
         given = None if isinstance(mask, str) and mask == "auto" else mask
         start = time.perf_counter()

@@ -55,6 +55,7 @@ class Recording:
 
     owner: object
     model_name: str
+    weights: int
     signature: Signature | None = None
     text: Tensor | None = None
     calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
@@ -83,14 +84,17 @@ class Recording:
         self.latents.clear()
         self.released = True
 
-    def check_editable(self, owner: object, model_name: str) -> None:
-        """Raise unless this recording can be edited by the model ``owner``.
+    def check_editable(self, owner: object, model_name: str, weights: int) -> None:
+        """Raise unless this recording can be edited by the model ``owner`` with the weights it has now.
 
         Raises:
             ForeignRecordingError, SessionClosedError, IncompleteRecordingError.
         """
         if self.owner is not owner:
             raise ForeignRecordingError(recorded_by=self.model_name, edited_by=f"another model ({model_name})")
+        if self.weights != weights:
+            edited_by = "the same model, whose weights were changed since,"
+            raise ForeignRecordingError(recorded_by=self.model_name, edited_by=edited_by)
         if self.released:
             raise SessionClosedError(session="recording", action="edit")
         if not self.complete or not self.calls:

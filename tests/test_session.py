@@ -290,6 +290,31 @@ def test_recordings_that_cannot_be_edited(unet: CompiledUNet, call: dict[str, An
         pass
 
 
+def test_changed_weights_are_noticed(call: dict[str, Any]) -> None:
+    unet = fisedit.compile(models.one_level())
+    with unet.record() as base:
+        run(unet, call, (900,))
+    with unet.edit(base, corner()):
+        run(unet, call, (900,))
+    unet.load_state_dict(models.one_level(seed=7).state_dict())
+    with pytest.raises(ForeignRecordingError, match="weights were changed since"), unet.edit(base, corner()):
+        pass
+
+
+def test_inference_mode(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    """Tensors made in inference mode count no writes: edits inside it, and outside of what it recorded, are right."""
+    with torch.inference_mode():
+        inside = {name: value.clone() for name, value in other_text(call).items()}
+        with unet.record() as made:
+            run(unet, call)
+        with unet.edit(base, corner()):
+            outputs = run(unet, inside, change=0.1)
+    with unet.edit(made, corner()):
+        again = run(unet, other_text(call), change=0.1)
+    for a, b in zip(outputs, again, strict=True):
+        torch.testing.assert_close(a.clone(), b)
+
+
 def test_sessions_do_not_nest(unet: CompiledUNet, base: Recording) -> None:
     with unet.record(), pytest.raises(NestedSessionError, match=r"edit\(\) was entered while record"), unet.edit(base):
         pass

@@ -11,9 +11,11 @@ from __future__ import annotations
 from torch.fx import GraphModule, Node
 
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import fisedit, is_op, layout_of
+from fisedit.passes.ir import aten, fisedit, is_op, layout_of
 
 STAGES = ("edit", "timestep", "step")
+RANDOM = {aten.rand_like.default, aten.randn_like.default, aten.dropout.default}
+"""Ops that give something new in every call."""
 
 
 def hoist_step_invariant(gm: GraphModule) -> PassResult:
@@ -33,10 +35,4 @@ def _own_stage(node: Node) -> int:
             return STAGES.index("timestep")
         return STAGES.index("step" if layout_of(node) is not None or node.meta.get("role") == "step" else "edit")
     reads_edit = is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_store.default)
-    return STAGES.index("step" if reads_edit or node.target in _random_ops() else "edit")
-
-
-def _random_ops() -> set[object]:
-    import torch
-
-    return {torch.ops.aten.rand_like.default, torch.ops.aten.randn_like.default, torch.ops.aten.dropout.default}
+    return STAGES.index("step" if reads_edit or node.target in RANDOM else "edit")

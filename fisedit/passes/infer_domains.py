@@ -132,10 +132,7 @@ def _pointwise(node: Node) -> Layout:
 
 @_rule(aten.dropout.default)
 def _dropout(node: Node) -> Layout:
-    _, p, train = node.args
-    if train and p:
-        raise LayoutError("dropout is active: call .eval() first")
-    return _source(node)
+    raise LayoutError("dropout is active: call .eval() first")
 
 
 @_rule(*VIEWS)

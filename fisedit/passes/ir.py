@@ -11,7 +11,6 @@ The IR is a ``torch.fx`` graph of ATen ops plus the ops of namespace ``fisedit``
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,10 +171,3 @@ def module_path(node: Node) -> str:
     """The dotted path of the ``nn.Module`` whose code made ``node``, or ``""``."""
     stack = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""
-
-
-def erase(graph: Graph, nodes: Iterable[Node]) -> None:
-    """Erase nodes that have no users, in reverse order."""
-    for node in reversed(list(nodes)):
-        if not node.users:
-            graph.erase_node(node)

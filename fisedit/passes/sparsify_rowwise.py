@@ -17,7 +17,7 @@ from fisedit.passes.infer_domains import PERMUTES, POINTWISE_EXTRA, SPLITS, VIEW
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, is_op, layout_of, tensor
 from fisedit.passes.layout import Layout, LayoutError
 
-SAME_ROWS = VIEWS | PERMUTES | {aten.dropout.default, aten.contiguous.default, aten.clone.default, aten.alias.default}
+SAME_ROWS = VIEWS | PERMUTES | {aten.contiguous.default, aten.clone.default, aten.alias.default}
 
 
 def sparsify_rowwise(gm: GraphModule) -> PassResult:

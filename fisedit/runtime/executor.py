@@ -132,12 +132,15 @@ class Executable:
 
 
 def _is_due(stage: Stage, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
-    """Whether a stage's own inputs are other tensors than last time, or were written to since."""
-    used = tuple((inputs[i.name], inputs[i.name]._version) for i in stage.inputs if i.kind == "user")
+    """Whether a stage's own inputs are other tensors than last time, or may have been written to since."""
+    tensors = [inputs[i.name] for i in stage.inputs if i.kind == "user"]
+    if any(tensor.is_inference() for tensor in tensors):
+        return True  # made in inference mode, which does not count writes
+    used = tuple((tensor, tensor._version) for tensor in tensors)
     seen = memo.inputs.get(stage.name)
-    same = seen is not None and all(a is b and v == w for (a, v), (b, w) in zip(used, seen, strict=True))
-    if not same:
-        memo.inputs[stage.name] = used
-        if stage.name == "edit":
-            memo.inputs.pop("timestep", None)  # it may read this stage's values
-    return not same
+    if seen is not None and all(a is b and v == w for (a, v), (b, w) in zip(used, seen, strict=True)):
+        return False
+    memo.inputs[stage.name] = used
+    if stage.name == "edit":
+        memo.inputs.pop("timestep", None)  # it may read this stage's values
+    return True

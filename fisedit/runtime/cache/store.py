@@ -66,10 +66,6 @@ def shrink(values: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor 
     }
 
 
-def total_bytes(steps: list[StepCache]) -> int:
-    return sum(step.nbytes for step in steps)
-
-
 def clone_detached(value: Tensor) -> Tensor:
     """A copy that later writes by the caller cannot reach."""
     return value.detach().clone(memory_format=torch.preserve_format)
