@@ -14,7 +14,7 @@ from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment, align_embeddings
 from fisedit.capture import Call
 from fisedit.config import DetectConfig
-from fisedit.errors import EmptyMaskWarning, NotRecordedError
+from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError
 from fisedit.passes.count_macs import count_macs
 from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall, Recording, now, text_of
@@ -62,10 +62,11 @@ class Edit:
         """A diffusers ``callback_on_step_end``: outside the mask the latents are the recorded ones, bit for bit.
 
         Raises:
-            NotRecordedError: the recording was made without its own ``on_step_end``.
+            IncompleteRecordingError: the recording was made without its own ``on_step_end``.
         """
         if step >= len(self.base.latents):
-            raise NotRecordedError
+            kept = f"the latents of {len(self.base.latents)} steps (its own on_step_end, given to that run, keeps them)"
+            raise IncompleteRecordingError(missing=[f"the latents after step {step + 1}"], recorded=kept)
         latents, recorded = kwargs["latents"], self.base.latents[step]
         if self.mask is None:
             self._samples[step + 1] = (recorded, clone_detached(latents))

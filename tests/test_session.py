@@ -315,6 +315,11 @@ def test_inference_mode(unet: CompiledUNet, call: dict[str, Any], base: Recordin
         torch.testing.assert_close(a.clone(), b)
 
 
+def test_an_exact_background_needs_the_recorded_latents(unet: CompiledUNet, base: Recording) -> None:
+    with pytest.raises(IncompleteRecordingError, match="latents after step 1"), unet.edit(base, corner()) as edit:
+        edit.on_step_end(None, 0, 900, {"latents": torch.zeros(1, 4, *SIZE)})
+
+
 def test_sessions_do_not_nest(unet: CompiledUNet, base: Recording) -> None:
     with unet.record(), pytest.raises(NestedSessionError, match=r"edit\(\) was entered while record"), unet.edit(base):
         pass
