@@ -61,7 +61,8 @@ class EditReport:
             rows.append(("loaded a sparse call", f"{median(self.bytes_loaded) / 2**20:.1f} MiB"))
         rows.append(("cached by the base", f"{self.bytes_cached / 2**20:.0f} MiB"))
         if self.islands:
-            rows.append(("dense islands", "; ".join(self.islands)))
+            more = f"; and {len(self.islands) - 3} more" if len(self.islands) > 3 else ""
+            rows.append(("dense islands", "; ".join(self.islands[:3]) + more))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
