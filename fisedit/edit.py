@@ -126,6 +126,7 @@ class EditSession:
         self.programs = programs
         self.cost_model = cost_model
         self.counter = CallCounter()
+        self.calls = 0
         self.memo = Memo()
         self.plan: MaskPlan | None = None
         self.program: Program | None = None
@@ -139,6 +140,10 @@ class EditSession:
         edit.base.check_call(call)
         key = self.counter.next(call)
         recorded = edit.base.find(key)
+        edit.base.check_order(self.calls, key)
+        if self.calls == 0 and not (edit.mask is not None and edit.mask.all()):
+            edit.base.check_noise(recorded.sample, call.tensors[call.sample])
+        self.calls += 1
         step = edit.base.step_of(key)
         self.program = self.programs(call)
         if edit.recording is not None and edit.recording.signature is None:

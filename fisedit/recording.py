@@ -109,6 +109,7 @@ class Recording:
         """
         assert self.signature is not None
         differences = self.signature.differences(call.signature)
+        differences.pop("return_dict", None)  # how the result is wrapped changes no feature map
         if differences:
             raise RecordingMismatchError(differences=differences)
 
@@ -128,6 +129,27 @@ class Recording:
         raise RecordingMismatchError(
             differences={"timesteps (scheduler or number of steps)": (f"{len(self.timesteps)}: {shown}", timestep)}
         )
+
+    def check_order(self, number: int, key: CallKey) -> None:
+        """Raise unless call ``number`` (0-based) of an edit is the recorded run's: no step skipped, none exchanged.
+
+        Raises:
+            RecordingMismatchError: names both timesteps.
+        """
+        recorded = list(self.calls)[number] if number < len(self.calls) else None
+        if key != recorded:
+            then = f"timestep {recorded[0]:g}" if recorded else "no such call"
+            differences = {f"call {number + 1} (scheduler or number of steps)": (then, f"timestep {key[0]:g}")}
+            raise RecordingMismatchError(differences=differences)
+
+    def check_noise(self, recorded: Tensor, sample: Tensor) -> None:
+        """Raise unless an edit starts from the recorded run's noise.
+
+        Raises:
+            RecordingMismatchError: the first samples differ.
+        """
+        if not torch.allclose(recorded, sample, rtol=1e-2, atol=1e-2):
+            raise RecordingMismatchError(differences={"first sample (seed, noise)": ("the recorded one", "another")})
 
     def step_of(self, key: CallKey) -> int:
         """The 0-based step of the schedule that a call belongs to."""
@@ -166,7 +188,7 @@ class RecordSession:
 
 
 def text_of(call: Call) -> Tensor | None:
-    return call.tensors[call.text].detach() if call.text is not None else None
+    return clone_detached(call.tensors[call.text]) if call.text is not None else None
 
 
 def now(call: Call) -> float:

@@ -269,6 +269,32 @@ def test_another_batch_and_other_steps_are_named(unet: CompiledUNet, call: dict[
         run(unet, single, (700,))
 
 
+@pytest.mark.parametrize("timesteps", [(900, 500, 100), (100, 300), (700,)])
+def test_skipped_and_exchanged_steps_are_named(
+    unet: CompiledUNet, call: dict[str, Any], base: Recording, timesteps: tuple[int, ...]
+) -> None:
+    """Timesteps that the recording has, but not in this order: their latents would be another step's."""
+    with (
+        pytest.raises(RecordingMismatchError, match=r"call \d \(scheduler or number of steps\)"),
+        unet.edit(base, corner()),
+    ):
+        run(unet, call, timesteps)
+
+
+def test_other_noise_is_named(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    other = {**call, "sample": call["sample"].flip(0)}
+    with pytest.raises(RecordingMismatchError, match="seed, noise"), unet.edit(base, corner()):
+        run(unet, other)
+    with unet.edit(base, torch.ones(SIZE)):
+        run(unet, other)  # nothing of the recording is left under a full mask
+
+
+def test_the_wrapping_of_results_may_differ(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
+    with unet.edit(base, corner()):
+        out = unet(call["sample"], 900, call["encoder_hidden_states"])
+    torch.testing.assert_close(out.sample, base.calls[(900.0, 0)].outputs[0])
+
+
 def test_recordings_that_cannot_be_edited(unet: CompiledUNet, call: dict[str, Any]) -> None:
     with unet.record() as nothing:
         pass
