@@ -8,8 +8,9 @@ from torch import nn
 
 from fisedit.capture import Call, capture
 from fisedit.config import CompileConfig
+from fisedit.errors import UnsupportedCaptureError
 from fisedit.module import CompiledUNet
-from fisedit.passes import pipeline
+from fisedit.passes import ir, pipeline
 from fisedit.passes.base import PassLog, run_passes
 from fisedit.program import Program
 
@@ -28,7 +29,11 @@ def compile(unet: nn.Module, config: CompileConfig | None = None, **options: Any
         UnknownOptionError: an option has a value that it does not take.
         TypeError: ``unet`` is not a module, or an option does not exist.
     """
+    if config is not None and options:
+        raise TypeError("give compile a config or options, not both")
     if isinstance(unet, CompiledUNet):
+        if (config or CompileConfig(**options)) != unet.compile_config and (config or options):
+            raise TypeError("this U-Net is compiled already, with other options; compile the original")
         return unet
     if not isinstance(unet, nn.Module):
         raise TypeError(f"compile takes the U-Net module (pipe.unet), not {type(unet).__name__}")
@@ -44,4 +49,8 @@ def build_program(unet: nn.Module, call: Call, config: CompileConfig) -> Program
     program = Program(capture(unet, call), config)
     program.logs["canonical"] = PassLog("canonical")
     run_passes(program.captured.module, pipeline.canonical_passes(), program.logs["canonical"])
+    if any(ir.is_op(node, ir.aten.dropout.default) for node in program.captured.module.graph.nodes):
+        raise UnsupportedCaptureError(
+            model=type(unet).__name__, reason="dropout is active", advice="Call .eval() on the U-Net first."
+        )
     return program

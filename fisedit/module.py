@@ -58,6 +58,7 @@ class CompiledUNet(nn.Module):
         self._programs: dict[Signature, Program] = {}
         self._lock = threading.RLock()
         self._identity = object()
+        self._captured_structure: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         session = _sessions.get().get(id(self))
@@ -113,7 +114,8 @@ class CompiledUNet(nn.Module):
         with self._open(EditSession(edit, self.program, self.cost_model)):
             yield edit
         if recording is not None:
-            recording.latents, recording.complete = edit.latents, True
+            # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
+            recording.latents, recording.complete = edit.latents, edit.mask is not None
 
     def _new_recording(self) -> Recording:
         return Recording(self._identity, self.model_name, self._weights())
@@ -122,11 +124,23 @@ class CompiledUNet(nn.Module):
         """A number that changes when a parameter is replaced or written to in place."""
         return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in self._unet.parameters()))
 
+    def _structure(self) -> int:
+        """A number that changes when modules or parameters are exchanged, or plain settings of a module (FreeU)."""
+        settings = [
+            tuple((k, v if isinstance(v, (bool, int, float, str)) else type(v)) for k, v in vars(module).items())
+            for module in self._unet.modules()
+        ]
+        return hash((tuple(settings), *map(id, self._unet.modules()), *map(id, self._unet.parameters())))
+
     @contextmanager
     def _open(self, session: Session) -> Iterator[None]:
         active = _sessions.get()
         if id(self) in active:
             raise NestedSessionError(opened=session.name, active=active[id(self)].name)
+        with self._lock:
+            if (structure := self._structure()) != self._captured_structure:
+                self._programs.clear()
+                self._captured_structure = structure
         token = _sessions.set({**active, id(self): session})
         try:
             yield

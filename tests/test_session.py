@@ -346,6 +346,27 @@ def test_an_exact_background_needs_the_recorded_latents(unet: CompiledUNet, base
         edit.on_step_end(None, 0, 900, {"latents": torch.zeros(1, 4, *SIZE)})
 
 
+def test_a_changed_model_is_captured_anew(call: dict[str, Any]) -> None:
+    """A setting or submodule changed after the first capture: what is recorded is the model as it is now."""
+    unet = fisedit.compile(models.one_level())
+    with unet.record():
+        run(unet, call, (900,))
+    torch.manual_seed(3)
+    unet._unet.conv_out = nn.Conv2d(16, 4, 3, padding=1).requires_grad_(False)
+    with unet.record() as base:
+        (recorded,) = run(unet, call, (900,))
+    with torch.no_grad():
+        torch.testing.assert_close(recorded, run(unet._unet, call, (900,))[0])
+    with unet.edit(base, corner()):
+        torch.testing.assert_close(run(unet, call, (900,))[0], recorded)
+
+
+def test_active_dropout_is_refused(call: dict[str, Any]) -> None:
+    unet = fisedit.compile(models.one_level(dropout=0.3).train())
+    with pytest.raises(UnsupportedCaptureError, match="dropout is active"), unet.record():
+        run(unet, call, (900,))
+
+
 def test_sessions_do_not_nest(unet: CompiledUNet, base: Recording) -> None:
     with unet.record(), pytest.raises(NestedSessionError, match=r"edit\(\) was entered while record"), unet.edit(base):
         pass
