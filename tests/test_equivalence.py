@@ -97,7 +97,7 @@ def test_control_of_the_same_prompt_changes_nothing(weight: float) -> None:
 
 
 def test_control_keeps_recorded_maps() -> None:
-    """Against attention by hand: with every token kept, values change but maps are the recorded run's."""
+    """Tokens in another order, each aligned with its old place: an alignment applied wrongly would move the maps."""
     h = harness("sd2")
     tensors = dict(h.call.tensors)
     tensors["encoder_hidden_states"] = tensors["encoder_hidden_states"].roll(1, 1)
