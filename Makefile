@@ -12,7 +12,7 @@ WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format nightly clean
+.PHONY: help setup demo test lint format nightly support clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -42,6 +42,9 @@ format: setup ## Mend what lint can mend by itself
 
 nightly: setup ## The tests that take minutes
 	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m nightly
+
+support: setup ## Write docs/support.md from the tests that prove it
+	$(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) -m "supports and not nightly" --write-support
 
 clean: ## Remove everything that make or a build wrote
 	rm -rf $(VENV) demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

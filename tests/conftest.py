@@ -8,6 +8,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402  (the environment is read at import)
 from hypothesis import settings  # noqa: E402
 
+pytest_plugins = ["support.plugin", "pytester"]
+
 torch.set_num_threads(1)
 # Machines differ in speed; a property that is slow is no failure.
 settings.register_profile("fisedit", deadline=None, derandomize=True)
