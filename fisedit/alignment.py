@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisedit.errors import PromptTooLongError
+from fisedit.errors import InvalidAlignmentError, PromptTooLongError
 
 END_OF_WORD = "</w>"  # how CLIP's tokens say that a word ends with them
 SCALE = 1_000_000  # similarities as whole numbers, so that equal sums are equal
@@ -29,10 +29,38 @@ class TokenAlignment:
         index: int64 `[L]`, the position in the recorded prompt that the token stands for; of new tokens, the position
             that they replace, or 0.
         weight: float32 `[L]`, 1 to take the recorded map of that position, 0 to use the new map.
+
+    Raises:
+        InvalidAlignmentError: tensors of other shapes or dtypes, an index outside 0..L-1, a weight outside 0..1.
     """
 
     index: Tensor
     weight: Tensor
+
+    def __post_init__(self) -> None:
+        for name, value, dtype in (("index", self.index, torch.int64), ("weight", self.weight, torch.float32)):
+            if not isinstance(value, Tensor) or value.ndim != 1 or value.dtype != dtype:
+                kind = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise InvalidAlignmentError(given=f"{name} of {kind}", expected=f"a tensor of {dtype} [L]")
+        length = len(self.index)
+        if len(self.weight) != length or length == 0:
+            lengths = f"{length} indices and {len(self.weight)} weights"
+            raise InvalidAlignmentError(given=lengths, expected="one of each for each token of the prompt")
+        if not 0 <= int(self.index.amin()) <= int(self.index.amax()) < length:
+            outside = f"indices in {int(self.index.amin())}..{int(self.index.amax())}"
+            raise InvalidAlignmentError(given=outside, expected=f"0..{length - 1}, positions in the recorded prompt")
+        if not bool(((self.weight >= 0) & (self.weight <= 1)).all()):  # NaN is neither
+            raise InvalidAlignmentError(given=f"weights {self.weight.tolist()}", expected="values in 0..1")
+
+    def check_length(self, length: int) -> None:
+        """Raise unless the alignment is of text embeddings of ``length`` tokens.
+
+        Raises:
+            InvalidAlignmentError: it is of fewer or more.
+        """
+        if len(self.index) != length:
+            given = f"{len(self.index)} tokens"
+            raise InvalidAlignmentError(given=given, expected=f"{length}, as many as the text embeddings have")
 
     def __repr__(self) -> str:
         kept = int((self.weight > 0).sum())

@@ -5,6 +5,7 @@ Everything that takes long to import is imported by the command that needs it, s
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -101,7 +102,7 @@ Device = Annotated[str | None, typer.Option(help="Such as cpu, cuda, cuda:1.", s
 Precision = Annotated[
     Dtype | None, typer.Option("--dtype", help="Of the weights.", show_default="float16 on a GPU, float32 on a CPU")
 ]
-Seed = Annotated[int, typer.Option(help="Of the noise.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**64 - 1, help="Of the noise.", metavar="INTEGER")]
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is none.")]
 Size = Annotated[
@@ -145,11 +146,12 @@ def generate(
 ) -> None:
     """Generate an image from a prompt."""
     settings = _settings(steps, guidance, size)
+    _make_folder(output.parent)
+    _check_image_name(output)
     editor = _load(model, device, dtype)
     from fisedit.commands import draw_image
 
     image = draw_image(editor, prompt, seed, settings)
-    output.parent.mkdir(parents=True, exist_ok=True)
     image.save(output)
     Console().print(f"wrote {output}", highlight=False)
 
@@ -179,6 +181,7 @@ def edit(
 
     settings = _settings(steps, guidance, size)
     detect = DetectConfig(steps=detect_steps, dilation=dilation)
+    _make_folder(output)
     editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
     from fisedit.commands import edit_to_folder
     from fisedit.comparison import comparison_table
@@ -204,6 +207,7 @@ def demo(
     dtype: Precision = None,
 ) -> None:
     """Three edits on the demo model, each beside the dense rerun, with a table of what was saved."""
+    _make_folder(output)
     editor = _load(model, device, dtype)
     from fisedit.demo.showcase import QUICK_STEPS, STEPS, run_showcase
 
@@ -239,6 +243,8 @@ def _load(
 
 def _settings(steps: int, guidance: float, size: str | None) -> dict[str, Any]:
     """The arguments of the pipeline that the options stand for."""
+    if not math.isfinite(guidance):
+        raise typer.BadParameter(f"{guidance} is no scale; give a number such as 5", param_hint="--guidance")
     settings: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     if size is not None:
         found = re.fullmatch(r"(\d+)[xX](\d+)", size)
@@ -246,3 +252,20 @@ def _settings(steps: int, guidance: float, size: str | None) -> dict[str, Any]:
             raise typer.BadParameter(f"{size!r} is no size; give height x width, such as 512x768", param_hint="--size")
         settings |= {"height": int(found[1]), "width": int(found[2])}
     return settings
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder that ``--output`` needs, before any time is spent."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(f"{str(folder)!r} cannot be made: {error.strerror}", param_hint="--output") from None
+
+
+def _check_image_name(output: Path) -> None:
+    from PIL import Image
+
+    suffixes = sorted(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.SAVE)
+    if output.suffix.lower() not in suffixes or output.is_dir():
+        common = ", ".join(suffix for suffix in (".png", ".jpg", ".webp") if suffix in suffixes)
+        raise typer.BadParameter(f"{str(output)!r} is no image file; give one such as {common}", param_hint="--output")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fisedit.comparison import Comparison, compare
 from fisedit.config import DetectConfig
 from fisedit.contact_sheet import Panel, draw_contact_sheet, mask_image
 from fisedit.environment import describe_environment
+from fisedit.errors import UnknownOptionError
 from fisedit.mask import user_mask
 from fisedit.pipeline import EditPipeline
 from fisedit.results import HEADINGS, Generation
@@ -25,7 +27,9 @@ def draw_image(editor: EditPipeline, prompt: str, seed: int, settings: dict[str,
 
     Raises:
         PromptTooLongError: the prompt has more tokens than the text encoder takes.
+        UnknownOptionError: a size or a number of steps that the pipeline does not take.
     """
+    check_settings(editor, settings)
     align_prompts(editor.pipe.tokenizer, prompt, prompt)
     return editor.pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
 
@@ -52,7 +56,7 @@ def edit_to_folder(
         the figures of each edit.
 
     Raises:
-        PromptTooLongError, InvalidMaskError, UnknownOptionError: before anything is generated.
+        PromptTooLongError, InvalidMaskError, UnknownOptionError, ScheduleTooShortError: before anything is generated.
     """
     _check_edits(editor, prompts, settings, mask, detect)
     base = editor.generate(prompts[0], seed=seed, **settings)
@@ -87,6 +91,7 @@ def _check_edits(
     detect: DetectConfig | None,
 ) -> None:
     """Raise for what would fail only after the base is generated, so that no time is lost."""
+    check_settings(editor, settings)
     for prompt in prompts:
         align_prompts(editor.pipe.tokenizer, prompts[0], prompt)
     if mask == "auto":
@@ -95,8 +100,26 @@ def _check_edits(
         user_mask(mask, (1, 1))
 
 
+def check_settings(editor: EditPipeline, settings: dict[str, Any]) -> None:
+    """Raise for a size or a number of steps that the pipeline or its scheduler would refuse.
+
+    Raises:
+        UnknownOptionError: names the option and what it takes.
+    """
+    multiple = math.lcm(8, editor.pipe.vae_scale_factor)  # diffusers' pipelines ask for 8 themselves
+    for name in ("height", "width"):
+        if name in settings and (settings[name] < 1 or settings[name] % multiple):
+            raise UnknownOptionError(option=name, given=settings[name], allowed=f"multiples of {multiple}")
+    steps, most = settings["num_inference_steps"], editor.pipe.scheduler.config.num_train_timesteps
+    if steps > most:
+        raise UnknownOptionError(
+            option="steps", given=steps, allowed=f"1 to {most}, as many as the model was trained on"
+        )
+
+
 def inspect_graph(editor: EditPipeline, kind: str, settings: dict[str, Any]) -> str:
     """Capture the U-Net with one recorded step; its graph ``kind`` (edit, detect or record) as text, with passes,
     refusals and dense islands."""
+    check_settings(editor, settings)
     editor.generate("", seed=0, **{**settings, "num_inference_steps": 1, "output_type": "latent"})
     return editor.pipe.unet.inspect(kind)

@@ -25,7 +25,8 @@ class Comparison:
         detect_steps: dense steps that found the mask.
         dense_step: median seconds of a plain call of the U-Net in the dense rerun.
         sparse_step: median seconds of a sparse call in the edit.
-        recorded_step: median seconds of a call that recorded the base: dense, and storing its feature maps.
+        recorded_step: median seconds of a call that recorded the base: dense, and storing its feature maps. ``None``
+            in a later round, whose base is an edit: its calls were sparse.
         macs_dense, macs_sparse: multiply-accumulates of one U-Net call.
         edit_seconds: the whole edit: text encoder, detection, sparse steps, decoder.
         rerun_seconds: the whole dense rerun, measured in the same way.
@@ -76,7 +77,7 @@ def compare(result: EditResult, *, rerun: bool = True) -> tuple[Comparison, list
         "after": result.prompt,
         "active_share": float(result.mask.float().mean()),
         "detect_steps": report.detect_steps,
-        "recorded_step": report.seconds_per_recorded_step,
+        "recorded_step": None if isinstance(result.base, EditResult) else report.seconds_per_recorded_step,
         "sparse_step": report.seconds_per_sparse_step,
         "macs_dense": report.macs_dense,
         "macs_sparse": report.macs_sparse,
@@ -110,37 +111,43 @@ def timed_calls(module: nn.Module) -> Iterator[list[float]]:
         after.remove()
 
 
-ROWS: tuple[tuple[str, Callable[[Comparison], str | None]], ...] = (
-    ("active share of the latent", lambda c: f"{c.active_share:.1%}"),
-    ("steps that found the mask", lambda c: str(c.detect_steps)),
-    ("recorded U-Net step¹", lambda c: _milliseconds(c.recorded_step)),
-    ("dense U-Net step²", lambda c: _milliseconds(c.dense_step)),
-    ("sparse U-Net step", lambda c: _milliseconds(c.sparse_step)),
-    ("  dense / sparse", lambda c: _times(c.step_ratio)),
-    ("MACs of a dense step", lambda c: _giga(c.macs_dense)),
-    ("MACs of a sparse step", lambda c: _giga(c.macs_sparse)),
-    ("  dense / sparse", lambda c: _times(c.macs_ratio)),
-    ("whole dense rerun³", lambda c: _seconds(c.rerun_seconds)),
-    ("whole edit³", lambda c: _seconds(c.edit_seconds)),
-    ("  rerun / edit", lambda c: _times(c.edit_ratio)),
-    ("background bit-identical", lambda c: "yes" if c.background_identical else "[red]no[/red]"),
+RECORDED = "median call while the base is generated: dense, and it stores its feature maps"
+PLAIN = "median plain call of the U-Net in the dense rerun"
+WHOLE = "seconds for one image: text encoder, all steps (those that find the mask included) and decoder"
+
+ROWS: tuple[tuple[str, Callable[[Comparison], str | None], str], ...] = (
+    ("active share of the latent", lambda c: f"{c.active_share:.1%}", ""),
+    ("steps that found the mask", lambda c: str(c.detect_steps), ""),
+    ("recorded U-Net step", lambda c: _milliseconds(c.recorded_step), RECORDED),
+    ("dense U-Net step", lambda c: _milliseconds(c.dense_step), PLAIN),
+    ("sparse U-Net step", lambda c: _milliseconds(c.sparse_step), ""),
+    ("  dense / sparse", lambda c: _times(c.step_ratio), ""),
+    ("MACs of a dense step", lambda c: _giga(c.macs_dense), ""),
+    ("MACs of a sparse step", lambda c: _giga(c.macs_sparse), ""),
+    ("  dense / sparse", lambda c: _times(c.macs_ratio), ""),
+    ("whole dense rerun", lambda c: _seconds(c.rerun_seconds), WHOLE),
+    ("whole edit", lambda c: _seconds(c.edit_seconds), WHOLE),
+    ("  rerun / edit", lambda c: _times(c.edit_ratio), ""),
+    ("background bit-identical", lambda c: "yes" if c.background_identical else "[red]no[/red]", ""),
 )
-NOTES = """\
-¹ median call while the base is generated: dense, and it stores its feature maps
-² median plain call of the U-Net in the dense rerun
-³ seconds for one image: text encoder, all steps (those that find the mask included) and decoder"""
+"""Label, figure and footnote of each row."""
+MARKS = "¹²³"
 
 
 def comparison_table(comparisons: Sequence[Comparison], names: Sequence[str], title: str = "") -> Table:
-    """One column an edit; figures that no edit has are left out."""
-    table = Table(title=title or None, caption=NOTES, caption_justify="left", title_justify="left")
+    """One column an edit; figures that no edit has are left out, and their footnotes with them."""
+    table = Table(title=title or None, caption_justify="left", title_justify="left")
     table.add_column("")
     for name in names:
         table.add_column(name, justify="right")
-    for label, figure in ROWS:
+    marks: dict[str, str] = {}
+    for label, figure, note in ROWS:
         cells = [figure(comparison) for comparison in comparisons]
         if any(cell is not None for cell in cells):
-            table.add_row(label, *(cell or "-" for cell in cells))
+            if note and note not in marks:
+                marks[note] = MARKS[len(marks)]
+            table.add_row(label + marks.get(note, ""), *(cell or "-" for cell in cells))
+    table.caption = "\n".join(f"{mark} {note}" for note, mark in marks.items()) or None
     return table
 
 

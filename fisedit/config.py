@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from fisedit.errors import UnknownOptionError
+from fisedit.errors import ScheduleTooShortError, UnknownOptionError
+from fisedit.mask import check_mask_options, is_whole
 from fisedit.runtime.cost_model import COSTS, Cost
 
 
 def _check(option: str, given: object, allowed: tuple[object, ...]) -> None:
-    if given not in allowed:
+    # Types first: 1 equals True, and an array compared with anything is an array.
+    if not any(isinstance(given, type(value)) and given == value for value in allowed):
         raise UnknownOptionError(option=option, given=given, allowed=allowed)
 
 
@@ -48,7 +50,7 @@ class DetectConfig:
     of the ``window`` become the mask. Both scale with the schedule unless given in steps.
 
     Args:
-        steps: dense steps k; ``None`` takes a fifth of the schedule, at least 2.
+        steps: dense steps k; ``None`` takes a fifth of the schedule, at least 2; 1 if the schedule has 2 or 3 steps.
         window: first and last step (1-based, inclusive) whose latents are compared; ``None`` takes the later half of
             the k steps, as the paper does (steps 5 to 10 of 50).
         threshold: ``"otsu"``, or a fixed level in 0..1 of the normalized difference map.
@@ -73,22 +75,26 @@ class DetectConfig:
 
     def __post_init__(self) -> None:
         _check("method", self.method, ("automatic", "paper"))
-        _at_least("steps", self.steps, 1)
-        _at_least("dilation", self.dilation, 0)
-        _at_least("min_area", self.min_area, 0)
-        _at_least("smooth", self.smooth, 0.0)
-        if self.threshold != "otsu" and not (isinstance(self.threshold, (int, float)) and 0 <= self.threshold <= 1):
-            raise UnknownOptionError(option="threshold", given=self.threshold, allowed="'otsu' or a number in 0..1")
-        if self.window is not None and not 1 <= self.window[0] <= self.window[1]:
-            raise UnknownOptionError(option="window", given=self.window, allowed="(first, last), 1 <= first <= last")
+        _check("control", self.control, (True, False))
+        check_mask_options(self.threshold, self.smooth, self.dilation, self.min_area)
+        if self.steps is not None and not is_whole(self.steps, 1):
+            raise UnknownOptionError(option="steps", given=self.steps, allowed="None or a whole number >= 1")
+        if self.window is not None and not _is_window(self.window):
+            allowed = "(first, last), two whole numbers with 1 <= first <= last"
+            raise UnknownOptionError(option="window", given=self.window, allowed=allowed)
 
     def resolve(self, schedule: int) -> tuple[int, tuple[int, int]]:
         """The dense steps k and the window, for a schedule of that many steps.
 
         Raises:
-            UnknownOptionError: more detect steps than the schedule has, or a window that ends after them.
+            ScheduleTooShortError: a schedule of one step, which leaves none to be sparse.
+            UnknownOptionError: ``steps`` that leave no sparse step, or a window that ends after them.
         """
-        steps = self.steps if self.steps is not None else max(2, round(schedule / 5))
+        if schedule < 2:
+            raise ScheduleTooShortError(steps=schedule)
+        steps = self.steps
+        if steps is None:
+            steps = 1 if schedule < 4 else max(2, round(schedule / 5))
         if steps >= schedule:
             allowed = f"at most {schedule - 1}: the schedule has {schedule} steps, and the last must be sparse"
             raise UnknownOptionError(option="DetectConfig.steps", given=steps, allowed=allowed)
@@ -98,6 +104,10 @@ class DetectConfig:
         return steps, window
 
 
-def _at_least(option: str, given: Any, least: float) -> None:
-    if given is not None and not given >= least:
-        raise UnknownOptionError(option=option, given=given, allowed=f"a number of at least {least}")
+def _is_window(window: object) -> bool:
+    return (
+        isinstance(window, (tuple, list))
+        and len(window) == 2
+        and all(is_whole(step, 1) for step in window)
+        and window[0] <= window[1]
+    )

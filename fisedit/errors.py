@@ -205,6 +205,57 @@ class UnknownOptionError(FISEditError):
         return self.template.format(**self.facts() | {"allowed": allowed})
 
 
+@dataclass(eq=False, repr=False)
+class ScheduleTooShortError(FISEditError):
+    """An automatic mask on a schedule that has no step left to be sparse."""
+
+    steps: int
+
+    template: ClassVar[str] = (
+        "A schedule of {steps} step is too short to find a mask: at least one dense step finds it and at least one "
+        "sparse step follows. Give a mask, or take 2 steps or more."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class InvalidAlignmentError(FISEditError):
+    """A token alignment of wrong type, shape or values."""
+
+    given: str
+    expected: str
+
+    template: ClassVar[str] = (
+        "The token alignment has {given}; expected {expected}. Make it with fisedit.alignment.align_prompts, "
+        "or leave it out."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class UnavailableDeviceError(FISEditError):
+    """A device that is not there, or no name of one."""
+
+    device: str
+    available: Sequence[str]
+
+    template: ClassVar[str] = "The device {device!r} is not available; available here: {available}."
+
+    def __str__(self) -> str:
+        return self.template.format(**self.facts() | {"available": ", ".join(self.available)})
+
+
+@dataclass(eq=False, repr=False)
+class UnreadableModelError(FISEditError):
+    """A folder whose pipeline cannot be loaded, or has no U-Net to edit with."""
+
+    folder: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The pipeline in the folder {folder!r} cannot be used: {reason}. "
+        "Give the folder of a text-to-image pipeline with a U-Net, whole as pipe.save_pretrained wrote it."
+    )
+
+
 class FISEditWarning(UserWarning):
     """The base of every warning of FISEdit."""
 

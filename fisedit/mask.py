@@ -4,6 +4,7 @@ A mask is found from the latents that two runs have in common (`difference_map`,
 given by the user (`user_mask`). `runtime/plan.py` carries it to the coarser levels of a U-Net.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,12 +12,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from fisedit.errors import InvalidMaskError, MaskBatchError, UnknownOptionError
 
 BINS = 256
+ARRAY, PICTURE = "a dense array of bool, integer or real values", "a readable picture, grey, colored or with alpha"
+WHOLE_PIXELS = "a whole number of latent pixels >= 0"
 # Two runs that differ by less than this share of their largest value differ by rounding alone.
 ROUNDING = 1e-3
 
@@ -111,10 +114,7 @@ def automatic_mask(
     Raises:
         UnknownOptionError: a window outside the given steps, a threshold or a size out of its range.
     """
-    if threshold != "otsu" and not (isinstance(threshold, float | int) and 0 <= threshold <= 1):
-        raise UnknownOptionError(option="threshold", given=threshold, allowed="'otsu' or a number in 0..1")
-    if smooth < 0:
-        raise UnknownOptionError(option="smooth", given=smooth, allowed="a number of latent pixels >= 0")
+    check_mask_options(threshold, smooth, dilation, min_area)
     maps = difference_map(recorded, edited, window)  # [B, H, W]
     if min_area is None:
         min_area = round(maps[0].numel() / 1000)
@@ -170,7 +170,7 @@ def user_mask(mask: Tensor | np.ndarray | Image.Image | str | Path, size: tuple[
         bool `[H, W]` on the CPU, or on the device of a tensor that was given.
 
     Raises:
-        InvalidMaskError: wrong shape, dtype or values, NaN, or a file that is no picture.
+        InvalidMaskError: wrong type, shape, dtype or values, NaN, or a file that is no picture.
         MaskBatchError: several masks in one array `[B, 1, H, W]`.
     """
     if isinstance(mask, str | Path):
@@ -194,10 +194,39 @@ def dilate(mask: Tensor, pixels: int) -> Tensor:
     Raises:
         UnknownOptionError: `pixels` is negative or no whole number.
     """
-    if not isinstance(pixels, int) or pixels < 0:
-        raise UnknownOptionError(option="dilation", given=pixels, allowed="a whole number of latent pixels >= 0")
+    if not is_whole(pixels, 0):
+        raise UnknownOptionError(option="dilation", given=pixels, allowed=WHOLE_PIXELS)
+    pixels = min(int(pixels), max(mask.shape[-2:]))
     maps = mask.float().reshape(-1, 1, *mask.shape[-2:])  # [N, 1, H, W]
     return F.max_pool2d(maps, 2 * pixels + 1, stride=1, padding=pixels).reshape(mask.shape).bool()
+
+
+def check_mask_options(threshold: object, smooth: object, dilation: object, min_area: object) -> None:
+    """Raise unless the options of :func:`automatic_mask` are what it takes.
+
+    Raises:
+        UnknownOptionError: names the option, its value and what it takes.
+    """
+    if not (isinstance(threshold, str) and threshold == "otsu") and not _is_number(threshold, 1):
+        raise UnknownOptionError(option="threshold", given=threshold, allowed="'otsu' or a number in 0..1")
+    if not _is_number(smooth, math.inf):
+        raise UnknownOptionError(option="smooth", given=smooth, allowed="a number of latent pixels >= 0")
+    if not is_whole(dilation, 0):
+        raise UnknownOptionError(option="dilation", given=dilation, allowed=WHOLE_PIXELS)
+    if min_area is not None and not is_whole(min_area, 0):
+        raise UnknownOptionError(option="min_area", given=min_area, allowed=f"None or {WHOLE_PIXELS}")
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether ``value`` is a whole number of at least ``least``; true and false are none."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and int(value) >= least
+
+
+def _is_number(value: object, most: float) -> bool:
+    """Whether ``value`` is a finite number in 0..most."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.integer, np.floating)):
+        return False
+    return bool(0 <= value <= most and value != math.inf)
 
 
 def _step_differences(recorded: Sequence[Tensor], edited: Sequence[Tensor], window: tuple[int, int]) -> Tensor:
@@ -241,10 +270,10 @@ def _even_dilate(mask: Tensor) -> Tensor:
 
 
 def _gaussian(values: Tensor, sigma: float) -> Tensor:
-    """`[H, W]` smoothed by a Gaussian cut at three standard deviations; the border is repeated."""
+    """`[H, W]` smoothed by a Gaussian cut at three standard deviations, or the map's size; the border is repeated."""
     if sigma == 0:
         return values
-    radius = max(1, round(3 * sigma))
+    radius = max(1, round(min(3 * sigma, max(values.shape))))
     offsets = torch.arange(-radius, radius + 1, device=values.device, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
     kernel = kernel / kernel.sum()
@@ -284,13 +313,26 @@ def _drop_small(mask: Tensor, min_area: int, *, diagonal: bool, keep_largest: bo
 
 def _open_image(path: str | Path) -> Image.Image:
     try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InvalidMaskError(given=f"the file {str(path)!r}", expected="a readable picture") from error
+        image = Image.open(path)
+        image.load()
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise InvalidMaskError(given=f"the file {str(path)!r} ({error})", expected=PICTURE) from error
+    return image
 
 
 def _image_values(image: Image.Image) -> np.ndarray:
-    """Alpha if it says anything, else luminance: uint8 `[H, W]`; as they are for pictures of floats."""
+    """Alpha if it says anything, else luminance: uint8 `[H, W]`; as they are for pictures of floats.
+
+    Raises:
+        InvalidMaskError: a file cut short, which is noticed when its pixels are read, or a mode without luminance.
+    """
+    try:
+        return _alpha_or_luminance(image)
+    except (OSError, ValueError) as error:
+        raise InvalidMaskError(given=f"a picture of mode {image.mode}: {error}", expected=PICTURE) from error
+
+
+def _alpha_or_luminance(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         alpha = np.asarray(image.convert("RGBA").getchannel("A"))
         if alpha.min() < 255:
@@ -305,7 +347,7 @@ def _as_tensor(mask: object) -> Tensor:
         return torch.from_numpy(np.array(mask))
     except (TypeError, ValueError) as error:
         dtype = getattr(mask, "dtype", type(mask).__name__)
-        raise InvalidMaskError(given=f"of type {dtype}", expected="a bool, integer or real array") from error
+        raise InvalidMaskError(given=f"of type {dtype}", expected=ARRAY) from error
 
 
 def _as_bool(mask: Tensor) -> Tensor:
@@ -321,8 +363,10 @@ def _as_bool(mask: Tensor) -> Tensor:
         mask = mask[..., 0]
     if mask.ndim != 2 or mask.numel() == 0:
         raise InvalidMaskError(given=f"of shape {shape}", expected="[H, W], [1, H, W], [1, 1, H, W] or [H, W, 1]")
-    if mask.is_complex():
-        raise InvalidMaskError(given=f"of dtype {mask.dtype}", expected="a bool, integer or real array")
+    if mask.is_complex() or mask.is_quantized:
+        raise InvalidMaskError(given=f"of dtype {mask.dtype}", expected=ARRAY)
+    if mask.layout != torch.strided or mask.is_meta:
+        raise InvalidMaskError(given=f"{mask.layout} on {mask.device}", expected=ARRAY)
     if mask.dtype == torch.bool:
         return mask
     if mask.dtype == torch.uint8:

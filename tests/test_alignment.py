@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from fisedit.alignment import TokenAlignment, align_embeddings, align_prompts
-from fisedit.errors import PromptTooLongError
+from fisedit.errors import InvalidAlignmentError, PromptTooLongError
 
 LENGTH = 32
 # Words that are one token; every other word is one token a letter.
@@ -257,3 +257,36 @@ def test_embeddings_agree_with_prompts_on_a_text_encoder():
     assert torch.equal(rows_a[:3], rows_b[:3]) and not torch.equal(rows_a[4:], rows_b[4:])
     by_rows, by_words = align_embeddings(rows_a, rows_b), align_prompts(TOKENIZER, recorded, edited)
     assert torch.equal(by_rows.index, by_words.index) and torch.equal(by_rows.weight, by_words.weight)
+
+
+INDEX, WEIGHT = torch.tensor([0, 1, 2]), torch.tensor([1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("index", "weight", "message"),
+    [
+        ([0, 1, 2], WEIGHT, "index of list"),
+        (INDEX.float(), WEIGHT, "index of torch.float32"),
+        (INDEX.int(), WEIGHT, "index of torch.int32"),
+        (INDEX[None], WEIGHT, r"index of torch.int64 \[1, 3\]"),
+        (INDEX, None, "weight of NoneType"),
+        (INDEX, WEIGHT.bool(), "weight of torch.bool"),
+        (INDEX, WEIGHT[:2], "3 indices and 2 weights"),
+        (INDEX[:0], WEIGHT[:0], "0 indices"),
+        (INDEX + 1, WEIGHT, r"indices in 1..3; expected 0..2"),
+        (INDEX - 1, WEIGHT, r"indices in -1..1; expected 0..2"),
+        (INDEX, WEIGHT * 2, r"weights \[2.0"),
+        (INDEX, -WEIGHT, "values in 0..1"),
+        (INDEX, WEIGHT / 0, "values in 0..1"),
+    ],
+)
+def test_what_is_no_alignment_is_refused(index, weight, message):
+    with pytest.raises(InvalidAlignmentError, match=message):
+        TokenAlignment(index, weight)
+
+
+def test_an_alignment_of_another_length_is_refused():
+    alignment = TokenAlignment(INDEX, WEIGHT)
+    alignment.check_length(3)
+    with pytest.raises(InvalidAlignmentError, match="has 3 tokens; expected 77"):
+        alignment.check_length(77)

@@ -1,16 +1,21 @@
 """The command line on a tiny pipeline: what it writes, prints, and how it fails."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from PIL import Image
+from rich.console import Console
 from tiny_pipeline import LATENT, build_tiny_pipeline
 from typer.testing import CliRunner
 
 from fisedit.cli import app
+from fisedit.comparison import Comparison, comparison_table
 from fisedit.demo.showcase import EDITS
 
 BEFORE = "a red house on the left, on grass, at noon"
@@ -98,8 +103,37 @@ def test_rounds_start_from_the_edit_before(run):
     assert not np.array_equal(pixels("chained/edit_2.png"), pixels("apart/edit_2.png"))
     assert [e["before"] for e in reports["chained"]["edits"]] == [BEFORE, FIRST]
     assert [e["before"] for e in reports["apart"]["edits"]] == [BEFORE, BEFORE]
+    # The base of a later round is an edit: what its calls took is no dense step.
+    steps = {name: [e["recorded_step"] for e in report["edits"]] for name, report in reports.items()}
+    assert steps["chained"][0] > 0 and steps["chained"][1] is None and steps["apart"][1] > 0
     assert all(e["background_identical"] for report in reports.values() for e in report["edits"])
     assert Image.open("apart/contact_sheet.png").height > 2 * 256
+
+
+def figures(**given):
+    empty = {"before": BEFORE, "after": AFTER, "active_share": 0.1, "detect_steps": 2, "recorded_step": None,
+             "sparse_step": None, "macs_dense": None, "macs_sparse": None, "edit_seconds": 1.0,
+             "background_identical": True}  # fmt: skip
+    return Comparison(**{**empty, **given})
+
+
+def printed(table):
+    console = Console(width=140, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_a_table_has_the_footnotes_of_its_rows_and_no_others():
+    whole = "seconds for one image"
+    text = printed(comparison_table([figures()], ["edit"]))
+    assert "whole edit¹" in text and f"¹ {whole}" in text and "²" not in text and "U-Net" not in text
+    text = printed(
+        comparison_table([figures(), figures(recorded_step=0.2, dense_step=0.1, rerun_seconds=3)], ["a", "b"])
+    )
+    for line in ("recorded U-Net step¹", "¹ median call while", "dense U-Net step²", "² median plain", f"³ {whole}"):
+        assert line in text
+    assert "whole dense rerun³" in text and "whole edit³" in text
+    assert "seconds" not in printed(comparison_table([], []))
 
 
 def test_a_mask_from_a_file_is_taken_as_it_is(run):
@@ -153,15 +187,37 @@ def test_inspect_prints_the_graph_and_its_passes(run, graph, shows):
         (["edit", BEFORE, AFTER, "--detect-steps", 2, "--steps", 2], 1, "the schedule has 2 steps"),
         (["edit", BEFORE, AFTER, "--dilation", -1], 1, "dilation=-1"),
         (["edit", BEFORE, AFTER, "--dtype", "float16", "--steps", 3], 1, "float16 on cpu"),
+        (["generate", BEFORE, "--dtype", "float16"], 1, "float16 on cpu"),
+        (["demo", "--dtype", "float16"], 1, "float16 on cpu"),
+        (["edit", BEFORE, AFTER, "--steps", 1], 1, "too short to find a mask"),
+        (["edit", BEFORE, AFTER, "--mask", "file.txt"], 1, "'file.txt'"),
+        (["generate", BEFORE, "--size", "0x0"], 1, "height=0 is not known; it takes multiples of 8"),
+        (["generate", BEFORE, "--size", "16x20"], 1, "width=20 is not known; it takes multiples of 8"),
+        (["edit", BEFORE, AFTER, "--size", "20x16"], 1, "height=20"),
+        (["inspect", "--size", "20x16"], 1, "height=20"),
+        (["generate", BEFORE, "--steps", 1001], 1, "steps=1001 is not known; it takes 1 to 1000"),
+        (["edit", BEFORE, AFTER, "--steps", 1001], 1, "steps=1001"),
         (["edit", BEFORE], 2, "Missing argument"),
         (["edit", BEFORE, AFTER, "--cost", "cheap"], 2, "'cheap' is not one of"),
         (["generate", BEFORE, "--size", "big"], 2, "'big' is no size"),
-        (["generate", BEFORE, "--steps", 0], 2, "should be greater than or equal to 1"),
+        (["generate", BEFORE, "--size", "-8x8"], 2, "'-8x8' is no size"),
+        (["generate", BEFORE, "--steps", 0], 2, "greater than or equal to 1"),
+        (["edit", BEFORE, AFTER, "--steps", 0], 2, "greater than or equal to 1"),
+        (["generate", BEFORE, "--seed", -1], 2, "greater than or equal to 0"),
+        (["edit", BEFORE, AFTER, "--seed", 2**64], 2, "less than or equal to 18446744073709551615"),
+        (["generate", BEFORE, "--guidance", "nan"], 2, "nan is no scale"),
+        (["edit", BEFORE, AFTER, "--guidance", "inf"], 2, "inf is no scale"),
+        (["generate", BEFORE, "--output", "picture.xyz"], 2, "'picture.xyz' is no image file"),
+        (["generate", BEFORE, "--output", "picture"], 2, "give one such as .png"),
+        (["generate", BEFORE, "--output", "file.txt/picture.png"], 2, "'file.txt' cannot be made"),
+        (["edit", BEFORE, AFTER, "--output", "file.txt"], 2, "'file.txt' cannot be made"),
+        (["demo", "--output", "file.txt/demo"], 2, "'file.txt/demo' cannot be made"),
         (["inspect", "--graph", "all"], 2, "'all' is not one of"),
     ],
     ids=lambda value: None if not isinstance(value, str) else value.replace(" ", "-")[:30],
 )
 def test_mistakes_are_told_in_one_message(run, arguments, code, says):
+    Path("file.txt").write_text("no picture, no folder")
     result = run(*arguments)
     assert result.exit_code == code, result.output
     assert says in error_line(result)
@@ -172,6 +228,39 @@ def test_a_folder_without_a_model_is_named(run, tmp_path):
     assert result.exit_code == 1
     said = "".join(error_line(result).split())  # a long path is broken anywhere
     assert "nowhere'holdsnodiffuserspipeline" in said
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "banana", "meta", "cpu:x"])
+def test_a_device_that_is_not_there_is_named(run, folder, device):
+    result = run("generate", BEFORE, "--model", folder, "--device", device, model=None)
+    assert result.exit_code == 1
+    assert f"The device '{device}' is not available; available here: cpu" in error_line(result)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("model_index.json", "{", "JSON"),
+        ("unet/config.json", "{", "JSON"),
+        ("unet/diffusion_pytorch_model.safetensors", "", "Unable to load weights"),
+        ("model_index.json", '{"_class_name": "DDPMPipelin"}', "DDPMPipelin"),
+    ],
+)
+def test_a_damaged_model_is_named(run, folder, tmp_path, file, text, says):
+    shutil.copytree(folder, "damaged")
+    Path("damaged", file).write_text(text)
+    result = run("generate", BEFORE, model=Path("damaged"))
+    assert result.exit_code == 1
+    assert "The pipeline in the folder 'damaged' cannot be used" in error_line(result)
+    assert says in error_line(result)
+
+
+def test_a_pipeline_that_takes_no_prompt_is_named(run):
+    blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "block_out_channels": [32]}
+    DDPMPipeline(UNet2DModel(sample_size=8, layers_per_block=1, **blocks), DDPMScheduler()).save_pretrained("other")
+    result = run("generate", BEFORE, model=Path("other"))
+    assert result.exit_code == 1
+    assert "DDPMPipeline has no tokenizer" in error_line(result)
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["edit"], ["demo"], ["inspect"]])

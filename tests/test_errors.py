@@ -30,6 +30,10 @@ EXAMPLES = [
         ["cost='papr'", "'paper' | 'halo'"],
     ),
     (errors.UnknownOptionError(option="dilation", given=-1, allowed="a whole number >= 0"), ["a whole number >= 0"]),
+    (errors.ScheduleTooShortError(steps=1), ["schedule of 1 step", "Give a mask"]),
+    (errors.InvalidAlignmentError(given="3 tokens", expected="77"), ["has 3 tokens", "expected 77", "align_prompts"]),
+    (errors.UnavailableDeviceError(device="cuda", available=["cpu", "mps:0"]), ["'cuda'", "cpu, mps:0"]),
+    (errors.UnreadableModelError(folder="models/sd", reason="no {weights}"), ["models/sd", "no {weights}", "U-Net"]),
 ]
 
 

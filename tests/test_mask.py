@@ -242,7 +242,9 @@ def test_difference_map_of_a_few_pixels_stays_dark_elsewhere():
 @pytest.mark.parametrize(
     "options",
     [{"window": (0, 5)}, {"window": (5, 11)}, {"window": (6, 5)}, {"threshold": 1.5}, {"threshold": "otus"}]
-    + [{"smooth": -1.0}, {"dilation": -1}, {"dilation": 0.5}],
+    + [{"threshold": float("nan")}, {"threshold": True}, {"threshold": torch.tensor([0.2, 0.3])}]
+    + [{"smooth": -1.0}, {"smooth": float("nan")}, {"smooth": float("inf")}, {"smooth": "1"}]
+    + [{"dilation": -1}, {"dilation": 0.5}, {"dilation": True}, {"min_area": -1}, {"min_area": 2.5}],
 )
 def test_automatic_mask_refuses_options_out_of_range(options):
     with pytest.raises(UnknownOptionError, match=next(iter(options))):
@@ -267,6 +269,14 @@ def test_dilate_is_opencvs(pixels):
     grown = dilate(torch.from_numpy(mask)[None, None].repeat(2, 3, 1, 1), pixels)
     assert grown.shape == (2, 3, 13, 9) and np.array_equal(grown[1, 2].numpy(), expected)
     assert np.array_equal(dilate(torch.from_numpy(mask), pixels).numpy(), expected)
+
+
+def test_radii_far_beyond_the_picture_cost_no_more_than_its_size():
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[0, 0] = True
+    assert dilate(mask, 10**12).all()
+    recorded, edited = random_runs(0)
+    assert automatic_mask(recorded, edited, smooth=1e12).shape == (1, 24, 30)
 
 
 masks = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**32)).map(
@@ -336,7 +346,10 @@ def test_user_mask_opens_files(tmp_path):
     assert torch.equal(user_mask(tmp_path / "mask.png", (4, 6)), ON_GRID)
     assert torch.equal(user_mask(str(tmp_path / "mask.png"), (4, 6)), ON_GRID)
     (tmp_path / "note.txt").write_text("no picture")
-    for name in ("note.txt", "missing.png"):
+    whole = (tmp_path / "mask.png").read_bytes()
+    (tmp_path / "cut short.png").write_bytes(whole[: len(whole) * 2 // 3])
+    (tmp_path / "folder.png").mkdir()
+    for name in ("note.txt", "missing.png", "cut short.png", "folder.png"):
         with pytest.raises(InvalidMaskError, match=name):
             user_mask(tmp_path / name, (4, 6))
 
@@ -349,7 +362,16 @@ def test_user_mask_opens_files(tmp_path):
         (np.zeros((0, 4)), r"of shape \[0, 4\]"),
         (np.float64(1), r"of shape \[\]"),
         (np.zeros((4, 4), complex), "complex"),
-        (np.full((4, 4), "a"), "real array"),
+        (np.full((4, 4), "a"), "of type <U1"),
+        ([[1], [1, 0]], "of type list"),
+        (b"mask", "of type bytes"),
+        (object(), "of type object"),
+        (np.zeros((4, 4), "datetime64[D]"), "datetime64"),
+        (torch.zeros(4, 4).to_sparse(), "sparse_coo"),
+        (torch.zeros(4, 4, device="meta"), "on meta"),
+        ("name\0with a null byte.png", "embedded null byte"),
+        (Image.new("LAB", (4, 4)), "a picture of mode LAB"),
+        (Image.new("F", (4, 4), float("nan")), "NaN"),
         (np.full((4, 4), None), "object"),
         (None, "NoneType"),
         (np.full((4, 4), np.nan), "NaN"),
@@ -364,3 +386,11 @@ def test_user_mask_refuses_what_is_no_mask(bad, message):
     with pytest.raises(FISEditError, match=message) as caught:
         user_mask(bad, (4, 6))
     assert isinstance(caught.value, InvalidMaskError | MaskBatchError)
+
+
+def test_a_picture_that_was_opened_and_is_cut_short_is_refused(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64), np.uint8)).save(tmp_path / "mask.jpg")
+    whole = (tmp_path / "mask.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InvalidMaskError, match="truncated"):
+        user_mask(Image.open(tmp_path / "cut.jpg"), (4, 6))
