@@ -30,17 +30,25 @@ class Signature:
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]
     constants: tuple[tuple[str, Any], ...]
 
-    def differences(self, other: Signature) -> dict[str, tuple[Any, Any]]:
-        """What differs between two calls: name -> (this one's, the other's)."""
+    def differences(self, other: Signature, batches: tuple[int, int] = (1, 1)) -> dict[str, tuple[Any, Any]]:
+        """What differs between two calls of the given numbers of samples: name -> (this one's, the other's)."""
         mine, theirs = self._named(), other._named()
         names = [*mine, *(name for name in theirs if name not in mine)]
-        return {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+        pairs = {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
+        return {n: pair for n, pair in pairs.items() if not (n.endswith(" shape") and _same_samples(*pair, *batches))}
 
     def _named(self) -> dict[str, Any]:
         named: dict[str, Any] = {}
         for name, shape, dtype, device in self.tensors:
             named |= {f"{name} shape": shape, f"{name} dtype": str(dtype), f"{name} device": device}
         return named | {name: value for name, value in self.constants if value is not None}
+
+
+def _same_samples(mine: Any, theirs: Any, batch: int, other: int) -> bool:
+    """Whether two shapes differ in their number of samples alone."""
+    if not mine or not theirs:
+        return False
+    return mine[1:] == theirs[1:] and mine[0] * other == theirs[0] * batch
 
 
 @dataclass
@@ -55,6 +63,11 @@ class Call:
     timestep: str
     timestep_value: float
     text: str | None
+
+    @property
+    def batch(self) -> int:
+        """The number of samples."""
+        return len(self.tensors[self.sample])
 
     @property
     def signature(self) -> Signature:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextvars
 import copy
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, overload
 
 import torch
 from torch import nn
@@ -16,8 +16,9 @@ from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
 from fisedit.capture import Call, Signature, bind_call
 from fisedit.config import CompileConfig, DetectConfig
-from fisedit.edit import Edit, EditSession
-from fisedit.errors import NestedSessionError, UnsupportedDtypeError
+from fisedit.edit import Edit, Edits
+from fisedit.edit_session import EditSession
+from fisedit.errors import NestedSessionError, UnknownOptionError, UnsupportedDtypeError
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
@@ -81,41 +82,66 @@ class CompiledUNet(nn.Module):
             yield recording
         recording.complete = True
 
+    @overload
+    def edit(
+        self, base: Recording, mask: Any = None, *, alignment: TokenAlignment | None = None,
+        detect: DetectConfig | None = None, record: bool = False,
+    ) -> AbstractContextManager[Edit]: ...  # fmt: skip
+
+    @overload
+    def edit(
+        self, base: Sequence[Recording], mask: Sequence[Any] | None = None, *,
+        alignment: Sequence[TokenAlignment | None] | None = None, detect: DetectConfig | None = None,
+        record: bool = False,
+    ) -> AbstractContextManager[Edits]: ...  # fmt: skip
+
     @contextmanager
     def edit(
-        self,
-        base: Recording,
-        mask: Any = None,
-        *,
-        alignment: TokenAlignment | None = None,
-        detect: DetectConfig | None = None,
+        self, base: Any, mask: Any = None, *, alignment: Any = None, detect: DetectConfig | None = None,
         record: bool = False,
-    ) -> Iterator[Edit]:
+    ) -> Iterator[Any]:  # fmt: skip
         """Edit a recorded run: the calls inside the ``with`` block compute only what the new words touch.
 
         Args:
-            base: the recording; it is only read, and may be edited any number of times, also at once.
-            mask: where the image may change (tensor, array or PIL image of any size); ``None`` finds it.
-            alignment: which token continues which; ``None`` infers it from the text embeddings.
+            base: the recording; it is only read, and may be edited any number of times, also at once. Or a list of
+                them, one for each of several edits that every call carries (the same one, if it is edited several
+                times): samples are ordered by part of guidance, then edit, then image.
+            mask: where the image may change (tensor, array or PIL image of any size); ``None`` finds it. For a list of
+                bases, a list.
+            alignment: which token continues which; ``None`` infers it from the text embeddings. For a list, a list.
             detect: how the mask is found.
             record: keep this edit's own feature maps, so that ``edit.recording`` can be edited in turn.
+
+        Yields:
+            The :class:`Edit`; the :class:`Edits` for a list of bases.
 
         Raises:
             ForeignRecordingError, IncompleteRecordingError, SessionClosedError: ``base`` cannot be edited here.
             RecordingMismatchError: at the first call, if its settings differ from the recorded ones.
             InvalidMaskError, NestedSessionError, UnknownOptionError.
         """
+        several = isinstance(base, (list, tuple))
+        bases = list(base) if several else [base]
+        each = [_for_each("mask", mask, bases, several), _for_each("alignment", alignment, bases, several)]
+        config = detect or DetectConfig()
+        edits = Edits(self._new_edit(b, m, a, config, record) for b, m, a in zip(bases, *each, strict=True))
+        with self._open(EditSession(edits, self.program, self.cost_model)):
+            yield edits if several else edits[0]
+        for edit in edits:
+            if edit.recording is not None:
+                # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
+                edit.recording.latents, edit.recording.complete = edit.latents, edit.mask is not None
+
+    def _new_edit(
+        self, base: Recording, mask: Any, alignment: TokenAlignment | None, detect: DetectConfig, record: bool
+    ) -> Edit:
+        if not isinstance(base, Recording):
+            raise UnknownOptionError(option="base", given=base, allowed="a recording that record() or edit() gave")
         base.check_editable(self._identity, self.model_name, self._weights())
         if mask is not None:
             size = next(iter(base.calls.values())).sample.shape[-2:]
-            mask = masks.user_mask(mask, (int(size[0]), int(size[1])))
-        recording = self._new_recording() if record else None
-        edit = Edit(base, detect or DetectConfig(), recording, alignment, mask)
-        with self._open(EditSession(edit, self.program, self.cost_model)):
-            yield edit
-        if recording is not None:
-            # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
-            recording.latents, recording.complete = edit.latents, edit.mask is not None
+            mask = masks.user_mask(mask, (int(size[0]), int(size[1])))[None]
+        return Edit(base, detect, self._new_recording() if record else None, alignment, mask)
 
     def _new_recording(self) -> Recording:
         return Recording(self._identity, self.model_name, self._weights())
@@ -191,3 +217,12 @@ class CompiledUNet(nn.Module):
 
     def extra_repr(self) -> str:
         return f"compiled by fisedit, {len(self._programs)} signatures captured"
+
+
+def _for_each(option: str, given: Any, bases: list[Recording], several: bool) -> list[Any]:
+    """An option of one edit, or of each of several."""
+    if not several or given is None:
+        return [given] * len(bases)
+    if not isinstance(given, (list, tuple)) or len(given) != len(bases):
+        raise UnknownOptionError(option=option, given=given, allowed=f"a list of {len(bases)}, one for each base")
+    return list(given)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from fisedit.capture import Call, Signature
 from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
 from fisedit.program import Program
-from fisedit.runtime.cache.store import StepCache, clone_detached
+from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
 
 CallKey = tuple[float, int]
 """A call within a run: the timestep's value, and how many calls of that value came before it."""
@@ -35,12 +36,37 @@ class CallCounter:
 
 @dataclass
 class RecordedCall:
-    """One recorded U-Net call: its input ``sample``, its outputs, its cache, and how long it took."""
+    """One recorded U-Net call: its input ``sample`` and ``text``, its outputs, its cache, and how long it took."""
 
     cache: StepCache
     sample: Tensor
+    text: Tensor | None
     outputs: list[Tensor]
     seconds: float
+    signature: Signature
+    batch: int  # samples of the signature, of which this may be some
+
+    def check(self, call: Call) -> None:
+        """Raise unless a call has the shapes, dtypes and settings of this one, for any number of samples.
+
+        Raises:
+            RecordingMismatchError: names what differs.
+        """
+        differences = self.signature.differences(call.signature, (self.batch, call.batch))
+        differences.pop("return_dict", None)  # how the result is wrapped changes no feature map
+        if differences:
+            raise RecordingMismatchError(differences=differences)
+
+    def samples(self, numbers: list[int]) -> RecordedCall:
+        """Some samples of this call, sharing its memory."""
+        batch = len(self.sample)
+        return replace(
+            self,
+            cache=self.cache.samples(numbers),
+            sample=take_samples(self.sample, batch, numbers),
+            text=None if self.text is None else take_samples(self.text, batch, numbers),
+            outputs=[take_samples(output, batch, numbers) for output in self.outputs],
+        )
 
 
 @dataclass
@@ -56,8 +82,6 @@ class Recording:
     owner: object
     model_name: str
     weights: int
-    signature: Signature | None = None
-    text: Tensor | None = None
     calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     complete: bool = False
@@ -69,6 +93,16 @@ class Recording:
         return list(dict.fromkeys(timestep for timestep, _ in self.calls))
 
     @property
+    def images(self) -> int:
+        """K: the images that the run makes at once; a call has K samples for each part of guidance it carries."""
+        if self.latents:
+            return len(self.latents[0])
+        call = next(iter(self.calls.values()))
+        sample = call.sample[:, : call.outputs[0].shape[1]]  # without channels that only condition
+        parts = [p for p in range(len(sample), 0, -1) if len(sample) % p == 0]
+        return next(len(sample) // p for p in parts if all(torch.equal(c, sample[: len(c)]) for c in sample.chunk(p)))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of cached feature maps that this recording holds itself."""
         return sum(call.cache.nbytes for call in self.calls.values())
@@ -77,6 +111,27 @@ class Recording:
         """A diffusers ``callback_on_step_end`` that keeps the latents of each step, for an exact background."""
         self.latents.append(clone_detached(kwargs["latents"]))
         return kwargs
+
+    def keep(self, call: Call, cache: StepCache, outputs: list[Tensor], seconds: float) -> RecordedCall:
+        """What is kept of a call; the text, which is the same in every step, only once."""
+        sample = clone_detached(call.tensors[call.sample])
+        text = call.tensors[call.text].detach() if call.text is not None else None
+        if text is not None:
+            known = (made.text for made in reversed(self.calls.values()))
+            same = next((t for t in itertools.islice(known, 2) if t is not None and torch.equal(t, text)), None)
+            text = clone_detached(text) if same is None else same
+        return RecordedCall(cache, sample, text, outputs, seconds, call.signature, call.batch)
+
+    def split(self) -> list[Recording]:
+        """A recording for each image of a run that made several. They share memory, which is freed with the last."""
+        images, alone = self.images, []
+        for image in range(images):
+            calls = {
+                key: call.samples(list(range(image, len(call.sample), images))) for key, call in self.calls.items()
+            }
+            latents = [latent[image : image + 1] for latent in self.latents]
+            alone.append(replace(self, calls=calls, latents=latents))
+        return alone
 
     def release(self) -> None:
         """Free the caches now; the recording cannot be edited any more."""
@@ -100,18 +155,6 @@ class Recording:
         if not self.complete or not self.calls:
             recorded = f"{len(self.calls)} calls of a run that did not finish" if self.calls else "no call at all"
             raise IncompleteRecordingError(missing=["a finished run"], recorded=recorded)
-
-    def check_call(self, call: Call) -> None:
-        """Raise unless a call has the shapes, dtypes and settings of the recorded ones.
-
-        Raises:
-            RecordingMismatchError: names what differs.
-        """
-        assert self.signature is not None
-        differences = self.signature.differences(call.signature)
-        differences.pop("return_dict", None)  # how the result is wrapped changes no feature map
-        if differences:
-            raise RecordingMismatchError(differences=differences)
 
     def find(self, key: CallKey) -> RecordedCall:
         """The recorded call ``key``.
@@ -171,24 +214,19 @@ class RecordSession:
         self.counter = CallCounter()
 
     def run(self, call: Call) -> Any:
-        recording = self.recording
-        if recording.signature is None:
-            recording.signature, recording.text = call.signature, text_of(call)
-        recording.check_call(call)
+        shape = tuple(call.tensors[call.sample].shape)
+        first = next((tuple(made.sample.shape) for made in self.recording.calls.values()), shape)
+        if shape[1:] != first[1:]:
+            raise RecordingMismatchError(differences={"sample shape": (first, shape)})
         program = self.programs(call)
         executable = program.executable("record")
         start = now(call)
         outputs, stored = executable.run(call.tensors)
         seconds = now(call) - start
-        cache = StepCache({store.slot: value for store, value in stored.items()})
+        cache = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
         kept = [clone_detached(output) for output in outputs]
-        sample = clone_detached(call.tensors[call.sample])
-        recording.calls[self.counter.next(call)] = RecordedCall(cache, sample, kept, seconds)
+        self.recording.calls[self.counter.next(call)] = self.recording.keep(call, cache, kept, seconds)
         return program.captured.result(outputs)
-
-
-def text_of(call: Call) -> Tensor | None:
-    return clone_detached(call.tensors[call.text]) if call.text is not None else None
 
 
 def now(call: Call) -> float:

@@ -28,7 +28,9 @@ class Harness:
         outputs, stored = self.program.executable("record").run(self.call.tensors)
         self.recorded: Tensor = outputs[0]
         self.stored: dict[Store, Tensor] = stored
-        self.cache = StepCache({store.slot: value for store, value in stored.items()})
+        self.cache = StepCache(
+            len(self.call.tensors[self.call.sample]), {store.slot: value for store, value in stored.items()}
+        )
 
     def run_dense(self, call: Call) -> Tensor:
         with torch.no_grad():
@@ -40,13 +42,13 @@ class Harness:
         values: dict[str, Any] = dict(self.cache.values)
         for store, value in self.stored.items():
             if store.rows is not None:
-                index = plan.table(store.rows)
-                assert index is not None
-                values[store.slot] = value.index_fill(1, index[0], float("nan"))
-        return StepCache(values)
+                assert isinstance(store.rows.of, tuple)
+                active = plan.active(store.rows.of).flatten(1)[..., None]  # [M, R, 1]
+                values[store.slot] = value.masked_fill(active, float("nan"))
+        return StepCache(self.cache.batch, values)
 
     def edit(self, mask: Tensor, cost: Any = "halo", tensors: dict[str, Tensor] | None = None) -> Tensor:
-        """The edit graph's output under ``mask`` (bool ``[H, W]``), active cache rows poisoned."""
+        """The edit graph's output under ``mask`` (bool ``[H, W]`` or ``[B, H, W]``), active cache rows poisoned."""
         plan = MaskPlan(mask, CostModel(cost))
         inputs = tensors or self.call.tensors
         outputs, _ = self.program.executable("edit").run(inputs, plan=plan, source=self.poisoned(plan))

@@ -88,4 +88,4 @@ def test_tables_are_built_once_and_shares_add_up() -> None:
     plan = MaskPlan(mask, CostModel("rows"))
     assert plan.table(Table("halo", conv3x3(8))) is plan.table(Table("halo", conv3x3(8)))
     assert plan.table(Table("halo", conv3x3(8))).tolist() == [[2, 10, 18, 26, 32, 33, 34]]
-    assert (plan.count((8, 8)), plan.share(), plan.count((4, 4)), plan.share((1, 1))) == (8, 0.125, 2, 1.0)
+    assert (plan.rows((8, 8)), plan.share(), plan.rows((4, 4)), plan.share((1, 1))) == (8, 0.125, 2, 1.0)

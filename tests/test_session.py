@@ -264,9 +264,26 @@ def test_another_batch_and_other_steps_are_named(unet: CompiledUNet, call: dict[
         run(unet, single)
     with pytest.raises(RecordingMismatchError, match="scheduler or number of steps"), unet.edit(base, corner()):
         run(unet, call, (900, 600))
+    smaller = {**call, "sample": call["sample"][..., :6]}
     with unet.record(), pytest.raises(RecordingMismatchError, match="sample shape"):
         run(unet, call, (900,))
-        run(unet, single, (700,))
+        run(unet, smaller, (700,))
+
+
+def test_guidance_that_ends_halfway(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    """Calls of one run may carry fewer samples from some step on (guidance cut off)."""
+    single = {name: value[:1] for name, value in call.items()}
+    same = {**call, "sample": call["sample"][:1].repeat(2, 1, 1, 1)}
+
+    def cut(model: nn.Module) -> list[Tensor]:
+        return run(model, same, (900, 700)) + run(model, single, (500, 300))
+
+    with unet.record() as base:
+        recorded = cut(unet)
+    assert [len(made.sample) for made in base.calls.values()] == [2, 2, 1, 1] and base.images == 1
+    with unet.edit(base, corner()):
+        for out, wanted in zip(cut(unet), recorded, strict=True):
+            torch.testing.assert_close(out, wanted)
 
 
 @pytest.mark.parametrize("timesteps", [(900, 500, 100), (100, 300), (700,)])

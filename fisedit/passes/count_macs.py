@@ -52,7 +52,7 @@ def _leading(node: Node, plan: MaskPlan | None, width: int) -> int:
     rows = rows_of(node)
     if rows is None or plan is None:
         return tensor(node).numel() // width
-    return rows.batch * plan.count(rows.level) * rows.channels // width
+    return rows.batch * plan.rows(rows.level) * rows.channels // width
 
 
 def _weight_shape(weight: Any) -> tuple[int, int]:
@@ -83,7 +83,7 @@ def _row_attention(node: Node, plan: MaskPlan | None) -> int:
     if key.target is fisedit.scatter_rows.default:
         length = rows.level[0] * rows.level[1]
     elif rows_of(key) is not None:
-        length = plan.count(rows.level)
+        length = plan.rows(rows.level)
     else:
         length = int(tensor(key).shape[-2])
-    return rows.batch * plan.count(rows.level) * length * rows.channels * 2
+    return rows.batch * plan.rows(rows.level) * length * rows.channels * 2

@@ -12,6 +12,7 @@ from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of
 from fisedit.passes.layout import Layout, LayoutError
+from fisedit.runtime.plan import Table
 
 
 def fold_group_norm(gm: GraphModule) -> PassResult:
@@ -38,7 +39,8 @@ def _fold(graph: Graph, node: Node) -> None:
         stats = [rows.call(graph, fisedit.cache_load.default, (f"{kind}:{node.meta['origin']}",))
                  for kind in ("mean", "rstd")]  # fmt: skip
         positions = layout.level[0] * layout.level[1]
-        arguments = (packed, *stats, bound["weight"], bound["bias"], shift, bound["eps"], positions)
+        arguments = (packed, *stats, bound["weight"], bound["bias"], shift, bound["eps"], positions,
+                     rows.table(graph, Table("count", layout.level)))  # fmt: skip
         folded = rows.call(graph, fisedit.group_norm_rows.default, arguments, rows=Rows.of(layout))
         rows.replace(graph, node, folded)
 

@@ -7,6 +7,8 @@ Cross-attention needs no cache: every query row sees the whole text.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
@@ -64,7 +66,9 @@ def _sparsify(graph: Graph, node: Node, attention: Attention, kv: str) -> None:
         else:
             key, value = (split_heads(graph, o, heads, batch) for o in (attention.key, attention.value))
         mask = split_mask(graph, attention.mask, heads, batch)
-        arguments = (query, key, value, mask, heads, attention.scale)
+        arguments: tuple[Any, ...] = (query, key, value, mask, heads, attention.scale)
+        if attention.over_positions and kv == "active":
+            arguments += (rows.table(graph, Table("count", layout.level)),)
         sparse = rows.call(graph, fisedit.row_attention.default, arguments, rows=Rows.of(out_layout))
         rows.replace(graph, node, sparse)
 

@@ -28,9 +28,10 @@ SCHEMAS = {
     "sparse_conv": "(Tensor rows, Tensor halo, Tensor table, Tensor? out_index, Tensor weight, Tensor? bias, "
     "int[] kernel_size, int[] stride, int[] dilation, int groups) -> Tensor",
     "group_norm_rows": "(Tensor rows, Tensor mean, Tensor rstd, Tensor? weight, Tensor? bias, Tensor? shift, "
-    "float eps, int positions) -> Tensor",
+    "float eps, int positions, Tensor? count=None) -> Tensor",
     "group_norm_stats": "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor, Tensor)",
-    "row_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, float? scale) -> Tensor",
+    "row_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, int heads, float? scale, "
+    "Tensor? key_count=None) -> Tensor",
     "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
 }
@@ -60,7 +61,7 @@ def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation,
 
 
 @torch.library.register_fake("fisedit::group_norm_rows", lib=_library)
-def _(rows, mean, rstd, weight, bias, shift, eps, positions):
+def _(rows, mean, rstd, weight, bias, shift, eps, positions, count=None):
     return torch.empty_like(rows)  # [B, N, C]
 
 
@@ -71,7 +72,7 @@ def _(x, groups, weight, bias, eps):
 
 
 @torch.library.register_fake("fisedit::row_attention", lib=_library)
-def _(query, key, value, mask, heads, scale):
+def _(query, key, value, mask, heads, scale, key_count=None):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, N, h*d]
 
 

@@ -2,6 +2,10 @@
 
 A packed tensor holds the active rows of a level in raster order. A convolution reads from
 ``cat(active rows [N], halo rows [H], one zero row)``; its *neighbor table* says which of those each output needs.
+
+The samples of one call may have masks of their own (M = B tables instead of one). Their rows are then padded to the
+largest sample's: a padded ``active`` entry is R, one past the level's last row, which gathers any row and scatters
+nowhere; a padded output reads zero rows; ``count`` says how many rows of each sample are real.
 """
 
 from __future__ import annotations
@@ -18,7 +22,8 @@ from fisedit.runtime.geometry import ConvGeometry, Level, Tile
 
 @dataclass(frozen=True)
 class Table:
-    """The key of an index table: ``active`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a convolution."""
+    """The key of an index table: ``active`` or ``count`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a
+    convolution."""
 
     kind: str
     of: Level | ConvGeometry
@@ -54,69 +59,92 @@ def _project(line: Tensor, length: int, coarse: int) -> Tensor:
 
 
 class MaskPlan:
-    """All index tables of one mask, built when first asked for.
+    """All index tables of the masks of one call, built when first asked for.
 
     Args:
-        mask: bool ``[H, W]`` over the latent, not empty; shared by the whole batch.
+        masks: bool over the latent, ``[H, W]`` or ``[1, H, W]`` shared by the whole batch, or ``[B, H, W]``, one for
+            each sample; not all empty.
         cost_model: chooses the tile of each convolution geometry.
     """
 
-    def __init__(self, mask: Tensor, cost_model: CostModel) -> None:
-        self.mask = mask
+    def __init__(self, masks: Tensor, cost_model: CostModel) -> None:
+        masks = masks[None] if masks.dim() == 2 else masks
+        shared = bool((masks == masks[:1]).all())
+        self.masks = masks[:1] if shared else masks  # [M, H, W]
         self.cost_model = cost_model
         self.tiles: dict[ConvGeometry, Tile] = {}
         self._tables: dict[Table, Tensor | None] = {}
         self._active: dict[Level, Tensor] = {}
 
-    @property
-    def base(self) -> Level:
-        return (self.mask.shape[0], self.mask.shape[1])
-
     def active(self, level: Level) -> Tensor:
-        """The mask at ``level``, bool ``[h, w]``."""
+        """The masks at ``level``, bool ``[M, h, w]``."""
         if level not in self._active:
-            self._active[level] = project_mask(self.mask, level)
+            self._active[level] = torch.stack([project_mask(mask, level) for mask in self.masks])
         return self._active[level]
 
-    def count(self, level: Level) -> int:
-        return int(self.active(level).sum())
+    def rows(self, level: Level) -> int:
+        """N: the rows of each packed sample at ``level``, padding included."""
+        return int(self.active(level).flatten(1).sum(1).max())
 
     def share(self, level: Level | None = None) -> float:
-        """Active share of a level (default: the latent), 0 to 1."""
-        return float(self.active(level or self.base).float().mean())
+        """Active share of a level (default: the latent), 0 to 1: the mean of the masks."""
+        return float((self.masks if level is None else self.active(level)).float().mean())
 
     def table(self, key: Table) -> Tensor | None:
-        """An int64 table with leading dimension M = 1; ``None`` for an ``outputs`` table that would be the identity.
+        """An int64 table. ``None`` for ``outputs`` that would be the identity, and for ``count`` without padding.
 
-        Shapes: active ``[1, N]``; halo ``[1, H]``; neighbors ``[1, T, bh, bw]``; outputs ``[1, N']``.
+        Shapes: active ``[M, N]``; count ``[M]``; halo ``[M, H]``; neighbors ``[M, T, bh, bw]``; outputs ``[M, N']``.
         """
         if key not in self._tables:
             if isinstance(key.of, ConvGeometry):
                 tables = self._conv_tables(key.of)
                 self._tables.update({Table(kind, key.of): t for kind, t in zip(Table.CONV, tables, strict=True)})
             else:
-                self._tables[key] = self.active(key.of).flatten().nonzero()[:, 0][None]  # [1, N]
+                active, counts = self._level_tables(key.of)
+                self._tables.update({Table("active", key.of): active, Table("count", key.of): counts})
         return self._tables[key]
 
+    def _level_tables(self, level: Level) -> tuple[Tensor, Tensor | None]:
+        each = [mask.flatten().nonzero()[:, 0] for mask in self.active(level)]
+        counts = [len(index) for index in each]
+        padded = len(set(counts)) > 1
+        return _pad(each, level[0] * level[1]), torch.tensor(counts, device=self.masks.device) if padded else None
+
     def _conv_tables(self, geometry: ConvGeometry) -> tuple[Tensor, Tensor, Tensor | None]:
-        target = self.active(geometry.target)
-        tile = (1, 1) if geometry.kernel == (1, 1) else self.cost_model.choose(target, geometry)
+        targets = self.active(geometry.target)  # [M, h, w]
+        largest = targets[int(targets.flatten(1).sum(1).argmax())]
+        tile = (1, 1) if geometry.kernel == (1, 1) else self.cost_model.choose(largest, geometry)
         self.tiles[geometry] = tile
-        y, x = target.nonzero(as_tuple=True)
-        columns = -(-geometry.target[1] // tile[1])
-        tiles, which = torch.unique(y // tile[0] * columns + x // tile[1], return_inverse=True)  # [T], [N']
-        positions, inside = self._block_positions(geometry, tile, tiles // columns, tiles % columns)
-        halo, neighbors = self._look_up(geometry.source, positions, inside)
-        outputs = None
-        if tile != (1, 1):
-            outputs = (which * (tile[0] * tile[1]) + y % tile[0] * tile[1] + x % tile[1])[None]  # [1, N']
+        cuts = [_cut(target, tile) for target in targets]
+        halo, neighbors = self._look_up(geometry, tile, [tiles for tiles, _ in cuts])
+        outputs = None if tile == (1, 1) else _pad([places for _, places in cuts], 0)  # [M, N']
         return halo, neighbors, outputs
+
+    def _look_up(self, geometry: ConvGeometry, tile: Tile, tiles: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """The halo ``[M, H]`` and the neighbor table ``[M, T, bh, bw]`` into (active, halo, zero) rows."""
+        columns = -(-geometry.target[1] // tile[1])
+        active = self.active(geometry.source).flatten(1)  # [M, R]
+        read = [self._block_positions(geometry, tile, t // columns, t % columns) for t in tiles]
+        halos = []
+        for own, (positions, inside) in zip(active, read, strict=True):
+            wanted = torch.zeros_like(own)
+            wanted[positions[inside]] = True
+            halos.append((wanted & ~own).nonzero()[:, 0])
+        rows, halo = self.rows(geometry.source), _pad(halos, 0)
+        zero = rows + halo.shape[1]
+        neighbors = []
+        for own, border, (positions, inside) in zip(active, halos, read, strict=True):
+            place = torch.empty(own.numel(), dtype=torch.int64, device=own.device)
+            place[own] = torch.arange(int(own.sum()), device=own.device)
+            place[border] = rows + torch.arange(len(border), device=own.device)
+            neighbors.append(torch.where(inside, place[positions.where(inside, border.new_zeros(()))], zero))
+        return halo, _pad(neighbors, zero)
 
     def _block_positions(
         self, geometry: ConvGeometry, tile: Tile, rows: Tensor, columns: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Source positions that each tile reads, and which of them lie inside the map: both ``[T, bh, bw]``."""
-        block, device = geometry.block(tile), self.mask.device
+        block, device = geometry.block(tile), self.masks.device
         lines, inside = [], []
         for dim, start in enumerate((rows, columns)):
             virtual = geometry.upsample.size[dim] if geometry.upsample else geometry.source[dim]
@@ -130,16 +158,15 @@ class MaskPlan:
         positions = lines[0][:, :, None] * geometry.source[1] + lines[1][:, None, :]
         return positions, inside[0][:, :, None] & inside[1][:, None, :]
 
-    def _look_up(self, source: Level, positions: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """The halo ``[1, H]`` and the neighbor table ``[1, T, bh, bw]`` into (active, halo, zero) rows."""
-        active = self.active(source).flatten()
-        wanted = torch.zeros_like(active)
-        wanted[positions[inside]] = True
-        halo = (wanted & ~active).nonzero()[:, 0]  # [H]
-        place = torch.empty(active.numel(), dtype=torch.int64, device=active.device)
-        count = int(active.sum())
-        place[active] = torch.arange(count, device=active.device)
-        place[halo] = count + torch.arange(len(halo), device=active.device)
-        zero = count + len(halo)
-        neighbors = torch.where(inside, place[positions.where(inside, halo.new_zeros(()))], zero)
-        return halo[None], neighbors[None]
+
+def _cut(target: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+    """The tiles ``[T]`` that hold the active outputs, and each output's place ``[N']`` among all outputs of them."""
+    y, x = target.nonzero(as_tuple=True)
+    columns = -(-target.shape[1] // tile[1])
+    tiles, which = torch.unique(y // tile[0] * columns + x // tile[1], return_inverse=True)
+    return tiles, which * (tile[0] * tile[1]) + y % tile[0] * tile[1] + x % tile[1]
+
+
+def _pad(tables: list[Tensor], filler: int) -> Tensor:
+    """Tables ``[n_m, ...]`` of the masks stacked to ``[M, max n, ...]``."""
+    return torch.nn.utils.rnn.pad_sequence(tables, batch_first=True, padding_value=filler)

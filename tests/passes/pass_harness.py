@@ -72,8 +72,8 @@ def error_on_active_rows(model: nn.Module, passes: Sequence[GraphPass], cost: st
     for store, value in stored.items():
         index = plan.table(store.rows) if store.rows else None
         values[store.slot] = value if index is None else value.index_fill(1, index[0], float("nan"))
-    (out,), _ = lower(gm).run(call.tensors, plan=plan, source=StepCache(values))
+    (out,), _ = lower(gm).run(call.tensors, plan=plan, source=StepCache(batch, values))
     with torch.no_grad():
         wanted = model(**call.arguments(call.tensors))
-    active = plan.active(tuple(out.shape[-2:]))
+    active = plan.active(tuple(out.shape[-2:]))[0]
     return float((out - wanted)[..., active].abs().max())

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from fisedit.runtime.kernels.gather_rows.reference import gather_rows
+from fisedit.runtime.kernels.scatter_rows.reference import scatter_rows
+
 
 @dataclass(frozen=True)
 class Overlay:
-    """Active rows ``[B, N, C]`` that replace rows ``index`` (int64 ``[1, N]``) of the base's slot."""
+    """Active rows ``[B, N, C]`` that replace rows ``index`` (int64 ``[M, N]``, padded with R) of the base's slot."""
 
     rows: Tensor
     index: Tensor
@@ -18,17 +22,18 @@ class Overlay:
 
 @dataclass
 class StepCache:
-    """Recorded values of one call, by slot key; what is missing is looked up in ``base``.
+    """Recorded values of one call of ``batch`` samples, by slot key; what is missing is looked up in ``base``.
 
     A dense recording has whole values and no base. A recorded edit holds only the rows it computed, over its base, so
     that a chain of edits costs memory in proportion to what changed.
     """
 
+    batch: int
     values: dict[str, Tensor | Overlay] = field(default_factory=dict)
     base: StepCache | None = None
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor:
-        """A slot's value, or rows ``index`` (int64 ``[1, H]``) of it.
+        """A slot's value, or rows ``index`` (int64 ``[M, H]``) of it.
 
         Raises:
             KeyError: the slot was not recorded.
@@ -40,28 +45,72 @@ class StepCache:
             return self.base.load(slot, index)
         if isinstance(value, Overlay):
             assert self.base is not None
-            value = self.base.load(slot).index_copy(1, value.index[0], value.rows)  # [B, R, C]
-        return value if index is None else value.index_select(1, index[0])  # [B, H, C]
+            value = scatter_rows(self.base.load(slot), value.index, value.rows)  # [B, R, C]
+        return value if index is None else gather_rows(value, index)  # [B, H, C]
+
+    def samples(self, numbers: Sequence[int]) -> StepCache:
+        """Some samples of this call: views where their numbers are evenly spaced, else copies."""
+        chosen: dict[str, Tensor | Overlay] = {}
+        for slot, value in self.values.items():
+            if isinstance(value, Overlay):
+                index = value.index if len(value.index) == 1 else take_samples(value.index, self.batch, numbers)
+                chosen[slot] = Overlay(take_samples(value.rows, self.batch, numbers), index)
+            else:
+                chosen[slot] = take_samples(value, self.batch, numbers)
+        return StepCache(len(numbers), chosen, self.base.samples(numbers) if self.base is not None else None)
 
     @property
     def nbytes(self) -> int:
         """Bytes held by this step itself, without its base."""
         tensors = [v.rows if isinstance(v, Overlay) else v for v in self.values.values()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
 
-    def slots(self) -> set[str]:
-        return set(self.values) | (self.base.slots() if self.base is not None else set())
+
+@dataclass
+class StackedCache:
+    """The recorded values of several runs, put together as the samples of one call.
+
+    Args:
+        origins: for each sample of the call, the run's cache and the sample's number in it.
+    """
+
+    origins: Sequence[tuple[StepCache, int]]
+
+    def load(self, slot: str, index: Tensor | None = None) -> Tensor:
+        """A slot's value for every sample, or rows ``index`` (int64 ``[M, H]``) of it.
+
+        Raises:
+            KeyError: a run did not record the slot.
+        """
+        whole = {id(cache): cache.load(slot) for cache, _ in self.origins}
+        each = []
+        for number, (cache, sample) in enumerate(self.origins):
+            value = take_samples(whole[id(cache)], cache.batch, [sample])
+            if index is not None:
+                value = gather_rows(value, index[number % len(index)][None])  # [1, H, C]
+            each.append(value)
+        return torch.cat(each)
+
+
+def take_samples(value: Tensor, batch: int, numbers: Sequence[int]) -> Tensor:
+    """Samples of a value ``[batch * k, ...]`` (k: heads folded into the batch, or 1); a view if evenly spaced."""
+    split = value.unflatten(0, (batch, -1)) if len(value) != batch else value
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step > 0 and list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)):
+        taken = split[numbers[0] : numbers[-1] + 1 : step]
+    else:
+        taken = split[list(numbers)]
+    return taken.flatten(0, 1) if len(value) != batch else taken
 
 
 def shrink(values: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, Tensor | Overlay]:
     """Keep of whole recorded values only their active rows.
 
     Args:
-        values: slot -> (whole value ``[B, R, C]``, active index ``[1, N]``), or (value, None) to keep it whole.
+        values: slot -> (whole value ``[B, R, C]``, active index ``[M, N]``), or (value, None) to keep it whole.
     """
     return {
-        slot: value if index is None else Overlay(value.index_select(1, index[0]), index)
+        slot: value if index is None else Overlay(gather_rows(value, index), index)
         for slot, (value, index) in values.items()
     }
 

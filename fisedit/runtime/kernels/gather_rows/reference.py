@@ -9,10 +9,10 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
 
     Args:
         rows: ``[B, R, C]``.
-        index: int64 ``[M, N]``, M = B, or 1 for one index shared by the batch.
+        index: int64 ``[M, N]``, M = B, or 1 for one index shared by the batch; R pads, and gives any row.
     Returns:
         ``[B, N, C]``.
     """
     if index.shape[0] == 1:
         return rows.index_select(1, index[0])
-    return torch.take_along_dim(rows, index[:, :, None], 1)
+    return torch.take_along_dim(rows, index.clamp_max(rows.shape[1] - 1)[:, :, None], 1)

@@ -13,26 +13,29 @@ def group_norm_rows(
     shift: Tensor | None,
     eps: float,
     positions: int,
+    count: Tensor | None = None,
 ) -> Tensor:
     """Group normalization with recorded statistics, as one multiply-add: ``rows * scale + offset``.
 
-    Where the rows are all ``positions`` of the level, their own statistics are exact and are used instead.
+    Where a sample's rows are all ``positions`` of the level, their own statistics are exact and are used instead.
 
     Args:
         rows: ``[B, N, C]``.
         mean, rstd: recorded statistics, float32 ``[B, G]``.
         weight, bias: affine parameters ``[C]``.
         eps: added to the variance of fresh statistics.
+        count: int64 ``[B]``: only so many rows of each sample are real; ``None`` for all.
         shift: added to the rows before normalizing, ``[B, 1, C]`` or broadcastable to it.
     Returns:
         ``[B, N, C]`` in the dtype of ``rows``.
     """
-    batch, count, channels = rows.shape
-    if count == positions:
+    batch, number, channels = rows.shape
+    if number == positions:
         moved = rows if shift is None else rows + shift
-        grouped = moved.float().view(batch, count, mean.shape[1], -1)  # [B, R, G, C/G]
-        variance, mean = torch.var_mean(grouped, (1, 3), correction=0)  # [B, G]
-        rstd = torch.rsqrt(variance + eps)
+        grouped = moved.float().view(batch, number, mean.shape[1], -1)  # [B, R, G, C/G]
+        variance, own = torch.var_mean(grouped, (1, 3), correction=0)  # [B, G]
+        whole = count.eq(positions)[:, None] if count is not None else torch.ones_like(own, dtype=torch.bool)
+        mean, rstd = torch.where(whole, own, mean), torch.where(whole, torch.rsqrt(variance + eps), rstd)
     repeat = channels // mean.shape[1]
     scale = rstd.repeat_interleave(repeat, 1)[:, None]  # [B, 1, C]
     if weight is not None:

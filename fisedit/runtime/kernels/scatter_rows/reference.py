@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -8,12 +9,12 @@ def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
 
     Args:
         base: ``[B, R, C]``, not changed.
-        index: int64 ``[M, N]``, M = B or 1, no row twice.
+        index: int64 ``[M, N]``, M = B or 1, no row twice; R pads, and writes nothing.
         rows: ``[B, N, C]``.
     Returns:
         ``[B, R, C]``, contiguous.
     """
-    out = base.clone()
     if index.shape[0] == 1:
-        return out.index_copy_(1, index[0], rows)
-    return out.scatter_(1, index[:, :, None].expand_as(rows), rows)
+        return base.index_copy(1, index[0], rows)
+    out = F.pad(base, (0, 0, 0, 1))  # [B, R+1, C], the last row for what pads
+    return out.scatter_(1, index[:, :, None].expand_as(rows), rows)[:, :-1].contiguous()

@@ -1,0 +1,369 @@
+"""Run the calls of one or several edits: dense while a mask is sought, then only the active rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit.alignment import align_embeddings
+from fisedit.capture import Call
+from fisedit.edit import Edit, Edits
+from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
+from fisedit.passes.count_macs import count_macs
+from fisedit.program import Program
+from fisedit.recording import CallCounter, CallKey, RecordedCall, now
+from fisedit.report import EditReport
+from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached, shrink, take_samples
+from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.executor import Memo, Store
+from fisedit.runtime.plan import MaskPlan, Table
+
+Computed = tuple[list[Tensor], dict[Store, Tensor]]
+"""The outputs of a call, and the values to record."""
+
+
+@dataclass
+class Lane:
+    """One edit within the calls of a session.
+
+    Attributes:
+        samples: the numbers of its samples in a call: its images, once for each part of guidance.
+        program, plan: of its last sparse call, the plan of its own masks alone.
+        unsettled: what its detect steps recorded, whole until the mask is known.
+    """
+
+    edit: Edit
+    cost_model: CostModel
+    samples: list[int] = field(default_factory=list)
+    program: Program | None = None
+    batch: int = 1
+    bytes_loaded: list[int] = field(default_factory=list)
+    unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """How the next call is computed: ``detect``, ``sparse``, ``dense`` or not at all (``recorded``)."""
+        masks = self.edit.masks
+        if masks is None:
+            return "detect"
+        return "recorded" if not masks.any() else "dense" if masks.all() else "sparse"
+
+    def masks(self, device: torch.device) -> Tensor:
+        """Its mask for each of its samples, bool ``[B, H, W]``."""
+        assert self.edit.masks is not None
+        images = self.edit.base.images
+        masks = self.edit.masks.to(device).expand(images, -1, -1)  # [K, H, W]
+        return masks.repeat(len(self.samples) // images, 1, 1)
+
+    def plan(self, device: torch.device) -> MaskPlan:
+        return MaskPlan(self.masks(device), self.cost_model)
+
+    def keep(self, key: CallKey, made: RecordedCall, stored: dict[Store, Tensor], plan: MaskPlan | None) -> None:
+        """Record a call as an overlay of its base: the active rows where computed, the base everywhere else."""
+        assert self.edit.recording is not None
+        self.edit.recording.calls[key] = made
+        kind = self.kind
+        if kind == "detect":
+            self.unsettled.append((key, stored, made))
+        elif kind == "dense":
+            made.cache = whole(len(self.samples), stored)
+        elif kind == "sparse":
+            assert plan is not None
+            for store, value in stored.items():
+                index = plan.table(store.rows) if store.rows else None
+                made.cache.values[store.slot] = value if index is None else Overlay(value, index)
+
+    def settle(self) -> None:
+        """With the mask just found, reduce what the detect steps recorded to the active rows."""
+        kind = self.kind
+        for key, stored, made in self.unsettled:
+            base = self.edit.base.calls[key]
+            if kind == "dense":
+                made.cache = whole(len(self.samples), stored)
+                continue
+            masks = self.masks(made.sample.device)  # [B, H, W]
+            made.sample = _inside(masks, made.sample, base.sample)
+            made.outputs = [_inside(masks, new, old) for new, old in zip(made.outputs, base.outputs, strict=True)]
+            if kind == "sparse":
+                plan = self.plan(made.sample.device)
+                rows = {s.slot: (v, plan.table(s.rows) if s.rows else None) for s, v in stored.items()
+                        if not s.slot.startswith(("mean:", "rstd:"))}  # fmt: skip
+                made.cache.values = shrink(rows)
+        self.unsettled.clear()
+
+    def report(self) -> EditReport:
+        edit, program = self.edit, self.program
+        report = EditReport(detect_steps=edit.detect_steps, timings=edit.timings, bytes_cached=edit.base.nbytes)
+        report = replace(report, active_share=None if edit.masks is None else float(edit.masks.float().mean()))
+        report = replace(report, seconds_recorded=[call.seconds for call in edit.base.calls.values()])
+        if program is None:
+            return report
+        own = len(self.samples) / self.batch  # this edit's share of the calls that carried it
+        macs = count_macs(program.captured.module.graph)
+        report = replace(report, macs_dense=round(macs * own), islands=program.islands)
+        if edit.masks is None or "edit" not in program.graphs or self.kind != "sparse":
+            return report
+        plan = self.plan(torch.device("cpu"))
+        macs = count_macs(program.graphs["edit"].graph, plan)
+        levels = dict.fromkeys(level for geometry in plan.tiles for level in (geometry.source, geometry.target))
+        return replace(
+            report,
+            macs_sparse=round(macs * own),
+            bytes_loaded=self.bytes_loaded,
+            levels={f"{h}x{w}": plan.share((h, w)) for h, w in levels},
+            tiles={str(geometry): tile for geometry, tile in plan.tiles.items()},
+        )
+
+
+@dataclass
+class Group:
+    """The lanes of a call that are computed alike, as one call of their samples."""
+
+    lanes: list[Lane]
+    numbers: list[int]
+    memo: Memo = field(default_factory=Memo)
+    plan: MaskPlan | None = None
+    _selected: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+
+    def select(self, call: Call) -> Call:
+        """This group's samples of a call; what did not change since the last call stays the same tensor."""
+        batch = call.batch
+        if self.numbers == list(range(batch)):
+            return call
+        tensors = {}
+        for name, tensor in call.tensors.items():
+            if tensor.dim() == 0 or len(tensor) % batch:
+                tensors[name] = tensor
+                continue
+            version = -1 if tensor.is_inference() else tensor._version
+            seen = self._selected.get(name)
+            if seen is None or seen[0] is not tensor or seen[1] != version or version < 0:
+                self._selected[name] = seen = (tensor, version, take_samples(tensor, batch, self.numbers))
+            tensors[name] = seen[2]
+        return replace(call, tensors=tensors)
+
+    def origins(self) -> list[tuple[Lane, int]]:
+        """For each sample of the group's call: its lane, and its number in the lane's own recording."""
+        places = {sample: (lane, n) for lane in self.lanes for n, sample in enumerate(lane.samples)}
+        return [places[sample] for sample in self.numbers]
+
+    def own(self, lane: Lane) -> list[int]:
+        """The numbers of a lane's samples in the group's call."""
+        return [self.numbers.index(sample) for sample in lane.samples]
+
+    def source(self, recorded: dict[int, RecordedCall]) -> StepCache | StackedCache:
+        if len(self.lanes) == 1:
+            return recorded[id(self.lanes[0])].cache
+        return StackedCache([(recorded[id(lane)].cache, number) for lane, number in self.origins()])
+
+    def stack_masks(self, device: torch.device) -> Tensor:
+        masks = {id(lane): lane.masks(device) for lane in self.lanes}
+        return torch.stack([masks[id(lane)][number] for lane, number in self.origins()])  # [B, H, W]
+
+
+class EditSession:
+    """Runs the calls of edits: detect, then sparse (or dense under a full mask, or none under an empty one).
+
+    Each call is cut into groups of edits that are at the same point; most often that is one group, the whole call.
+    """
+
+    name = "edit"
+
+    def __init__(self, edits: Edits, programs: Callable[[Call], Program], cost_model: CostModel) -> None:
+        self.lanes = [Lane(edit, cost_model) for edit in edits]
+        self.programs = programs
+        self.cost_model = cost_model
+        self.counter = CallCounter()
+        self.calls = 0
+        self.groups: dict[tuple[str, tuple[int, ...]], Group] = {}
+        self._controls: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        for edit, lane in zip(edits, self.lanes, strict=True):
+            edit._lane = lane
+
+    def run(self, call: Call) -> Any:
+        key = self.counter.next(call)
+        recorded = {id(lane): lane.edit.base.find(key) for lane in self.lanes}
+        self._place(call, recorded)
+        for lane in self.lanes:
+            self._check(lane, call, key, recorded[id(lane)])
+        self.calls += 1
+        groups = self._groups()
+        results = [self._run_group(group, group.select(call), key, recorded) for group in groups]
+        if len(groups) == 1:
+            return results[0][1].captured.result(results[0][0])
+        outputs = [
+            torch.cat(pieces)[torch.tensor([n for g in groups for n in g.numbers]).argsort().to(pieces[0].device)]
+            for pieces in zip(*(outputs for outputs, _ in results), strict=True)
+        ]
+        return results[0][1].captured.result(outputs)
+
+    def _place(self, call: Call, recorded: dict[int, RecordedCall]) -> None:
+        """Which samples of the call are whose: parts of guidance outermost, then edits, then images."""
+        images = [lane.edit.base.images for lane in self.lanes]
+        batches = [len(recorded[id(lane)].sample) for lane in self.lanes]
+        if call.batch != sum(batches):
+            shape = tuple(call.tensors[call.sample].shape)
+            raise RecordingMismatchError(differences={"sample shape": ((sum(batches), *shape[1:]), shape)})
+        parts = {batch // own for batch, own in zip(batches, images, strict=True)}
+        if len(parts) > 1:
+            raise RecordingMismatchError(
+                differences={"parts of guidance in a call": (sorted(parts), "one call for all")}
+            )
+        offset, total = 0, sum(images)
+        for lane, own in zip(self.lanes, images, strict=True):
+            lane.samples = [part * total + offset + n for part in range(call.batch // total) for n in range(own)]
+            offset += own
+
+    def _check(self, lane: Lane, call: Call, key: CallKey, recorded: RecordedCall) -> None:
+        base = lane.edit.base
+        recorded.check(call)
+        base.check_order(self.calls, key)
+        sample = take_samples(call.tensors[call.sample], call.batch, lane.samples)
+        if self.calls == 0 and lane.kind != "dense":
+            base.check_noise(recorded.sample, sample)
+        if lane.kind == "detect":
+            step = base.step_of(key)
+            lane.edit.compare(step, recorded.sample, sample)
+            if step >= lane.edit.detect_steps:
+                lane.edit.find_mask()
+
+    def _groups(self) -> list[Group]:
+        by_kind: dict[str, list[Lane]] = {}
+        for lane in self.lanes:
+            by_kind.setdefault(lane.kind, []).append(lane)
+        groups = []
+        for kind, lanes in by_kind.items():
+            numbers = sorted(sample for lane in lanes for sample in lane.samples)
+            groups.append(self.groups.setdefault((kind, tuple(numbers)), Group(lanes, numbers)))
+        return groups
+
+    def _run_group(
+        self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]
+    ) -> tuple[list[Tensor], Program]:
+        program, kind = self.programs(call), group.lanes[0].kind
+        compute = self._choose(group, call, key, program, recorded)
+        start = now(call)
+        outputs, stored = compute()
+        seconds = (now(call) - start) / len(group.lanes)
+        for lane in group.lanes:
+            lane.program, lane.batch = program, call.batch
+            if kind in lane.edit.timings:
+                lane.edit.timings[kind].append(seconds)
+            if lane.edit.recording is not None:
+                self._keep(group, lane, call, key, outputs, stored, seconds)
+        return outputs, program
+
+    def _choose(
+        self, group: Group, call: Call, key: CallKey, program: Program, recorded: dict[int, RecordedCall]
+    ) -> Callable[[], Computed]:
+        """How a group is computed, its graph built already, so that a call's time is its own."""
+        kind, store = group.lanes[0].kind, any(lane.edit.recording is not None for lane in group.lanes)
+        device = call.tensors[call.sample].device
+        if kind == "recorded":
+            origins = [(recorded[id(lane)].outputs, number) for lane, number in group.origins()]
+            each = [[output[number] for output in outputs] for outputs, number in origins]
+            return lambda: ([torch.stack(pieces) for pieces in zip(*each, strict=True)], {})
+        if kind == "dense":
+            dense = program.executable("record")
+            return lambda: dense.run(call.tensors)
+        source = _Loading(group.source(recorded))
+        if kind == "detect":
+            detect = program.executable("detect", store)
+            inputs = {**call.tensors, **self._control(group, call, key, recorded)}
+            return lambda: detect.run(inputs, source=source)
+        sparse = program.executable("edit", store)
+        plan = group.plan = group.plan or MaskPlan(group.stack_masks(device), self.cost_model)
+
+        def compute() -> Computed:
+            before = group.memo.bytes_loaded
+            result = sparse.run(call.tensors, plan=plan, source=source, memo=group.memo)
+            for lane in group.lanes:
+                lane.bytes_loaded.append((group.memo.bytes_loaded - before) // len(group.lanes))
+            return result
+
+        return compute
+
+    def _control(self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]) -> dict[str, Tensor]:
+        """The inputs of cross-attention control: none for samples whose text did not change (the empty prompt)."""
+        if call.text is None:
+            return {}
+        text, rows = call.tensors[call.text], []
+        for number, (lane, own) in enumerate(group.origins()):
+            text_recorded, new = recorded[id(lane)].text, text[number]
+            assert text_recorded is not None
+            old = text_recorded[own]
+            known = self._controls.get((key[1], group.numbers[number]))
+            if known is None or not torch.equal(known[0], new):
+                known = (clone_detached(new), *_aligned(lane.edit, old, new))
+                self._controls[key[1], group.numbers[number]] = known
+            rows.append(known[1:])
+        index, weight = (torch.stack(column).to(text.device) for column in zip(*rows, strict=True))  # [B, L]
+        return {"control_index": index, "control_weight": weight}
+
+    def _keep(
+        self, group: Group, lane: Lane, call: Call, key: CallKey, outputs: list[Tensor], stored: dict[Store, Tensor],
+        seconds: float,
+    ) -> None:  # fmt: skip
+        base, own = lane.edit.base.calls[key], group.own(lane)
+        assert lane.edit.recording is not None
+        alone = len(group.lanes) == 1
+        mine = replace(call, tensors={n: _own(t, call.batch, own) for n, t in call.tensors.items()})
+        plan = group.plan
+        if not alone:
+            stored = {store: take_samples(value, call.batch, own) for store, value in stored.items()}
+            if plan is not None:
+                plan = lane.plan(call.tensors[call.sample].device)
+                stored = {store: _unpadded(value, plan, store.rows) for store, value in stored.items()}
+        kept = [clone_detached(take_samples(output, call.batch, own)) for output in outputs]
+        made = lane.edit.recording.keep(mine, StepCache(len(own), base=base.cache), kept, seconds)
+        lane.keep(key, made, stored, plan)
+
+
+@dataclass
+class _Loading:
+    """A source that says what a recording lacks in our words."""
+
+    source: StepCache | StackedCache
+
+    def load(self, slot: str, index: Tensor | None = None) -> Tensor:
+        try:
+            return self.source.load(slot, index)
+        except KeyError as error:
+            recorded = "the slots of another batch size, for which this model traces to another graph"
+            raise IncompleteRecordingError(missing=[f"the cache slot {slot}"], recorded=recorded) from error
+
+
+def whole(batch: int, stored: dict[Store, Tensor]) -> StepCache:
+    """A cache of everything that a dense call stored."""
+    return StepCache(batch, {store.slot: value for store, value in stored.items()})
+
+
+def _aligned(edit: Edit, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Control of one sample: the recorded token of each token ``[L]``, and 1 where its map is kept."""
+    changed = edit.config.control and not torch.equal(new, old)
+    if not changed:
+        return torch.arange(len(new)), torch.zeros(len(new))
+    alignment = edit.alignment or align_embeddings(old, new)
+    alignment.check_length(len(new))
+    return alignment.index, alignment.weight
+
+
+def _unpadded(value: Tensor, plan: MaskPlan, rows: Table | None) -> Tensor:
+    """A copy of a lane's stored rows without those that pad them to another lane's number."""
+    index = plan.table(rows) if rows else None
+    return value.clone() if index is None else value[:, : index.shape[1]].clone()
+
+
+def _own(tensor: Tensor, batch: int, own: Sequence[int]) -> Tensor:
+    return tensor if tensor.dim() == 0 or len(tensor) % batch else take_samples(tensor, batch, own)
+
+
+def _inside(masks: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """``new`` within the masks ``[B, H, W]``, ``old`` elsewhere, for maps ``[B, C, H, W]``."""
+    if new.dim() != 4 or new.shape[-2:] != masks.shape[-2:]:
+        return new
+    return torch.where(masks[:, None], new, old)
