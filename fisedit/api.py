@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from fisedit.capture import Call, capture
+from fisedit.capture_checks import CaptureChecks, plain_forward
 from fisedit.config import CompileConfig
-from fisedit.errors import UnsupportedCaptureError
 from fisedit.module import CompiledUNet
-from fisedit.passes import ir, pipeline
+from fisedit.passes import pipeline
 from fisedit.passes.base import PassLog, run_passes
 from fisedit.program import Program
 
@@ -37,20 +37,20 @@ def compile(unet: nn.Module, config: CompileConfig | None = None, **options: Any
         return unet
     if not isinstance(unet, nn.Module):
         raise TypeError(f"compile takes the U-Net module (pipe.unet), not {type(unet).__name__}")
-    return CompiledUNet(unet, config or CompileConfig(**options), build_program)
+    return CompiledUNet.of(unet, config or CompileConfig(**options), build_program)
 
 
 def build_program(unet: nn.Module, call: Call, config: CompileConfig) -> Program:
     """Capture ``unet`` for one call signature and bring its graph into canonical form.
 
     Raises:
-        UnsupportedCaptureError: the model cannot be traced.
+        UnsupportedCaptureError: the model cannot be traced, or its graph would not stand for every call.
     """
-    program = Program(capture(unet, call), config)
+    with plain_forward(unet), call.in_autocast():
+        checks = CaptureChecks(unet, call)
+        captured = capture(unet, call)
+    checks.check(captured)
+    program = Program(captured, config)
     program.logs["canonical"] = PassLog("canonical")
     run_passes(program.captured.module, pipeline.canonical_passes(), program.logs["canonical"])
-    if any(ir.is_op(node, ir.aten.dropout.default) for node in program.captured.module.graph.nodes):
-        raise UnsupportedCaptureError(
-            model=type(unet).__name__, reason="dropout is active", advice="Call .eval() on the U-Net first."
-        )
     return program

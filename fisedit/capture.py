@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
-from fisedit.errors import UnsupportedCaptureError
+from fisedit.errors import InvalidTimestepError, UnsupportedCaptureError
 
 SAMPLE_NAMES = ("sample", "x", "latents", "hidden_states")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -63,6 +64,7 @@ class Call:
     timestep: str
     timestep_value: float
     text: str | None
+    autocast: torch.dtype | None = None
 
     @property
     def batch(self) -> int:
@@ -72,7 +74,16 @@ class Call:
     @property
     def signature(self) -> Signature:
         tensors = tuple((n, tuple(t.shape), t.dtype, str(t.device)) for n, t in self.tensors.items())
-        return Signature(tensors, tuple((name, _hashable(value)) for name, value in self.constants.items()))
+        constants = tuple((name, _hashable(value)) for name, value in self.constants.items())
+        return Signature(tensors, (*constants, ("autocast", self.autocast and str(self.autocast))))
+
+    @property
+    def device_type(self) -> str:
+        return self.tensors[self.sample].device.type
+
+    def in_autocast(self) -> torch.autocast:
+        """A context with the autocast state that the call was made in."""
+        return torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """The keyword arguments of the forward, with ``tensors`` in the places of this call's."""
@@ -105,6 +116,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
     Raises:
         TypeError: the arguments do not fit the model's forward, as Python says it.
+        InvalidTimestepError: the samples have different timesteps, or one is NaN.
     """
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     arguments: dict[str, Any] = {}
@@ -115,7 +127,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     sample = next((n for n in SAMPLE_NAMES if n in arguments), names[0])
     timestep = next((n for n in TIMESTEP_NAMES if n in arguments), names[1] if len(names) > 1 else names[0])
     # Read before it is moved to the sample's device: a scheduler's timestep on the CPU then costs no wait for the GPU.
-    timestep_value = float(torch.as_tensor(arguments[timestep]).flatten()[0])
+    timestep_value = _single_value(arguments[timestep])
     arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
     paths, spec = pytree.tree_flatten_with_path(arguments)
     order = tuple(_leaf_name(path) for path, _ in paths)
@@ -124,7 +136,21 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
     text = next((n for n in TEXT_NAMES if n in tensors), None)
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
-    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text)
+    autocast = _autocast_dtype(tensors[sample].device.type)
+    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text, autocast)
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def _single_value(timestep: Any) -> float:
+    values = sorted(set(torch.as_tensor(timestep).flatten().tolist()))
+    if len(values) != 1 or math.isnan(values[0]):
+        raise InvalidTimestepError(given=values)
+    return float(values[0])
 
 
 def normalize_timestep(timestep: Any, sample: Tensor) -> Tensor:
@@ -172,8 +198,8 @@ def capture(model: nn.Module, call: Call) -> Captured:
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(functional, tensors, strict=False)
-            if any(_mutates(node) for node in exported.graph.nodes):
-                exported = exported.run_decompositions({})
+            if call.autocast is not None or any(_is_compound(node) for node in exported.graph.nodes):
+                exported = exported.run_decompositions({})  # in place writes and autocast become ops
             module = exported.module(check_guards=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
@@ -182,8 +208,11 @@ def capture(model: nn.Module, call: Call) -> Captured:
     return Captured(module, call.signature, tuple(call.tensors), *structure)
 
 
-def _mutates(node: torch.fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def _is_compound(node: torch.fx.Node) -> bool:
+    """Whether a node writes in place, or holds a graph of its own (autocast inside the forward)."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.is_mutable
+    return isinstance(node.target, torch._ops.HigherOrderOperator)
 
 
 def _name_inputs(module: GraphModule, call: Call) -> None:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextvars
 import copy
+import functools
 import threading
+import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol, overload
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
@@ -18,10 +23,21 @@ from fisedit.capture import Call, Signature, bind_call
 from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.edit_session import EditSession
-from fisedit.errors import NestedSessionError, UnknownOptionError, UnsupportedDtypeError
+from fisedit.errors import (
+    DenseIslandsWarning,
+    ModelChangedError,
+    NestedSessionError,
+    UnknownOptionError,
+    UnsupportedDtypeError,
+)
+from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
+
+Build = Callable[[nn.Module, Call, CompileConfig], Program]
+MANY_ISLANDS = 50
+"""A model of which more ops than this stay dense is reported by a warning."""
 
 
 class Session(Protocol):
@@ -37,35 +53,65 @@ class Session(Protocol):
 _sessions: contextvars.ContextVar[dict[int, Session]] = contextvars.ContextVar("fisedit_sessions", default={})  # noqa: B039
 
 
+@dataclass(eq=False)
+class _Live:
+    """What changes of a compiled model: its graphs, the state they were made for, and whether a session is open."""
+
+    fingerprinter: Fingerprinter = field(default_factory=Fingerprinter)
+    programs: dict[Signature, Program] = field(default_factory=dict)
+    state: ModelState | None = None
+    sessions: int = 0
+    in_session: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
 class CompiledUNet(nn.Module):
     """A U-Net that can record and edit. Made by :func:`fisedit.compile`.
 
-    It shares parameters, buffers and submodules with the original, so that ``state_dict``, ``.to`` and
-    ``named_modules`` see the same names, and every other attribute (``config``, ``dtype``, ...) is the original's.
-    Outside ``record`` and ``edit`` a call is the original's own forward.
+    It is the original in another class, one that is derived from the original's: both objects share all attributes
+    (``vars``), so that parameters, ``config``, adapters, hooks and ``isinstance`` are the original's, whichever of the
+    two is changed, and ``from_pretrained`` and the constructor make originals. Outside ``record`` and ``edit`` a call
+    is the original's own. What is its own is in slots.
     """
 
-    def __init__(
-        self, unet: nn.Module, config: CompileConfig, build: Callable[[nn.Module, Call, CompileConfig], Program]
-    ) -> None:
-        super().__init__()
-        for registry in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
-            object.__setattr__(self, registry, getattr(unet, registry))
-        object.__setattr__(self, "_unet", unet)
-        self.training = unet.training
-        self.compile_config = config
-        self.cost_model = CostModel(config.cost)
-        self._build = build
-        self._programs: dict[Signature, Program] = {}
-        self._lock = threading.RLock()
-        self._identity = object()
-        self._captured_structure: int | None = None
+    __slots__ = ("_unet", "compile_config", "cost_model", "_build", "_identity", "_live")
+    _unet: nn.Module
+    compile_config: CompileConfig
+    cost_model: CostModel
+    _build: Build
+    _identity: object
+    _live: _Live
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @staticmethod
+    def of(unet: nn.Module, config: CompileConfig, build: Build) -> CompiledUNet:
+        """Compile ``unet``; ``build`` makes the graphs of a call."""
+        original: Any = type(unet)
+        compiled: CompiledUNet = object.__new__(_class_for(original))
+        own = {"_unet": unet, "compile_config": config, "cost_model": CostModel(config.cost), "_build": build,
+               "_identity": object(), "_live": _Live()}  # fmt: skip
+        for name, value in {"__dict__": vars(unet), **own}.items():
+            object.__setattr__(compiled, name, value)
+        return compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # An attribute before the context variable: torch.compile around this model guards on it, and so its graph of
+        # the dense model is left, without a break, as soon as a session is open.
+        if self._live.in_session:
+            return self._call_in_session(args, kwargs)
+        return self._unet(*args, **kwargs)
+
+    @torch.compiler.disable(reason="FISEdit's sessions run graphs of their own; compile without fullgraph=True")
+    def _call_in_session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session = _sessions.get().get(id(self))
-        if session is None:
+        if session is None:  # it is another thread's
             return self._unet(*args, **kwargs)
-        return session.run(bind_call(self._unet, args, kwargs))
+        hook = vars(self).get("_hf_hook")  # accelerate's: it brings the weights to where they are needed
+        if hook is not None:
+            args, kwargs = hook.pre_forward(self, *args, **kwargs)
+        call = bind_call(self._dense, args, kwargs)
+        with torch.autocast(call.device_type, enabled=False):  # the graphs hold its casts
+            result = session.run(call)
+        return result if hook is None else hook.post_forward(self, result)
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
@@ -146,32 +192,41 @@ class CompiledUNet(nn.Module):
     def _new_recording(self) -> Recording:
         return Recording(self._identity, self.model_name, self._weights())
 
-    def _weights(self) -> int:
-        """A number that changes when a parameter is replaced or written to in place."""
-        return hash(tuple((id(p), 0 if p.is_inference() else p._version) for p in self._unet.parameters()))
-
-    def _structure(self) -> int:
-        """A number that changes when modules or parameters are exchanged, or plain settings of a module (FreeU)."""
-        settings = [
-            tuple((k, v if isinstance(v, (bool, int, float, str)) else type(v)) for k, v in vars(module).items())
-            for module in self._unet.modules()
-        ]
-        return hash((tuple(settings), *map(id, self._unet.modules()), *map(id, self._unet.parameters())))
+    def _weights(self) -> ModelState:
+        """The model as it is now. Graphs made of it as it was before are dropped."""
+        live = self._live
+        with live.lock:
+            now = live.fingerprinter.read(self._dense)
+            if live.state is None or now != live.state.fingerprint:
+                live.state = ModelState(now)
+                live.programs.clear()
+            return live.state
 
     @contextmanager
     def _open(self, session: Session) -> Iterator[None]:
         active = _sessions.get()
         if id(self) in active:
             raise NestedSessionError(opened=session.name, active=active[id(self)].name)
-        with self._lock:
-            if (structure := self._structure()) != self._captured_structure:
-                self._programs.clear()
-                self._captured_structure = structure
+        state = self._weights()
         token = _sessions.set({**active, id(self): session})
+        self._count_sessions(1)
         try:
             yield
         finally:
             _sessions.reset(token)
+            self._count_sessions(-1)
+        if changes := state.changes(self._weights()):
+            raise ModelChangedError(session=session.name, changes=changes)
+
+    def _count_sessions(self, change: int) -> None:
+        with self._live.lock:
+            self._live.sessions += change
+            self._live.in_session = self._live.sessions > 0
+
+    @property
+    def _dense(self) -> nn.Module:
+        """The model that is traced: the original, without ``torch.compile`` around it."""
+        return self._unet._orig_mod if isinstance(self._unet, OptimizedModule) else self._unet
 
     def program(self, call: Call) -> Program:
         """The graphs for a call's signature, captured on the first such call.
@@ -183,40 +238,71 @@ class CompiledUNet(nn.Module):
         sample = call.tensors[call.sample]
         if sample.dtype == torch.float16 and sample.device.type == "cpu":
             raise UnsupportedDtypeError(dtype="float16", device="cpu", supported=("float32", "bfloat16"))
-        with self._lock:
-            signature = call.signature
-            if signature not in self._programs:
-                self._programs[signature] = self._build(self._unet, call, self.compile_config)
-            return self._programs[signature]
+        live, signature = self._live, call.signature
+        with live.lock:
+            if signature not in live.programs:
+                state = self._weights()
+                with call.in_autocast():
+                    program = self._build(self._dense, call, self.compile_config)
+                state.fingerprint = live.fingerprinter.read(self._dense)
+                _warn_of_islands(program)
+                live.programs[signature] = program
+            return live.programs[signature]
 
     def inspect(self, kind: str = "edit") -> str:
         """The graphs captured so far as text, with what each pass did and every op that stays dense."""
-        if not self._programs:
+        if not self._live.programs:
             return "Nothing is captured yet: the first call inside record() or edit() does it."
-        return "\n\n".join(program.inspect(kind) for program in self._programs.values())
+        return "\n\n".join(program.inspect(kind) for program in self._live.programs.values())
 
     @property
     def model_name(self) -> str:
         parameters = sum(p.numel() for p in self._unet.parameters())
         return f"{type(self._unet).__name__} with {parameters / 1e6:.1f} M parameters"
 
-    def train(self, mode: bool = True) -> CompiledUNet:
-        self._unet.train(mode)
-        self.training = mode
-        return self
-
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUNet:
         """A copy of the model with weights of its own, which captures anew; recordings of this one are not its."""
-        return CompiledUNet(copy.deepcopy(self._unet, memo), self.compile_config, self._build)
+        return CompiledUNet.of(copy.deepcopy(self._unet, memo), self.compile_config, self._build)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(object.__getattribute__(self, "_unet"), name)
+    def __copy__(self) -> CompiledUNet:
+        """Another compiled model over a shallow copy of the original, as ``copy.copy`` makes it of modules."""
+        return CompiledUNet.of(copy.copy(self._unet), self.compile_config, self._build)
 
-    def extra_repr(self) -> str:
-        return f"compiled by fisedit, {len(self._programs)} signatures captured"
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledUNet.of, (self._unet, self.compile_config, self._build)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return self.__reduce__()
+
+    def _get_name(self) -> str:
+        return f"{type(self._unet).__name__}, compiled by fisedit"
+
+    if TYPE_CHECKING:  # what else is the original's
+
+        def __getattr__(self, name: str) -> Any: ...
+
+
+@functools.cache
+def _class_for(original: Any) -> type[CompiledUNet]:
+    """The class of compiled models that are also an ``original``, under the original's name."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+        return original(*args, **kwargs)
+
+    body = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__new__": new}
+    return types.new_class(original.__name__, (CompiledUNet, original), {}, lambda namespace: namespace.update(body))
+
+
+def _warn_of_islands(program: Program) -> None:
+    program.executable("edit")
+    islands = program.islands
+    if len(islands) > MANY_ISLANDS:
+        warnings.warn(
+            f"{len(islands)} ops of the model stay dense while editing, the first in {islands[0]}. An edit will gain "
+            "little. If attention is sliced, undo that (pipe.disable_attention_slicing()); inspect() names the rest.",
+            DenseIslandsWarning,
+            stacklevel=3,
+        )
 
 
 def _for_each(option: str, given: Any, bases: list[Recording], several: bool) -> list[Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisedit.capture import Call, Signature
 from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
+from fisedit.fingerprint import ModelState
 from fisedit.program import Program
 from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
 
@@ -81,7 +82,7 @@ class Recording:
 
     owner: object
     model_name: str
-    weights: int
+    weights: ModelState
     calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
     complete: bool = False
@@ -139,16 +140,17 @@ class Recording:
         self.latents.clear()
         self.released = True
 
-    def check_editable(self, owner: object, model_name: str, weights: int) -> None:
-        """Raise unless this recording can be edited by the model ``owner`` with the weights it has now.
+    def check_editable(self, owner: object, model_name: str, weights: ModelState) -> None:
+        """Raise unless this recording can be edited by the model ``owner`` with the weights and settings it has now.
 
         Raises:
             ForeignRecordingError, SessionClosedError, IncompleteRecordingError.
         """
         if self.owner is not owner:
-            raise ForeignRecordingError(recorded_by=self.model_name, edited_by=f"another model ({model_name})")
-        if self.weights != weights:
-            edited_by = "the same model, whose weights were changed since,"
+            edited_by = f"another compiled model ({model_name})"
+            raise ForeignRecordingError(recorded_by=self.model_name, edited_by=edited_by)
+        if changes := self.weights.changes(weights):
+            edited_by = f"the same model, which was changed since ({changes}),"
             raise ForeignRecordingError(recorded_by=self.model_name, edited_by=edited_by)
         if self.released:
             raise SessionClosedError(session="recording", action="edit")

@@ -18,6 +18,11 @@ EXAMPLES = [
         errors.IncompleteRecordingError(missing=[f"timestep {t}" for t in range(8)], recorded="2 steps"),
         ["timestep 0, timestep 1", "timestep 4 and 3 more", "2 steps"],
     ),
+    (errors.InvalidTimestepError(given=[900.0, 100.5]), ["[900, 100.5]", "Call once for each timestep"]),
+    (
+        errors.ModelChangedError(session="record", changes="conv_in.weight"),
+        ["`with` block of record(): conv_in.weight.", "Change the model"],
+    ),
     (errors.NestedSessionError(opened="edit", active="record"), ["edit() was entered while record() is still open"]),
     (errors.SessionClosedError(session="edit session", action="mask"), ["mask needs an open edit session"]),
     (errors.NotRecordedError(), ["record=True"]),
