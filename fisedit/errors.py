@@ -151,6 +151,35 @@ class PromptTooLongError(FISEditError):
 
 
 @dataclass(eq=False, repr=False)
+class InvalidTimestepError(FISEditError):
+    """One call whose samples are at different timesteps, or at none."""
+
+    given: Sequence[float]
+
+    template: ClassVar[str] = (
+        "The samples of one call are at the timesteps {given}; inside record() and edit() they share one, a number. "
+        "Call once for each timestep."
+    )
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{value:g}" for value in self.given[:6]) + (", ..." if len(self.given) > 6 else "")
+        return self.template.format(given=f"[{shown}]")
+
+
+@dataclass(eq=False, repr=False)
+class ModelChangedError(FISEditError):
+    """A model that was changed while a session was open: its first calls and its last ones belong to two models."""
+
+    session: str
+    changes: str
+
+    template: ClassVar[str] = (
+        "The model was changed inside the `with` block of {session}(): {changes}. What ran in it cannot be relied on. "
+        "Change the model (LoRA, weights, settings) before the block, and leave it alone inside."
+    )
+
+
+@dataclass(eq=False, repr=False)
 class UnsupportedCaptureError(FISEditError):
     """A model that could not be traced into a graph."""
 
@@ -253,35 +282,6 @@ class UnreadableModelError(FISEditError):
     template: ClassVar[str] = (
         "The pipeline in the folder {folder!r} cannot be used: {reason}. "
         "Give the folder of a text-to-image pipeline with a U-Net, whole as pipe.save_pretrained wrote it."
-    )
-
-
-@dataclass(eq=False, repr=False)
-class InvalidTimestepError(FISEditError):
-    """One call whose samples are at different timesteps, or at none."""
-
-    given: Sequence[float]
-
-    template: ClassVar[str] = (
-        "The samples of one call are at the timesteps {given}; inside record() and edit() they share one, a number. "
-        "Call once for each timestep."
-    )
-
-    def __str__(self) -> str:
-        shown = ", ".join(f"{value:g}" for value in self.given[:6]) + (", ..." if len(self.given) > 6 else "")
-        return self.template.format(given=f"[{shown}]")
-
-
-@dataclass(eq=False, repr=False)
-class ModelChangedError(FISEditError):
-    """A model that was changed while a session was open: its first calls and its last ones belong to two models."""
-
-    session: str
-    changes: str
-
-    template: ClassVar[str] = (
-        "The model was changed inside the `with` block of {session}(): {changes}. What ran in it cannot be relied on. "
-        "Change the model (LoRA, weights, settings) before the block, and leave it alone inside."
     )
 
 
