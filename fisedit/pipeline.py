@@ -1,168 +1,272 @@
-"""``EditPipeline``: generate, then edit by changing words, over any diffusers text-to-image pipeline."""
+"""``EditPipeline``: generate or invert, then edit by changing words, over any diffusers pipeline with a U-Net."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, overload
 
 import torch
+from torch import nn
 
 from fisedit.alignment import TokenAlignment, align_prompts
 from fisedit.api import compile
 from fisedit.config import CompileConfig, DetectConfig
-from fisedit.edit import Edit
-from fisedit.errors import NotRecordedError, RecordingMismatchError, UnknownOptionError
+from fisedit.edit import Edits
+from fisedit.errors import NotRecordedError, UnknownOptionError, UnsupportedPipelineError
+from fisedit.inversion import ddim_trajectory, encode, follow
+from fisedit.recording import Recording
 from fisedit.results import EditResult, Generation
-
-Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
-
-
-OURS = ("prompt", "generator", "latents", "prompt_embeds", "return_dict")
-"""Arguments of the pipeline that ``EditPipeline`` sets itself."""
+from fisedit.sampling import Run, check_settings, make_generator, sample
 
 
 class EditPipeline:
     """Generate images that can be edited by changing words of their prompt.
 
     Args:
-        pipe: a diffusers pipeline with ``unet``, ``tokenizer`` and ``scheduler``, called as ``pipe(prompt, ...)``.
-            It is copied shallowly and not changed; weights are shared.
+        pipe: a diffusers pipeline with ``unet``, ``tokenizer`` and ``scheduler``, called as ``pipe(prompt=..., ...)``
+            (text to image, image to image, inpainting, ControlNet, ...). It is copied shallowly and not changed;
+            weights are shared.
         config, options: as for :func:`fisedit.compile`.
+
+    Raises:
+        UnsupportedPipelineError: it has no U-Net, or no ``callback_on_step_end``.
     """
 
     def __init__(self, pipe: Any, config: CompileConfig | None = None, **options: Any) -> None:
+        missing = [] if isinstance(getattr(pipe, "unet", None), nn.Module) else ["a U-Net (`unet`)"]
+        for name in ("scheduler", "tokenizer"):
+            missing += [] if hasattr(pipe, name) else [f"`{name}`"]
+        if "callback_on_step_end" not in inspect.signature(pipe.__call__ if callable(pipe) else pipe).parameters:
+            missing.append("the argument `callback_on_step_end`")
+        if missing:
+            raise UnsupportedPipelineError(pipeline=type(pipe).__name__, missing=missing)
         self.pipe = copy.copy(pipe)
         self.pipe.unet = compile(pipe.unet, config, **options)
 
+    @overload
     def generate(
         self, prompt: str, *, seed: int | None = None, generator: torch.Generator | None = None, **settings: Any
-    ) -> Generation:
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: Sequence[str], *, seed: int | Sequence[int] | None = None,
+        generator: Sequence[torch.Generator] | None = None, **settings: Any,
+    ) -> list[Generation]: ...  # fmt: skip
+
+    def generate(self, prompt: Any, *, seed: Any = None, generator: Any = None, **settings: Any) -> Any:
         """Generate an image and keep its feature maps.
 
         Args:
-            prompt: one prompt.
-            seed: seed of the noise; drawn if neither it nor ``generator`` is given.
+            prompt: one prompt, or a list of prompts, drawn at once.
+            seed: seed of the noise; drawn if neither it nor ``generator`` is given. For a list of prompts a list, or
+                one number: the seed of the first, and those that follow it.
             generator: takes the place of ``seed``; its state is kept, so that edits start from the same noise.
             settings: any other argument of the pipeline (``num_inference_steps``, ``guidance_scale``, ...).
 
+        Returns:
+            A :class:`Generation`; for a list of prompts a list of them, each to be edited by itself.
+
         Raises:
             PromptTooLongError: the prompt has more tokens than the text encoder takes.
-            UnknownOptionError: an argument that the pipeline does not have, or several prompts.
+            UnknownOptionError: an argument that the pipeline does not have, a seed that is none.
         """
-        self._check(prompt, settings)
-        if generator is None:
-            generator = torch.Generator().manual_seed(torch.seed() % 2**32 if seed is None else seed)
-        state, device = generator.get_state(), generator.device
+        several = isinstance(prompt, (list, tuple))
+        prompts = list(prompt) if several else [prompt]
+        self._check_prompts(prompts)
+        check_settings(self.pipe, settings)
+        if several and len(prompts) > 1 and settings.get("num_images_per_prompt", 1) != 1:
+            allowed = "1 with several prompts; repeat the prompts instead"
+            raise UnknownOptionError(
+                option="num_images_per_prompt", given=settings["num_images_per_prompt"], allowed=allowed
+            )
+        if several and isinstance(seed, int) and not isinstance(seed, bool):
+            seed = [seed + number for number in range(len(prompts))]
+        seeds, generators = (
+            _each(name, given, prompts, several) for name, given in (("seed", seed), ("generator", generator))
+        )
+        runs = [self._run(make_generator(*pair), settings) for pair in zip(seeds, generators, strict=True)]
         start = time.perf_counter()
         with self.pipe.unet.record() as recording:
-            images = self._run(prompt, state, device, settings, recording.on_step_end)
-        return Generation(
-            prompt, images, recording, self._settings(settings), state, device, time.perf_counter() - start, self
-        )
+            images, finished = sample(self.pipe, prompts, runs, recording.on_step_end, settings)
+        recording.complete &= finished
+        seconds = (time.perf_counter() - start) / len(prompts)
+        parts = recording.split() if len(prompts) > 1 else [recording]
+        shared = [images] if len(prompts) == 1 else [[image] for image in images]
+        made = [Generation(*each, seconds, self) for each in zip(prompts, shared, parts, runs, strict=True)]
+        return made if several else made[0]
 
-    def edit(
-        self,
-        base: Generation | EditResult,
-        prompt: str,
-        *,
-        mask: Any = "auto",
-        detect: DetectConfig | None = None,
-        alignment: TokenAlignment | None = None,
-        record: bool = True,
-        **settings: Any,
-    ) -> EditResult:
-        """Edit an image by changing the words of its prompt; the background stays bit for bit (in latents).
+    def invert(
+        self, image: Any, prompt: str, *, num_inference_steps: int = 50, guidance_scale: float = 7.5, **settings: Any
+    ) -> Generation:
+        """Make a base of a photograph: edits change what the new words touch, the rest stays the photograph.
+
+        DDIM inversion (Song et al. 2021) carries the encoded picture to noise without guidance; then the run from
+        that noise is recorded, with guidance, over the latents of the inversion, so that it ends in the picture
+        whatever the guidance.
 
         Args:
-            base: what to edit: a generation, or a former edit.
-            prompt: the new prompt.
-            mask: ``"auto"`` finds the region; or a tensor, array or PIL image of any size, true where it may change.
+            image: a PIL image. It is scaled to the size that the pipeline draws by default, or to ``height`` and
+                ``width``, if given.
+            prompt: what it shows; edits change words of it.
+            num_inference_steps, guidance_scale, settings: arguments of the pipeline, for the edits too.
+
+        Raises:
+            UnknownOptionError: no PIL image; a pipeline whose scheduler is no diffusion over variance-preserving noise.
+            PromptTooLongError, UnsupportedPipelineError.
+        """
+        self._check_prompts([prompt])
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **settings}
+        check_settings(self.pipe, settings)
+        start = time.perf_counter()
+        latents, settings = encode(self.pipe, image, settings)
+        scheduler, trajectory = ddim_trajectory(self.pipe, latents, prompt, settings)
+        generator = torch.Generator().manual_seed(0)
+        run = Run(settings, generator.get_state(), generator.device, scheduler, trajectory[-1])
+        with self.pipe.unet.record() as recording:
+            images, finished = sample(self.pipe, [prompt], [run], follow(trajectory, recording.on_step_end), settings)
+        recording.complete &= finished
+        return Generation(prompt, images, recording, run, time.perf_counter() - start, self)
+
+    @overload
+    def edit(
+        self, base: Generation, prompt: str, *, mask: Any = "auto", detect: DetectConfig | None = None,
+        alignment: TokenAlignment | None = None, record: bool = True, **settings: Any,
+    ) -> EditResult: ...  # fmt: skip
+
+    @overload
+    def edit(
+        self, base: Generation | Sequence[Generation], prompt: str | Sequence[str], *, mask: Any = "auto",
+        detect: DetectConfig | None = None, alignment: Sequence[TokenAlignment | None] | None = None,
+        record: bool = True, batch_size: int = 8, **settings: Any,
+    ) -> list[EditResult]: ...  # fmt: skip
+
+    def edit(
+        self, base: Any, prompt: Any, *, mask: Any = "auto", detect: DetectConfig | None = None, alignment: Any = None,
+        record: bool = True, batch_size: int = 8, **settings: Any,
+    ) -> Any:  # fmt: skip
+        """Edit an image by changing the words of its prompt; the background stays bit for bit (in latents).
+
+        With a list of bases, or of prompts, many edits run at once, in U-Net calls that carry all of them.
+
+        Args:
+            base: what to edit: a generation, an inverted picture, or a former edit; or a list.
+            prompt: the new prompt; or a list: each is an edit of its base, or of the one base.
+            mask: ``"auto"`` finds the region; or a tensor, array or PIL image of any size, true where it may change;
+                or a list of these.
             detect: how the region is found.
             alignment: which token continues which; found word by word by default.
             record: keep what a further edit of this result needs (costs memory in proportion to the active share).
+            batch_size: the most edits that one U-Net call carries.
             settings: may repeat the generation's settings; of these only what does not change the latents may differ
-                (``output_type``, ``callback_on_step_end``).
+                (``output_type``, ``callback_on_step_end``, ``prompt_2``).
+
+        Returns:
+            An :class:`EditResult`; a list of them, in order, if a list was given.
 
         Raises:
-            RecordingMismatchError: a setting, or the pipeline's scheduler, differs from the generation's.
-            InvalidMaskError, PromptTooLongError, NotRecordedError, ForeignRecordingError.
+            RecordingMismatchError: a setting differs from the generation's.
+            InvalidMaskError, PromptTooLongError, NotRecordedError, ForeignRecordingError, UnknownOptionError.
         """
-        self._check(prompt, settings)
-        self._check_same(base, settings)
-        if base.recording is None:
-            raise NotRecordedError
-        alignment = alignment or align_prompts(self.pipe.tokenizer, base.prompt, prompt)
-        given = None if isinstance(mask, str) and mask == "auto" else mask
-        start = time.perf_counter()
-        with self.pipe.unet.edit(base.recording, given, alignment=alignment, detect=detect, record=record) as edit:
-            images = self._run_edit(base, prompt, edit, {**base.settings["given"], **settings})
-        recording = edit.recording if edit.recording is not None and edit.recording.calls else None
-        if edit.mask is not None and not edit.mask.any():
-            recording = base.recording
-        return EditResult(
-            prompt, images, recording, base.settings, base.state, base.device, time.perf_counter() - start, self,
-            base=base, edit_handle=edit,
-        )  # fmt: skip
+        several = isinstance(base, (list, tuple)) or isinstance(prompt, (list, tuple))
+        count = max(len(x) for x in (base, prompt) if isinstance(x, (list, tuple))) if several else 1
+        bases, prompts = (_spread(name, x, count) for name, x in (("base", base), ("prompt", prompt)))
+        masks = list(mask) if isinstance(mask, (list, tuple)) and several else [mask] * count
+        alignments = list(alignment) if isinstance(alignment, (list, tuple)) else [alignment] * count
+        for name, given in (("mask", masks), ("alignment", alignments)):
+            _spread(name, given, count)
+        self._check_prompts(prompts)
+        check_settings(self.pipe, settings)
+        for each in bases:
+            self._check_base(each)
+        requests = list(zip(bases, prompts, masks, alignments, strict=True))
+        merged = [each.run.with_settings(self.pipe, settings) for each in bases]
+        results: list[EditResult] = []
+        while len(results) < count:
+            first, last = len(results), len(results) + 1
+            while last < min(count, first + batch_size) and bases[first].run.fits(bases[last].run):
+                last += 1
+            results += self._edit(requests[first:last], detect, record, merged[first])
+        return results if several else results[0]
 
-    def rerun(self, base: Generation | EditResult, prompt: str) -> tuple[list[Any], float]:
+    def _edit(
+        self, requests: list[tuple[Any, ...]], detect: DetectConfig | None, record: bool, settings: dict[str, Any]
+    ) -> list[EditResult]:
+        """Edits that run at once."""
+        start = time.perf_counter()
+        bases, prompts = [request[0] for request in requests], [request[1] for request in requests]
+        given = [None if isinstance(mask, str) and mask == "auto" else mask for _, _, mask, _ in requests]
+        alignments = [
+            alignment or align_prompts(self._tokenizer, base.prompt, prompt) for base, prompt, _, alignment in requests
+        ]
+        recordings = [base.recording for base in bases]
+        with self.pipe.unet.edit(recordings, given, alignment=alignments, detect=detect, record=record) as edits:
+            images, finished = self._draw(edits, bases, prompts, settings)
+        seconds = (time.perf_counter() - start) / len(requests)
+        shared = [images] if len(requests) == 1 else [[image] for image in images]
+        results = []
+        for base, prompt, edit, drawn in zip(bases, prompts, edits, shared, strict=True):
+            recording = edit.recording if edit.recording is not None and edit.recording.calls else None
+            if recording is not None:
+                recording.complete &= finished
+            if edit.mask is not None and not edit.mask.any():
+                recording = base.recording
+                drawn = list(base.images) if "output_type" not in settings else drawn
+            results.append(EditResult(prompt, drawn, recording, base.run, seconds, self, base=base, edit_handle=edit))
+        return results
+
+    def _draw(
+        self, edits: Edits, bases: list[Generation], prompts: list[str], settings: dict[str, Any]
+    ) -> tuple[list[Any], bool]:
+        if all(edit.mask is not None and not edit.mask.any() for edit in edits):
+            return [image for base in bases for image in base.images], True
+        return sample(self.pipe, prompts, [base.run for base in bases], edits.on_step_end, settings)
+
+    def rerun(self, base: Generation, prompt: str) -> tuple[list[Any], float]:
         """The dense way: generate ``prompt`` from the same noise, whole. Returns the images and the seconds it took."""
         start = time.perf_counter()
-        images = self._run(prompt, base.state, base.device, base.settings["given"], lambda *args: args[-1])
+        images, _ = sample(self.pipe, [prompt], [base.run], lambda *args: args[-1], base.run.settings)
         return images, time.perf_counter() - start
 
-    def _run_edit(self, base: Generation | EditResult, prompt: str, edit: Edit, settings: dict[str, Any]) -> list[Any]:
-        if edit.mask is not None and not edit.mask.any():
-            return list(base.images)
-        return self._run(prompt, base.state, base.device, settings, edit.on_step_end)
+    def _run(self, generator: torch.Generator, settings: dict[str, Any]) -> Run:
+        return Run(settings, generator.get_state(), generator.device, copy.deepcopy(self.pipe.scheduler))
 
-    def _run(self, prompt: str, state: torch.Tensor, device: Any, settings: dict[str, Any], on_step: Callback) -> Any:
-        generator = torch.Generator(device)
-        generator.set_state(state)
-        theirs = settings.get("callback_on_step_end")
-        both = on_step if theirs is None else _chain(on_step, theirs)
-        ours: dict[str, Any] = {"generator": generator, "callback_on_step_end": both}
-        if "callback_on_step_end_tensor_inputs" in settings:  # ours reads the latents, whatever theirs reads
-            ours["callback_on_step_end_tensor_inputs"] = list(
-                dict.fromkeys(["latents", *settings["callback_on_step_end_tensor_inputs"]])
-            )
-        return self.pipe(prompt, **{**settings, **ours}).images
+    @property
+    def _tokenizer(self) -> Any:
+        """The tokenizer whose tokens are the U-Net's text: the refiner of SDXL has only the second."""
+        return self.pipe.tokenizer if self.pipe.tokenizer is not None else self.pipe.tokenizer_2
 
-    def _check(self, prompt: Any, settings: dict[str, Any]) -> None:
-        if not isinstance(prompt, str):
-            raise UnknownOptionError(option="prompt", given=prompt, allowed="one string: edit one image at a time")
-        known = inspect.signature(self.pipe.__call__).parameters
-        for name in settings:
-            if name not in known or name in OURS:
-                raise UnknownOptionError(option="argument", given=name, allowed=[n for n in known if n not in OURS])
-        align_prompts(self.pipe.tokenizer, prompt, prompt)
+    def _check_prompts(self, prompts: list[Any]) -> None:
+        for prompt in prompts:
+            if not isinstance(prompt, str):
+                raise UnknownOptionError(option="prompt", given=prompt, allowed="a string, or a list of strings")
+            align_prompts(self._tokenizer, prompt, prompt)
+        if not prompts:
+            raise UnknownOptionError(option="prompt", given=prompts, allowed="at least one string")
 
-    def _settings(self, given: dict[str, Any]) -> dict[str, Any]:
-        """What an edit must share with its base: the pipeline's arguments, and the scheduler."""
-        known = inspect.signature(self.pipe.__call__).parameters
-        compared = ("height", "width", "num_inference_steps", "guidance_scale", "num_images_per_prompt",
-                    "negative_prompt", "eta", "timesteps", "sigmas", "guidance_rescale", "clip_skip",
-                    "cross_attention_kwargs")  # fmt: skip
-        settings = {n: given.get(n, known[n].default) for n in compared if n in known}
-        scheduler = self.pipe.scheduler
-        settings["scheduler"] = type(scheduler).__name__
-        settings["scheduler config"] = {k: v for k, v in scheduler.config.items() if not k.startswith("_")}
-        settings["dtype"] = str(next(self.pipe.unet.parameters()).dtype)
-        return {"compared": settings, "given": given}
-
-    def _check_same(self, base: Generation | EditResult, settings: dict[str, Any]) -> None:
-        now = self._settings({**base.settings["given"], **settings})["compared"]
-        then = base.settings["compared"]
-        differences = {name: (then[name], now[name]) for name in then if then[name] != now[name]}
-        if differences:
-            raise RecordingMismatchError(differences=differences)
+    def _check_base(self, base: Any) -> None:
+        if not isinstance(base, Generation):
+            raise UnknownOptionError(option="base", given=base, allowed="what generate, invert or edit returned")
+        if not isinstance(base.recording, Recording):
+            raise NotRecordedError
 
 
-def _chain(first: Callback, second: Callback) -> Callback:
-    def both(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs = first(pipe, step, timestep, kwargs)
-        return {**kwargs, **(second(pipe, step, timestep, kwargs) or {})}
+def _spread(name: str, given: Any, count: int) -> list[Any]:
+    """One value for all edits, or one for each."""
+    if not isinstance(given, (list, tuple)):
+        return [given] * count
+    if len(given) != count:
+        raise UnknownOptionError(option=name, given=given, allowed=f"one for each of {count} edits")
+    return list(given)
 
-    return both
+
+def _each(name: str, given: Any, prompts: list[str], several: bool) -> list[Any]:
+    """A seed or generator for each prompt."""
+    if given is None or not several:
+        return [given] * len(prompts)
+    if not isinstance(given, (list, tuple)) or len(given) != len(prompts):
+        raise UnknownOptionError(option=name, given=given, allowed=f"one for each of {len(prompts)} prompts")
+    return list(given)

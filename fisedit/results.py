@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from fisedit.contact_sheet import Panel, changed_words, draw_contact_sheet, overlay_mask
 from fisedit.edit import Edit
+from fisedit.errors import UnknownOptionError
 from fisedit.recording import Recording
 from fisedit.report import EditReport
+from fisedit.sampling import Run
 
 
 class Editor(Protocol):
@@ -23,7 +26,7 @@ class Editor(Protocol):
 
     pipe: Any
 
-    def edit(self, base: Any, prompt: str, **options: Any) -> EditResult: ...
+    def edit(self, base: Any, prompt: Any, **options: Any) -> Any: ...
 
     def rerun(self, base: Any, prompt: str) -> tuple[list[Any], float]: ...
 
@@ -33,38 +36,52 @@ class Generation:
     """A generated image that can be edited.
 
     Attributes:
-        prompt: its prompt. images: PIL images, one per image of the prompt. recording: its cached feature maps.
-        settings: the pipeline's arguments. seconds: wall-clock time.
+        prompt: its prompt. images: PIL images, one per image of the prompt (or what ``output_type`` asked for).
+        recording: its cached feature maps. run: how it was sampled. seconds: wall-clock time.
+        latents: the final latents ``[K, C, H, W]``.
     """
 
     prompt: str
     images: list[Any]
     recording: Recording | None
-    settings: dict[str, Any] = field(repr=False)
-    state: Tensor = field(repr=False)
-    device: Any = field(repr=False)
+    run: Run = field(repr=False)
     seconds: float
     pipeline: Editor = field(repr=False)
+    latents: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        assert self.recording is not None
+        self.latents = self.recording.latents[-1]
 
     @property
-    def image(self) -> Image.Image:
+    def image(self) -> Any:
         """The first image."""
         return self.images[0]
 
     @property
-    def latents(self) -> Tensor:
-        """The final latents ``[B, C, H, W]``."""
-        assert self.recording is not None
-        return self.recording.latents[-1]
+    def pictures(self) -> list[Image.Image]:
+        """The images as PIL images.
 
-    def edit(self, prompt: str, **options: Any) -> EditResult:
-        """Edit this image; see :meth:`EditPipeline.edit`."""
+        Raises:
+            UnknownOptionError: the pipeline was asked for latents, which are no pictures.
+        """
+        if isinstance(self.images[0], Image.Image):
+            return self.images
+        values = torch.stack([torch.as_tensor(image) for image in self.images]).float().cpu()
+        if values.dim() == 4 and values.shape[1] == 3:
+            values = values.permute(0, 2, 3, 1)  # [K, H, W, 3]
+        if values.dim() != 4 or values.shape[-1] != 3:
+            raise UnknownOptionError(option="output_type", given="latent", allowed="'pil', 'np' or 'pt' for pictures")
+        return VaeImageProcessor.numpy_to_pil(values.numpy())
+
+    def edit(self, prompt: Any, **options: Any) -> Any:
+        """Edit this image, or with a list of prompts make many edits of it; see :meth:`EditPipeline.edit`."""
         return self.pipeline.edit(self, prompt, **options)
 
     def contact_sheet(self) -> Image.Image:
         """All images of the prompt side by side, with the prompt."""
-        panels = [Panel(image) for image in self.images]
-        panels[0] = Panel.plain(self.image, self.prompt)
+        panels = [Panel(image) for image in self.pictures]
+        panels[0] = Panel.plain(self.pictures[0], self.prompt)
         return draw_contact_sheet([panels])
 
     def _repr_html_(self) -> str:
@@ -86,22 +103,26 @@ class EditResult(Generation):
     base: Generation = field(repr=False)
     edit_handle: Edit
 
-    @property
-    def mask(self) -> Tensor:
-        """Bool ``[H, W]`` over the latent: where the image was computed again."""
-        mask = self.edit_handle.mask
-        return mask if mask is not None else torch.zeros(self.base.latents.shape[-2:], dtype=torch.bool)
+    def __post_init__(self) -> None:
+        kept = self.edit_handle.latents
+        self.latents = kept[-1] if kept else self.base.latents
 
     @property
-    def latents(self) -> Tensor:
-        """The final latents ``[B, C, H, W]``; outside the mask they are the base's, bit for bit."""
-        return self.edit_handle.latents[-1] if self.edit_handle.latents else self.base.latents
+    def mask(self) -> Tensor:
+        """Bool ``[H, W]`` over the latent: where an image was computed again."""
+        return self.masks.any(0)
+
+    @property
+    def masks(self) -> Tensor:
+        """Bool ``[1 or K, H, W]``: where each image was computed again."""
+        masks = self.edit_handle.masks
+        return masks if masks is not None else torch.zeros(1, *self.base.latents.shape[-2:], dtype=torch.bool)
 
     @property
     def background_is_identical(self) -> bool:
-        """Whether the final latents outside the mask are the base's, compared bit for bit."""
-        outside = ~self.mask.to(self.latents.device)
-        return torch.equal(self.latents[..., outside], self.base.latents[..., outside])
+        """Whether the final latents outside the masks are the base's, compared bit for bit."""
+        inside = self.masks[:, None].to(self.latents.device)
+        return bool((inside | (self.latents == self.base.latents)).all())
 
     @property
     def report(self) -> EditReport:
@@ -110,14 +131,14 @@ class EditResult(Generation):
 
     def overlay(self, number: int = 0) -> Image.Image:
         """Edited image ``number`` with all that lies outside the mask grey and pale, and the mask's edge drawn."""
-        return overlay_mask(self.images[number], self.mask)
+        return overlay_mask(self.pictures[number], self.masks[number % len(self.masks)])
 
     def panels(self, dense: list[Image.Image] | None = None) -> list[list[Panel]]:
         """The rows of :meth:`contact_sheet`, one per image of the prompt."""
         before, after = changed_words(self.base.prompt, self.prompt)
         share = f"{float(self.mask.float().mean()):.1%} of the latent"
         rows = []
-        for number, (old, new) in enumerate(zip(self.base.images, self.images, strict=True)):
+        for number, (old, new) in enumerate(zip(self.base.pictures, self.pictures, strict=True)):
             row = [Panel(old, before), Panel(new, after), Panel.plain(self.overlay(number), share)]
             rows.append(row + [Panel(dense[number], after)] if dense else row)
         return rows

@@ -7,6 +7,7 @@ import copy
 import gc
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -15,10 +16,13 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
 )
+from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 from tiny_pipeline import LATENT, build_tiny_pipeline
 
@@ -181,11 +185,13 @@ def with_scheduler(pipeline, kind):
     return other
 
 
-def test_another_scheduler_is_named(editor, base):
+def test_an_edit_samples_as_its_base_did(editor, base):
+    """Whatever scheduler the pipeline has got since."""
     swapped = copy.copy(editor)
     swapped.pipe = with_scheduler(editor.pipe, PNDMScheduler)
-    with pytest.raises(errors.RecordingMismatchError, match="scheduler: recorded 'DDIMScheduler', edited with 'PNDM"):
-        swapped.edit(base, AFTER)
+    swapped.pipe.unet = editor.pipe.unet
+    result = swapped.edit(base, AFTER, mask=square(), record=False)
+    assert torch.equal(result.latents, base.edit(AFTER, mask=square(), record=False).latents)
 
 
 def test_bfloat16_on_a_cpu_edits_and_another_dtype_is_named(tmp_path):
@@ -205,7 +211,16 @@ def test_half_precision_on_a_cpu_is_refused(tmp_path):
 
 def test_the_form_of_the_output_may_differ_from_the_recording(base):
     result = base.edit(AFTER, mask=square(), output_type="latent")
-    assert torch.equal(result.images, result.latents)
+    assert torch.equal(result.images[0], result.latents[0])
+    with pytest.raises(errors.UnknownOptionError, match="'pil', 'np' or 'pt'"):
+        result.contact_sheet()
+
+
+@pytest.mark.parametrize("kind", ["np", "pt"])
+def test_arrays_can_be_shown(base, kind):
+    result = base.edit(AFTER, mask=square(), output_type=kind)
+    assert np.array_equal(pixels(result.pictures[0]), pixels(base.edit(AFTER, mask=square()).image))
+    assert result.contact_sheet().width > 0 and "img" in result._repr_html_()
 
 
 @pytest.mark.parametrize("use", ["generate", "edit"])
@@ -252,8 +267,29 @@ def test_a_mask_that_cannot_be_meant_is_refused(base, mask, message):
 def test_an_unknown_argument_is_named(editor):
     with pytest.raises(errors.UnknownOptionError, match="num_steps"):
         editor.generate(BEFORE, num_steps=3)
-    with pytest.raises(errors.UnknownOptionError, match="one string"):
-        editor.generate([BEFORE, AFTER])
+    for prompt in (None, 3, [BEFORE, None], []):
+        with pytest.raises(errors.UnknownOptionError, match="prompt="):
+            editor.generate(prompt)
+    for name, given in {
+        "num_inference_steps": 0,
+        "num_images_per_prompt": 1.5,
+        "seed": -1,
+        "generator": [None],
+    }.items():
+        with pytest.raises(errors.UnknownOptionError, match=name):
+            editor.generate(BEFORE, **{name: given})
+    for given in ({"seed": [1]}, {"generator": []}, {"num_images_per_prompt": 2}):
+        with pytest.raises(errors.UnknownOptionError, match=next(iter(given))):
+            editor.generate([BEFORE, AFTER], **given)
+
+
+def test_a_pipeline_without_what_we_need_is_named():
+    class Transformer:
+        def __call__(self, prompt):
+            raise AssertionError
+
+    with pytest.raises(errors.UnsupportedPipelineError, match="`unet`.*`scheduler`.*callback_on_step_end"):
+        EditPipeline(Transformer())
 
 
 @pytest.mark.parametrize("moment", ["record", "edit"])
@@ -374,3 +410,140 @@ def test_no_warning_in_an_ordinary_edit(base):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         base.edit(AFTER, mask=square())
+
+
+PROMPTS = [AFTER, "a red tree on the left, on grass, at noon", "a red house on the left, on sand, at noon"]
+
+
+@pytest.mark.supports("Batches and rounds", "EditPipeline.generate([...]) of several prompts")
+def test_several_prompts_at_once(editor):
+    """Each comes out as it does alone, and is edited alone."""
+    made = editor.generate([BEFORE, *PROMPTS[:1]], seed=3, **SETTINGS)
+    for number, (prompt, generation) in enumerate(zip([BEFORE, AFTER], made, strict=True)):
+        alone = editor.generate(prompt, seed=3 + number, **SETTINGS)
+        torch.testing.assert_close(generation.latents, alone.latents, rtol=1e-4, atol=1e-4)
+        assert len(generation.images) == 1 and generation.prompt == prompt
+        result = generation.edit(PROMPTS[1], mask=square())
+        torch.testing.assert_close(result.latents, alone.edit(PROMPTS[1], mask=square()).latents, rtol=1e-3, atol=1e-3)
+        assert_background_kept(result, generation)
+
+
+@pytest.mark.supports("Batches and rounds", "EditPipeline.edit([...]): many edits of one base at once")
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_many_edits_at_once_equal_one_by_one(base, batch_size):
+    together = base.edit(PROMPTS, mask=[square(), "auto", square(0, 0)], batch_size=batch_size)
+    for prompt, mask, result in zip(PROMPTS, [square(), "auto", square(0, 0)], together, strict=True):
+        alone = base.edit(prompt, mask=mask)
+        assert torch.equal(result.mask, alone.mask)
+        torch.testing.assert_close(result.latents, alone.latents, rtol=1e-3, atol=1e-3)
+        assert_background_kept(result, base)
+        assert result.prompt == prompt and result.report.active_share == alone.report.active_share
+    again = together[0].edit(PROMPTS[1:], mask=square(9, 9))
+    for result in again:
+        assert_background_kept(result, together[0])
+
+
+@pytest.mark.supports("Batches and rounds", "EditPipeline.edit([...]): edits of several bases at once")
+def test_edits_of_several_bases(editor, base):
+    """Bases that were sampled otherwise cannot share a call: they run one after the other, as well."""
+    other = editor.generate(BEFORE, seed=9, **SETTINGS)
+    longer = editor.generate(BEFORE, seed=9, num_inference_steps=3)
+    twice = editor.generate(BEFORE, seed=9, num_images_per_prompt=2, **SETTINGS)
+    bases = [base, other, longer, twice, other]
+    for given, result in zip(bases, editor.edit(bases, AFTER, mask=square()), strict=True):
+        assert_background_kept(result, given)
+        torch.testing.assert_close(result.latents, given.edit(AFTER, mask=square()).latents, rtol=1e-3, atol=1e-3)
+    with pytest.raises(errors.UnknownOptionError, match="one for each of 2 edits"):
+        editor.edit([base, other], PROMPTS[:1])
+    with pytest.raises(errors.UnknownOptionError, match="base="):
+        editor.edit(None, AFTER)
+
+
+def test_an_edit_that_changes_nothing_among_others(base):
+    with pytest.warns(errors.EmptyMaskWarning):
+        kept, changed = base.edit([BEFORE, AFTER], detect=DetectConfig(steps=2))
+    assert np.array_equal(pixels(kept.image), pixels(base.image)) and torch.equal(kept.latents, base.latents)
+    assert not torch.equal(changed.latents, base.latents)
+
+
+@pytest.mark.supports("Samplers", "a real photograph: EditPipeline.invert")
+@pytest.mark.parametrize("size", [(32, 32), (50, 25)])
+def test_a_photograph_becomes_a_base(pipe, editor, size):
+    """The base ends in the encoded picture, bit for bit, and edits keep it outside their mask."""
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8))
+    photo = coarse.resize(size, Image.Resampling.BICUBIC)
+    base = editor.invert(photo, BEFORE, num_inference_steps=6, guidance_scale=5.0)
+    scaled = photo.resize(base.image.size, Image.Resampling.LANCZOS)
+    with torch.no_grad():
+        values = torch.tensor(pixels(scaled) / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)[None]
+        wanted = pipe.vae.encode(values).latent_dist.mode() * pipe.vae.config.scaling_factor
+    torch.testing.assert_close(base.latents, wanted, rtol=1e-5, atol=1e-5)
+    result = base.edit(AFTER)
+    assert_background_kept(result, base)
+    assert result.mask.any() and not torch.equal(result.latents, base.latents)
+    side = base.latents.shape[-2:]
+    both = base.edit(PROMPTS[:2], mask=torch.ones(side).triu())
+    assert_background_kept(both[1], base)
+    assert_background_kept(both[0].edit(BEFORE, mask=torch.ones(side).tril()), both[0])
+
+
+def test_what_cannot_be_inverted_is_named(editor, pipe):
+    with pytest.raises(errors.UnknownOptionError, match="a PIL image"):
+        editor.invert("photo.png", BEFORE)
+    flow = copy.copy(editor)
+    flow.pipe = copy.copy(editor.pipe)
+    flow.pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.raises(errors.UnknownOptionError, match="beta schedule"):
+        flow.invert(Image.new("RGB", (32, 32)), BEFORE)
+
+
+def test_an_interrupted_run_is_not_a_base(editor):
+    def stop(pipe, step, _, kwargs):
+        pipe._interrupt = step == 1
+        return kwargs
+
+    base = editor.generate(BEFORE, seed=0, num_inference_steps=4, callback_on_step_end=stop)
+    with pytest.raises(errors.IncompleteRecordingError, match="did not finish"):
+        base.edit(AFTER)
+
+
+def test_guidance_cut_off_by_a_diffusers_callback(pipe, editor):
+    """Its calls carry half the samples from the cut on."""
+    cutoff = SDCFGCutoffCallback(cutoff_step_ratio=0.6)
+    base = editor.generate(BEFORE, seed=3, **SETTINGS, callback_on_step_end=cutoff)
+    theirs = plain(pipe, BEFORE, 3, **SETTINGS, callback_on_step_end=SDCFGCutoffCallback(cutoff_step_ratio=0.6))
+    assert np.abs(pixels(base.image) - pixels(theirs)).max() <= 1
+    assert {len(call.sample) for call in base.recording.calls.values()} == {1, 2}
+    result = base.edit(AFTER)
+    assert_background_kept(result, base)
+    assert len(result.report.timings["sparse"]) == 3
+
+
+def test_settings_are_compared_by_value(pipe):
+    editor = EditPipeline(with_scheduler(pipe, EulerDiscreteScheduler))
+    sigmas = np.array([10.0, 4.0, 1.0, 0.2])
+    negative = torch.randn(1, 77, 32)
+    base = editor.generate(BEFORE, seed=0, sigmas=sigmas, negative_prompt_embeds=negative)
+    assert len(base.recording.calls) == 4
+    assert_background_kept(base.edit(AFTER, mask=square(), sigmas=sigmas.copy(), negative_prompt_embeds=negative), base)
+    for change in ({"sigmas": sigmas / 2}, {"negative_prompt_embeds": negative + 1}, {"sigmas": None}):
+        with pytest.raises(errors.RecordingMismatchError, match=next(iter(change))):
+            base.edit(AFTER, **change)
+
+
+def test_two_threads_share_one_editor(editor, base):
+    alone = [base.edit(prompt, mask=square()).latents for prompt in PROMPTS[:2]]
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda prompt: base.edit(prompt, mask=square()), PROMPTS[:2]))
+    for result, latents in zip(results, alone, strict=True):
+        assert torch.equal(result.latents, latents)
+
+
+def test_a_released_base_can_still_be_looked_at(editor):
+    base = editor.generate(BEFORE, seed=0, num_inference_steps=2)
+    result = base.edit(AFTER, mask=square())
+    base.recording.release()
+    assert base.latents.shape == (1, 4, LATENT, LATENT) and "img" in base._repr_html_()
+    assert_background_kept(result, base)
+    assert_background_kept(result.edit(BEFORE, mask=square(0, 0)), result)
