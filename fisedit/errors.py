@@ -81,8 +81,8 @@ class ForeignRecordingError(FISEditError):
     edited_by: str
 
     template: ClassVar[str] = (
-        "This recording was made by {recorded_by}, and {edited_by} cannot edit it: the cached feature maps belong to "
-        "other weights. Record with the model that edits."
+        "This recording was made by {recorded_by}, and {edited_by} cannot edit it: a recording is edited by the "
+        "compiled model that made it, as it was then. Record with the model that edits."
     )
 
 
@@ -147,6 +147,35 @@ class PromptTooLongError(FISEditError):
 
     template: ClassVar[str] = (
         "The prompt {prompt!r} has {tokens} tokens, start and end included; the tokenizer takes {limit}. Shorten it."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class InvalidTimestepError(FISEditError):
+    """One call whose samples are at different timesteps, or at none."""
+
+    given: Sequence[float]
+
+    template: ClassVar[str] = (
+        "The samples of one call are at the timesteps {given}; inside record() and edit() they share one, a number. "
+        "Call once for each timestep."
+    )
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{value:g}" for value in self.given[:6]) + (", ..." if len(self.given) > 6 else "")
+        return self.template.format(given=f"[{shown}]")
+
+
+@dataclass(eq=False, repr=False)
+class ModelChangedError(FISEditError):
+    """A model that was changed while a session was open: its first calls and its last ones belong to two models."""
+
+    session: str
+    changes: str
+
+    template: ClassVar[str] = (
+        "The model was changed inside the `with` block of {session}(): {changes}. What ran in it cannot be relied on. "
+        "Change the model (LoRA, weights, settings) before the block, and leave it alone inside."
     )
 
 
@@ -278,3 +307,7 @@ class FISEditWarning(UserWarning):
 
 class EmptyMaskWarning(FISEditWarning):
     """The mask selects nothing, so the edit is the recorded image."""
+
+
+class DenseIslandsWarning(FISEditWarning):
+    """Much of the model stays dense while editing, so that an edit gains little."""
