@@ -23,6 +23,7 @@ EXAMPLES = [
         errors.ModelChangedError(session="record", changes="conv_in.weight"),
         ["`with` block of record(): conv_in.weight.", "Change the model"],
     ),
+    (errors.UnsupportedPipelineError(pipeline="a Pipe", missing=["a U-Net", "a VAE"]), ["a Pipe", "a U-Net, a VAE"]),
     (errors.NestedSessionError(opened="edit", active="record"), ["edit() was entered while record() is still open"]),
     (errors.SessionClosedError(session="edit session", action="mask"), ["mask needs an open edit session"]),
     (errors.NotRecordedError(), ["record=True"]),
