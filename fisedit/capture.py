@@ -216,13 +216,13 @@ def _is_compound(node: torch.fx.Node) -> bool:
 
 
 def _name_inputs(module: GraphModule, call: Call) -> None:
-    """Give the placeholders the names of the arguments, and say which is the timestep."""
+    """Give the placeholders the names of the arguments, and say which are the timestep and the text."""
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
     for node, name in zip(placeholders, call.tensors, strict=True):
         node.target = name
         node.name = name
-        if name == call.timestep:
-            node.meta["role"] = "timestep"
+        if name in (call.timestep, call.text):
+            node.meta["role"] = "timestep" if name == call.timestep else "text"
     for node in module.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit.passes import rows
 from fisedit.passes.attention import Attention, match_attention
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import aten, fisedit, is_op, layout_of
+from fisedit.passes.ir import aten, fisedit, is_op, layout_of, tensor
 from fisedit.passes.layout import LayoutError
 from fisedit.passes.slots import Slot
 from fisedit.passes.sparsify_attention import split_heads, split_mask
@@ -22,13 +22,14 @@ CONTROLS = ("control_index", "control_weight")
 
 def control_attention(gm: GraphModule) -> PassResult:
     graph, found = gm.graph, []
+    text = next((node for node in graph.nodes if node.meta.get("role") == "text"), None)
     for node in graph.nodes:
         if is_op(node, aten.scaled_dot_product_attention.default) and layout_of(node) is not None:
             try:
                 attention = match_attention(node)
             except LayoutError:
                 continue
-            if not attention.over_positions:
+            if not attention.over_positions and text is not None and _reads_text(attention.key, text):
                 found.append((node, attention))
     if not found:
         return PassResult(0)
@@ -37,6 +38,16 @@ def control_attention(gm: GraphModule) -> PassResult:
     for node, attention in found:
         _control(graph, node, attention, controls)
     return PassResult(len(found))
+
+
+def _reads_text(key: Node, text: Node) -> bool:
+    """Whether there is one key per text token. An adapter's attention over a picture's tokens is not controlled."""
+    seen, pending = {key}, [key]
+    while pending:
+        fresh = set(pending.pop().all_input_nodes) - seen
+        seen |= fresh
+        pending += fresh
+    return text in seen and tensor(key).shape[-2] == tensor(text).shape[1]
 
 
 def _control(graph: Graph, node: Node, attention: Attention, controls: list[Node]) -> None:

@@ -86,25 +86,42 @@ class Layout:
         return math.prod(atom.size for atom in self.atoms if atom.kind is Kind.OTHER)
 
     @property
-    def rest_sizes(self) -> tuple[int, ...]:
-        """Sizes of the dimensions that hold neither batch nor positions, in order: how ``C`` factors."""
-        return tuple(math.prod(a.size for a in dim) for dim in self.dims if dim and _only(dim, Kind.OTHER))
+    def factors(self) -> tuple[int, ...]:
+        """How ``C`` factors: the channel atoms' product of each dimension that has any (heads beside the batch too)."""
+        products = (math.prod(a.size for a in dim if a.kind is Kind.OTHER) for dim in self.dims if _channels_in(dim))
+        return tuple(products)
 
-    def rest_index(self, dim: int) -> int:
-        """The place of dimension ``dim`` among ``rest_sizes``.
+    def factor_index(self, dim: int) -> int:
+        """The place of dimension ``dim`` among ``factors``.
 
         Raises:
             LayoutError: the dimension holds batch or spatial atoms, or has size 1.
         """
         dim %= len(self.dims)
-        if not self.dims[dim] or not _only(self.dims[dim], Kind.OTHER) or self.mixed:
+        if not self.dims[dim] or not _only(self.dims[dim], Kind.OTHER):
             raise LayoutError(f"dimension {dim} of {self} is not a channel dimension of its own")
-        return sum(1 for d in self.dims[:dim] if d and _only(d, Kind.OTHER))
+        return sum(1 for d in self.dims[:dim] if _channels_in(d))
+
+    def factors_under(self, full: Layout) -> list[int]:
+        """The ``factors`` of a value that broadcasts to one of layout ``full``: 1 where it broadcasts.
+
+        Raises:
+            LayoutError: a dimension meets one of another kind.
+        """
+        factors = []
+        for own, other in zip(((),) * (len(full.dims) - len(self.dims)) + self.dims, full.dims, strict=True):
+            if math.prod(a.size for a in own) != 1 and _merged(own) != _merged(other):
+                raise LayoutError(f"{self} does not broadcast to {full} by positions")
+            if _channels_in(other):
+                factors.append(math.prod(a.size for a in own if a.kind is Kind.OTHER))
+        return factors
 
     @property
-    def mixed(self) -> bool:
-        """Whether a dimension merges channels with positions or batch (``[B*h, N, d]``, ``[B, C*H*W]``)."""
-        return any(any(a.kind is Kind.OTHER for a in dim) and not _only(dim, Kind.OTHER) for dim in self.dims)
+    def is_map(self) -> bool:
+        """Whether it is ``[B, C, H, W]``."""
+        kinds = [{atom.kind for atom in dim} for dim in self.dims]
+        return len(kinds) == 4 and kinds[0] <= {Kind.BATCH} and kinds[1] <= {Kind.OTHER} and kinds[2:] == [
+            {Kind.Y}, {Kind.X}]  # fmt: skip
 
     def with_dim(self, dim: int, size: int) -> Layout:
         """The same layout with dimension ``dim`` replaced by a fresh one of ``size``."""
@@ -121,17 +138,7 @@ class Layout:
         return (self.level, self.batch, self.channels) == (other.level, other.batch, other.channels)
 
     def _signature(self) -> list[list[tuple[Kind, Level | None, int]]]:
-        """The dimensions with neighboring atoms of one kind merged."""
-        out = []
-        for dim in self.dims:
-            parts: list[tuple[Kind, Level | None, int]] = []
-            for atom in dim:
-                if parts and parts[-1][0] is atom.kind and not atom.spatial:
-                    parts[-1] = (atom.kind, None, parts[-1][2] * atom.size)
-                else:
-                    parts.append((atom.kind, atom.level, atom.size))
-            out.append(parts)
-        return out
+        return [_merged(dim) for dim in self.dims]
 
     def permute(self, order: Sequence[int]) -> Layout:
         """The layout of ``x.permute(order)``; an order that swaps channel atoms among themselves is refused."""
@@ -158,6 +165,21 @@ class Layout:
 
 def _only(dim: Iterable[Atom], kind: Kind) -> bool:
     return all(atom.kind is kind for atom in dim)
+
+
+def _channels_in(dim: Dim) -> bool:
+    return any(atom.kind is Kind.OTHER for atom in dim)
+
+
+def _merged(dim: Dim) -> list[tuple[Kind, Level | None, int]]:
+    """A dimension with neighboring atoms of one kind merged."""
+    parts: list[tuple[Kind, Level | None, int]] = []
+    for atom in dim:
+        if parts and parts[-1][0] is atom.kind and not atom.spatial:
+            parts[-1] = (atom.kind, None, parts[-1][2] * atom.size)
+        else:
+            parts.append((atom.kind, atom.level, atom.size))
+    return parts
 
 
 def _next_size(shape: Sequence[int], i: int) -> int | None:

@@ -14,6 +14,7 @@ from functools import partial
 
 from fisedit.passes.base import GraphPass
 from fisedit.passes.canonicalize_attention import canonicalize_attention
+from fisedit.passes.canonicalize_ops import canonicalize_ops
 from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
@@ -28,7 +29,7 @@ from fisedit.passes.sparsify_rowwise import sparsify_rowwise
 
 
 def canonical_passes() -> list[GraphPass]:
-    return [canonicalize_attention, infer_domains]
+    return [canonicalize_attention, canonicalize_ops, infer_domains]
 
 
 def edit_passes(kv: str, store: Iterable[Slot] = ()) -> list[GraphPass]:

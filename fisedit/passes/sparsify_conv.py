@@ -1,31 +1,37 @@
 """Compute convolutions on active rows only, reading inactive neighbors (the halo) from the cache.
 
-A nearest upsampling before a convolution becomes part of its index table: the upsampled map is never made.
+A nearest upsampling or zero padding before a convolution becomes part of its index table: the map in between is never
+made. Pooling and pixel unshuffling are convolutions with constant weights.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.infer_domains import UPSAMPLES
+from fisedit.passes.infer_domains import POOLS, UPSAMPLES
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of, tensor
 from fisedit.runtime.geometry import ConvGeometry, Upsample
 from fisedit.runtime.plan import Table
+
+Pair = tuple[int, int]
 
 
 def sparsify_conv(gm: GraphModule) -> PassResult:
     graph, matched, refused = gm.graph, 0, []
     for node in list(graph.nodes):
-        if is_op(node, aten.conv2d.default) and layout_of(node) is not None:
-            if "island" in node.meta:
-                refused.append(Refusal(node.name, node.meta["island"]))
-                continue
-            _sparsify(graph, node)
-            matched += 1
+        if not is_op(node, aten.conv2d.default, *POOLS) or layout_of(node) is None:
+            continue
+        if "island" in node.meta:
+            refused.append(Refusal(node.name, node.meta["island"]))
+            continue
+        with graph.inserting_before(node):
+            rows.replace(graph, node, (_pool if is_op(node, *POOLS) else _conv)(graph, node))
+        matched += 1
     for node in list(graph.nodes):
         if is_op(node, *UPSAMPLES) and node.users and layout_of(node) is not None and "island" not in node.meta:
             _sparsify_upsample(graph, node)
@@ -34,7 +40,7 @@ def sparsify_conv(gm: GraphModule) -> PassResult:
     return PassResult(matched, tuple(refused))
 
 
-def _pair(value: Any) -> tuple[int, int]:
+def _pair(value: Any) -> Pair:
     values = [int(v) for v in (value if isinstance(value, (list, tuple)) else [value])]
     return (values[0], values[-1])
 
@@ -48,35 +54,70 @@ def _upsample_of(node: Node) -> Upsample:
     return Upsample((height, width), (float(scales[0]), float(scales[1])))
 
 
-def _sparsify(graph: Graph, node: Node) -> None:
+def _conv(graph: Graph, node: Node) -> Node:
     bound = bound_arguments(node)
-    source, upsample = bound["input"], None
-    if is_op(source, *UPSAMPLES) and layout_of(source) is not None and "island" not in source.meta:
+    source, padding = bound["input"], _pair(bound["padding"])
+    if is_op(source, aten.pad.default) and _absorbed(source):
+        before = [*bound_arguments(source)["pad"], 0, 0]  # left, right, top, bottom
+        padding, source = (padding[0] + before[2], padding[1] + before[0]), args(source)[0]
+    upsample = None
+    if is_op(source, *UPSAMPLES) and _absorbed(source):
         upsample, source = _upsample_of(source), args(source)[0]
+    kernel = _pair(tensor(bound["weight"]).shape[-2:])
+    geometry = _geometry(source, node, kernel, _pair(bound["stride"]), padding, _pair(bound["dilation"]), upsample)
+    weight = rows.permute(graph, bound["weight"], (0, 2, 3, 1))  # [Co, kh, kw, C/groups]
+    weight = graph.call_function(aten.flatten.using_ints, (weight, 1))  # [Co, kh*kw*C/groups]
+    if geometry.pointwise and bound["groups"] == 1:
+        layout = layout_of(node)
+        assert layout is not None
+        arguments = (rows.pack(graph, source), weight, bound["bias"])
+        return rows.call(graph, aten.linear.default, arguments, rows=Rows.of(layout))
+    return _neighbor_conv(graph, geometry, source, weight, bound["bias"], bound["groups"])
+
+
+def _absorbed(node: Node) -> bool:
+    return layout_of(node) is not None and "island" not in node.meta
+
+
+def _geometry(source: Node, node: Node, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair = (1, 1),
+              upsample: Upsample | None = None) -> ConvGeometry:  # fmt: skip
     source_layout, layout = layout_of(source), layout_of(node)
     assert source_layout is not None and layout is not None
-    kernel = tuple(int(k) for k in tensor(bound["weight"]).shape[-2:])
-    geometry = ConvGeometry(source_layout.level, layout.level, (kernel[0], kernel[1]), _pair(bound["stride"]),
-                            _pair(bound["padding"]), _pair(bound["dilation"]), upsample)  # fmt: skip
-    with graph.inserting_before(node):
-        packed = rows.pack(graph, source)
-        weight = rows.permute(graph, bound["weight"], (0, 2, 3, 1))  # [Co, kh, kw, C/groups]
-        weight = graph.call_function(aten.flatten.using_ints, (weight, 1))  # [Co, kh*kw*C/groups]
-        if geometry.pointwise and bound["groups"] == 1:
-            sparse = rows.call(graph, aten.linear.default, (packed, weight, bound["bias"]), rows=Rows.of(layout))
-        else:
-            sparse = _neighbor_conv(graph, geometry, packed, source, weight, bound)
-            sparse.meta["rows"] = Rows.of(layout)
-        rows.replace(graph, node, sparse)
+    return ConvGeometry(source_layout.level, layout.level, kernel, stride, padding, dilation, upsample)
 
 
-def _neighbor_conv(graph: Graph, geometry: ConvGeometry, packed: Node, source: Node, weight: Node,
-                   bound: dict[str, Any]) -> Node:  # fmt: skip
+def _neighbor_conv(graph: Graph, geometry: ConvGeometry, source: Node, weight: Node, bias: Node | None,
+                   groups: int) -> Node:  # fmt: skip
     halo_index, neighbors, outputs = (rows.table(graph, Table(kind, geometry)) for kind in Table.CONV)
     halo = rows.call(graph, fisedit.halo.default, (source, halo_index))
-    arguments = (packed, halo, neighbors, outputs, weight, bound["bias"], list(geometry.kernel),
-                 list(geometry.stride), list(geometry.dilation), bound["groups"])  # fmt: skip
+    arguments = (rows.pack(graph, source), halo, neighbors, outputs, weight, bias, list(geometry.kernel),
+                 list(geometry.stride), list(geometry.dilation), groups)  # fmt: skip
     return rows.call(graph, fisedit.sparse_conv.default, arguments)
+
+
+def _pool(graph: Graph, node: Node) -> Node:
+    """Pooling or pixel unshuffling by a convolution of each channel: with equal weights, or a 1 for each input."""
+    bound, source = bound_arguments(node), args(node)[0]
+    channels = int(tensor(source).shape[1])
+    kernel = _pair(bound["kernel_size"] if "kernel_size" in bound else bound["downscale_factor"])
+    geometry = _geometry(source, node, kernel, _pair(bound.get("stride") or kernel), _pair(bound.get("padding", 0)))
+    size = kernel[0] * kernel[1]
+    options: dict[str, Any] = {"dtype": tensor(source).dtype, "device": tensor(source).device}
+    if is_op(node, aten.avg_pool2d.default):
+        weight = graph.call_function(aten.full.default, ([channels, size], 1 / size), options)  # [C, k*k]
+        weight.meta["val"] = torch.empty(channels, size, device="meta")
+        return _neighbor_conv(graph, geometry, source, weight, None, channels)
+    weight = graph.call_function(aten.eye.default, (size,), options)
+    weight = graph.call_function(aten.repeat.default, (weight, [channels, 1]))  # [C*k*k, k*k]
+    weight.meta["val"] = torch.empty(channels * size, size, device="meta")
+    windows = _neighbor_conv(graph, geometry, source, weight, None, channels)  # [B, N, C*k*k]
+    if is_op(node, aten.pixel_unshuffle.default):
+        return windows
+    layout = layout_of(node)
+    assert layout is not None
+    windows.meta["rows"] = Rows(layout.level, layout.batch, channels * size)
+    split = rows.reshape(graph, windows, [layout.batch, -1, channels, size])
+    return rows.call(graph, aten.amax.default, (split, [-1]))  # [B, N, C]
 
 
 def _sparsify_upsample(graph: Graph, node: Node) -> None:

@@ -201,7 +201,7 @@ REFUSALS = {
         fold_group_norm,
         "its input has no positions",
     ),
-    "padding by word": (Conv(nn.Conv2d(8, 8, 3, padding="same")), sparsify_conv, None),
+    "padded maximum": (Conv(nn.MaxPool2d(3, 1, 1)), sparsify_conv, "a pooling that leaves padding out"),
     "masked self-attention": (Attention(masked=True), sparsify_attention, "masked self-attention"),
 }
 
