@@ -64,7 +64,14 @@ def run_page(path: Path) -> dict[str, object]:
     return namespace
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def _parameter(path: Path) -> object:
+    """An integration page that runs is a row of the support table, under its title."""
+    title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+    marks = [pytest.mark.supports("Integrations", title)] if path.parent.name == "integrations" else []
+    return pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks)
+
+
+@pytest.mark.parametrize("page", [_parameter(page) for page in PAGES])
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(page)
