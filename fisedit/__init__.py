@@ -1,8 +1,9 @@
 """FISEdit: edit a generated image by changing words, and compute only the region that the words touch."""
 
 from fisedit.api import compile
+from fisedit.backend import edit, record
 from fisedit.config import CompileConfig, DetectConfig
-from fisedit.edit import Edit
+from fisedit.edit import Edit, Edits
 from fisedit.errors import FISEditError, FISEditWarning
 from fisedit.module import CompiledUNet
 from fisedit.pipeline import EditPipeline, EditResult, Generation
@@ -15,9 +16,12 @@ __all__ = [
     "Edit",
     "EditPipeline",
     "EditResult",
+    "Edits",
     "FISEditError",
     "FISEditWarning",
     "Generation",
     "Recording",
     "compile",
+    "edit",
+    "record",
 ]

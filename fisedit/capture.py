@@ -65,6 +65,7 @@ class Call:
     timestep_value: float
     text: str | None
     autocast: torch.dtype | None = None
+    model: nn.Module | None = None  # what is traced for this call, where that is not the compiled model itself
 
     @property
     def batch(self) -> int:

@@ -53,12 +53,17 @@ class Session(Protocol):
 _sessions: contextvars.ContextVar[dict[int, Session]] = contextvars.ContextVar("fisedit_sessions", default={})  # noqa: B039
 
 
+def active_session(unet: CompiledUNet) -> Session | None:
+    """The session of ``unet`` that is open in this thread or task."""
+    return _sessions.get().get(id(unet))
+
+
 @dataclass(eq=False)
 class _Live:
     """What changes of a compiled model: its graphs, the state they were made for, and whether a session is open."""
 
     fingerprinter: Fingerprinter = field(default_factory=Fingerprinter)
-    programs: dict[Signature, Program] = field(default_factory=dict)
+    programs: dict[tuple[nn.Module, Signature], Program] = field(default_factory=dict)
     state: ModelState | None = None
     sessions: int = 0
     in_session: bool = False
@@ -238,16 +243,17 @@ class CompiledUNet(nn.Module):
         sample = call.tensors[call.sample]
         if sample.dtype == torch.float16 and sample.device.type == "cpu":
             raise UnsupportedDtypeError(dtype="float16", device="cpu", supported=("float32", "bfloat16"))
-        live, signature = self._live, call.signature
+        live, model = self._live, call.model or self._dense
+        key = (model, call.signature)
         with live.lock:
-            if signature not in live.programs:
+            if key not in live.programs:
                 state = self._weights()
                 with call.in_autocast():
-                    program = self._build(self._dense, call, self.compile_config)
+                    program = self._build(model, call, self.compile_config)
                 state.fingerprint = live.fingerprinter.read(self._dense)
                 _warn_of_islands(program)
-                live.programs[signature] = program
-            return live.programs[signature]
+                live.programs[key] = program
+            return live.programs[key]
 
     def inspect(self, kind: str = "edit") -> str:
         """The graphs captured so far as text, with what each pass did and every op that stays dense."""
