@@ -182,6 +182,7 @@ class CompiledUNet(nn.Module):
             if edit.recording is not None:
                 # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
                 edit.recording.latents, edit.recording.complete = edit.latents, edit.mask is not None
+                edit.recording.compact()
 
     def _new_edit(
         self, base: Recording, mask: Any, alignment: TokenAlignment | None, detect: DetectConfig, record: bool

@@ -134,6 +134,11 @@ class Recording:
             alone.append(replace(self, calls=calls, latents=latents))
         return alone
 
+    def compact(self) -> None:
+        """Bound what a chain of recorded edits holds, see :meth:`StepCache.compacted`."""
+        for call in self.calls.values():
+            call.cache = call.cache.compacted()
+
     def release(self) -> None:
         """Free the caches now; the recording cannot be edited any more."""
         self.calls.clear()

@@ -190,6 +190,33 @@ def test_rounds(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> No
         former = edit.recording
 
 
+@pytest.mark.supports("Batches and rounds", "edits of edits, any number of rounds in bounded memory")
+def test_a_long_chain_of_rounds_is_bounded(unet: CompiledUNet, call: dict[str, Any]) -> None:
+    """Twelve rounds, the former ones dropped: right to the end, and never more memory than two recordings."""
+    with unet.record() as former:
+        run(unet, call, (900, 100))
+    whole, held = former.nbytes, 0
+    for number in range(12):
+        mask = torch.zeros(SIZE, dtype=torch.bool)
+        mask[number % 4 * 2 : number % 4 * 2 + 2, number % 3 : number % 3 + 4] = True
+        with unet.edit(former, mask, record=True) as edit:
+            outputs = run(unet, other_text(call), (900, 100))
+        for out, made in zip(outputs, former.calls.values(), strict=True):
+            assert torch.equal(out[..., ~mask], made.outputs[0][..., ~mask])
+        assert edit.recording is not None
+        former, held = edit.recording, 0
+        for made in former.calls.values():
+            step: Any = made.cache
+            while step is not None:
+                held, step = held + step.nbytes, step.base
+        assert held <= 2 * whole
+    with torch.no_grad():
+        dense = run(unet, other_text(call), (900, 100))
+    with unet.edit(former, ~corner()):
+        for out, wanted in zip(run(unet, other_text(call), (900, 100)), dense, strict=True):
+            assert out.isfinite().all() and (out - wanted).abs().mean() < 0.5 * wanted.abs().mean()
+
+
 def test_a_recorded_edit_holds_what_was_computed(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
     """Editing the recording of an edit with the same words and latents gives the edit again."""
     changed = other_text(call)

@@ -59,6 +59,17 @@ class StepCache:
                 chosen[slot] = take_samples(value, self.batch, numbers)
         return StepCache(len(numbers), chosen, self.base.samples(numbers) if self.base is not None else None)
 
+    def compacted(self) -> StepCache:
+        """This cache; or a whole one of the same values, where the overlays of a chain of edits have come to hold more
+        than that. So a chain of any length holds at most twice what a dense recording does."""
+        chain = [self]
+        while chain[-1].base is not None:
+            chain.append(chain[-1].base)
+        root = chain[-1]
+        if sum(step.nbytes for step in chain[:-1]) <= root.nbytes:
+            return self
+        return StepCache(self.batch, {slot: self.load(slot).clone() for slot in root.values})
+
     @property
     def nbytes(self) -> int:
         """Bytes held by this step itself, without its base."""
