@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from fisedit.errors import InvalidTimestepError, UnsupportedCaptureError
+from fisedit.fingerprint import advise
 
 SAMPLE_NAMES = ("sample", "x", "latents", "hidden_states")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
@@ -204,7 +205,8 @@ def capture(model: nn.Module, call: Call) -> Captured:
             module = exported.module(check_guards=False)
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else 'no message'}"
-        raise UnsupportedCaptureError(model=type(model).__name__, reason=reason) from error
+        advice = advise(model, UnsupportedCaptureError.advice)
+        raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice) from error
     _name_inputs(module, call)
     return Captured(module, call.signature, tuple(call.tensors), *structure)
 

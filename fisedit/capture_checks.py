@@ -19,7 +19,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fisedit.capture import Call, Captured
 from fisedit.errors import UnsupportedCaptureError
-from fisedit.fingerprint import Fingerprinter, describe_changes, own_forward
+from fisedit.fingerprint import Fingerprinter, advise, describe_changes
 from fisedit.passes.ir import bound_arguments, module_path
 
 TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 6e-2}
@@ -117,17 +117,11 @@ class CaptureChecks:
                 outputs = captured.module(*self.call.tensors.values())
         except RuntimeError as error:
             reason = f"its graph does not run outside of it ({str(error).strip().splitlines()[0]})"
-            raise self._refusal(reason, self._advice()) from error
+            raise self._refusal(reason, advise(self.model, "Undo what patches the model before recording.")) from error
         for mine, theirs in zip(pytree.tree_leaves(outputs), self.expected, strict=True):
             if not _close(mine, theirs):
                 reason = "its graph gives another result than the model: its forward depends on more than its arguments"
-                raise self._refusal(reason, self._advice())
-
-    def _advice(self) -> str:
-        hooked = [name or "the U-Net" for name, m in self.model.named_modules() if own_forward(m) is not None]
-        if not hooked:
-            return "Undo what patches the model before recording."
-        return f"Undo what replaced forward on {describe_changes(hooked)} before recording."
+                raise self._refusal(reason, advise(self.model, "Undo what patches the model before recording."))
 
     def _refusal(self, reason: str, advice: str) -> UnsupportedCaptureError:
         return UnsupportedCaptureError(model=type(self.model).__name__, reason=reason, advice=advice)

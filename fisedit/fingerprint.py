@@ -228,6 +228,14 @@ def own_forward(module: nn.Module) -> Callable[..., Any] | None:
     return None if of_class else forward
 
 
+def advise(model: nn.Module, otherwise: str) -> str:
+    """What to undo of a model that cannot be captured: what was put in the place of its modules' forward, if it was."""
+    replaced = [name or "the U-Net" for name, module in model.named_modules() if own_forward(module) is not None]
+    if not replaced:
+        return otherwise
+    return f"Undo what replaced forward on {describe_changes(replaced)} (a patch, or hooks that load or cast weights)."
+
+
 def _rounded(value: float) -> float:
     return float(f"{value:.12g}")
 
