@@ -274,14 +274,14 @@ class UnavailableDeviceError(FISEditError):
 
 @dataclass(eq=False, repr=False)
 class UnreadableModelError(FISEditError):
-    """A folder whose pipeline cannot be loaded, or has no U-Net to edit with."""
+    """A folder whose pipeline cannot be loaded."""
 
     folder: str
     reason: str
 
     template: ClassVar[str] = (
-        "The pipeline in the folder {folder!r} cannot be used: {reason}. "
-        "Give the folder of a text-to-image pipeline with a U-Net, whole as pipe.save_pretrained wrote it."
+        "The pipeline in the folder {folder!r} cannot be loaded: {reason}. "
+        "Give the folder whole, as pipe.save_pretrained wrote it."
     )
 
 

@@ -27,7 +27,8 @@ def load_editor(
 
     Raises:
         ModelNotFoundError: the folder holds no diffusers pipeline.
-        UnreadableModelError: its pipeline cannot be loaded, or has no U-Net or no tokenizer.
+        UnreadableModelError: its pipeline cannot be loaded.
+        UnsupportedPipelineError: it has no U-Net or no tokenizer.
         UnavailableDeviceError: there is no such device.
         UnsupportedDtypeError: float16 on a CPU.
     """
@@ -70,14 +71,10 @@ def _load_pipeline(folder: Path) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+        return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # a damaged folder fails in as many ways as it has files
         reason = f"{type(error).__name__}: {error}".strip(" .")
         raise UnreadableModelError(folder=str(folder), reason=reason) from error
-    for part in ("unet", "tokenizer"):
-        if getattr(pipe, part, None) is None:
-            raise UnreadableModelError(folder=str(folder), reason=f"{type(pipe).__name__} has no {part}")
-    return pipe
 
 
 def hush_libraries() -> None:

@@ -251,7 +251,7 @@ def test_a_damaged_model_is_named(run, folder, tmp_path, file, text, says):
     Path("damaged", file).write_text(text)
     result = run("generate", BEFORE, model=Path("damaged"))
     assert result.exit_code == 1
-    assert "The pipeline in the folder 'damaged' cannot be used" in error_line(result)
+    assert "The pipeline in the folder 'damaged' cannot be loaded" in error_line(result)
     assert says in error_line(result)
 
 
@@ -260,7 +260,7 @@ def test_a_pipeline_that_takes_no_prompt_is_named(run):
     DDPMPipeline(UNet2DModel(sample_size=8, layers_per_block=1, **blocks), DDPMScheduler()).save_pretrained("other")
     result = run("generate", BEFORE, model=Path("other"))
     assert result.exit_code == 1
-    assert "DDPMPipeline has no tokenizer" in error_line(result)
+    assert "cannot drive DDPMPipeline: it lacks `tokenizer`" in error_line(result)
 
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["edit"], ["demo"], ["inspect"]])

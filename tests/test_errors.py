@@ -39,7 +39,10 @@ EXAMPLES = [
     (errors.ScheduleTooShortError(steps=1), ["schedule of 1 step", "Give a mask"]),
     (errors.InvalidAlignmentError(given="3 tokens", expected="77"), ["has 3 tokens", "expected 77", "align_prompts"]),
     (errors.UnavailableDeviceError(device="cuda", available=["cpu", "mps:0"]), ["'cuda'", "cpu, mps:0"]),
-    (errors.UnreadableModelError(folder="models/sd", reason="no {weights}"), ["models/sd", "no {weights}", "U-Net"]),
+    (
+        errors.UnreadableModelError(folder="models/sd", reason="no {weights}"),
+        ["models/sd", "no {weights}", "save_pretrained"],
+    ),
 ]
 
 
