@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
 from fisedit.config import DetectConfig
-from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError, RecordingMismatchError
+from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError, RecordingMismatchError, warn
 from fisedit.recording import Recording
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import clone_detached
@@ -120,7 +119,7 @@ class Edit:
 
     def _warn_if_empty(self) -> None:
         if self.masks is not None and not self.masks.any():
-            warnings.warn("The mask is empty: the edit is the recorded image.", EmptyMaskWarning, stacklevel=4)
+            warn("The mask is empty: the edit is the recorded image.", EmptyMaskWarning)
 
     def __repr__(self) -> str:
         state = "mask not found yet" if self.masks is None else f"{float(self.masks.float().mean()):.1%} active"

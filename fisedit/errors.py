@@ -5,6 +5,8 @@ An error is a dataclass of the facts, and its message is `template` filled with 
     raise PromptTooLongError(prompt=prompt, tokens=81, limit=77)
 """
 
+import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -311,3 +313,11 @@ class EmptyMaskWarning(FISEditWarning):
 
 class DenseIslandsWarning(FISEditWarning):
     """Much of the model stays dense while editing, so that an edit gains little."""
+
+
+def warn(message: str, category: type[FISEditWarning]) -> None:
+    """Warn at the line of the user's code that led here: the first that is not ours, diffusers' or torch's."""
+    level, frame, passed = 1, inspect.currentframe(), ("fisedit", "diffusers", "torch", "contextlib")
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in passed:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

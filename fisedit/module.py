@@ -7,7 +7,6 @@ import copy
 import functools
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from fisedit.errors import (
     NestedSessionError,
     UnknownOptionError,
     UnsupportedDtypeError,
+    warn,
 )
 from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.program import Program
@@ -304,11 +304,10 @@ def _warn_of_islands(program: Program) -> None:
     program.executable("edit")
     islands = program.islands
     if len(islands) > MANY_ISLANDS:
-        warnings.warn(
+        warn(
             f"{len(islands)} ops of the model stay dense while editing, the first in {islands[0]}. An edit will gain "
             "little. If attention is sliced, undo that (pipe.disable_attention_slicing()); inspect() names the rest.",
             DenseIslandsWarning,
-            stacklevel=3,
         )
 
 

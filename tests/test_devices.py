@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import models
 import pytest
 import torch
+from diffusers import EulerAncestralDiscreteScheduler
 from harness import Harness, masks, relative_error
+from tiny_pipeline import build_tiny_pipeline
 
 import fisedit
 from fisedit.errors import UnsupportedDtypeError
@@ -17,6 +21,7 @@ TARGETS = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
 if torch.cuda.is_available():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     TARGETS += [("cuda", dtype) for dtype in TOLERANCES]
+DEVICES = list(dict.fromkeys(device for device, _ in TARGETS))
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -37,7 +42,7 @@ def test_reference_kernels(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(out[..., ~mask], h.recorded.cpu().double()[..., ~mask])
 
 
-@pytest.mark.parametrize("device", dict.fromkeys(device for device, _ in TARGETS))
+@pytest.mark.parametrize("device", DEVICES)
 def test_detect_and_edit(device: str) -> None:
     """The whole way on the device: record, detect with control, sparse steps, an edit recorded and edited."""
     unet = fisedit.compile(models.one_level().to(device))
@@ -58,6 +63,57 @@ def test_detect_and_edit(device: str) -> None:
         assert torch.equal(out[..., ~edit.mask], outputs[-1][..., ~edit.mask])
         assert edit.recording is not None
         base = edit.recording
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_edits_at_once(device: str) -> None:
+    """Masks of their own, found and given, in common calls: as one by one."""
+    unet = fisedit.compile(models.one_level().to(device))
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(1)).to(device)
+    text = torch.randn(3, 7, models.TEXT, generator=torch.Generator().manual_seed(2)).to(device)
+    mask = torch.zeros(8, 8)
+    mask[1:4, 2:7] = 1
+
+    def sample(latents: torch.Tensor, words: torch.Tensor, on_step_end: Any) -> torch.Tensor:
+        for step, timestep in enumerate((900, 500, 300, 100)):
+            with torch.no_grad():
+                latents = latents - 0.2 * unet(latents, timestep, words)[0]
+            latents = on_step_end(None, step, timestep, {"latents": latents})["latents"]
+        return latents
+
+    with unet.record() as base:
+        sample(noise[:1], text[:1], base.on_step_end)
+    detect = fisedit.DetectConfig(steps=2, dilation=0)
+    together = noise[:1].repeat(2, 1, 1, 1)
+    with unet.edit([base, base], [None, mask], detect=detect, record=True) as edits:
+        out = sample(together, text[1:], edits.on_step_end)
+    for number, given in enumerate((None, mask)):
+        with unet.edit(base, given, detect=detect) as edit:
+            alone = sample(noise[:1], text[number + 1 : number + 2], edit.on_step_end)
+        assert torch.equal(edits[number].masks, edit.masks)
+        torch.testing.assert_close(out[number : number + 1], alone, rtol=1e-3, atol=1e-3)
+        outside = ~edit.mask
+        assert torch.equal(out[number : number + 1][..., outside], base.latents[-1][..., outside])
+
+
+@pytest.mark.parametrize(("device", "offload"), [(d, False) for d in DEVICES] + [("cuda", True)][: len(DEVICES) - 1])
+def test_pipeline(device: str, offload: bool, tmp_path: Path) -> None:
+    """A stochastic sampler with a generator on the CPU; with ``enable_model_cpu_offload`` where there is a GPU."""
+    pipe = build_tiny_pipeline(tmp_path)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
+    editor = fisedit.EditPipeline(pipe)
+    if offload:
+        editor.pipe.enable_model_cpu_offload()
+    else:
+        editor.pipe.to(device)
+    base = editor.generate("a red house on the left, on grass, at noon", seed=3, num_inference_steps=5)
+    theirs = pipe("a red house on the left, on grass, at noon", generator=torch.Generator().manual_seed(3),
+                  num_inference_steps=5, output_type="latent").images  # fmt: skip
+    torch.testing.assert_close(base.latents, theirs, rtol=1e-3, atol=1e-3)
+    results = base.edit(["a blue house on the left, on grass, at noon", "a red tree on the left, on grass, at noon"])
+    for result in results:
+        assert result.background_is_identical and 0 < result.mask.float().mean() < 1
+        assert result.edit("a blue tree on the left, on grass, at noon", mask=~result.mask).background_is_identical
 
 
 def test_half_precision_on_a_cpu_is_refused() -> None:

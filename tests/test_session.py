@@ -247,11 +247,12 @@ def test_detected_edits_can_be_edited(unet: CompiledUNet, call: dict[str, Any], 
 
 def test_an_empty_mask_is_the_recording(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:
     empty = torch.zeros(SIZE, dtype=torch.bool)
-    with pytest.warns(EmptyMaskWarning), unet.edit(base, empty, record=True) as edit:
+    with pytest.warns(EmptyMaskWarning) as seen, unet.edit(base, empty, record=True) as edit:
         outputs = run(unet, other_text(call), change=0.5)
     for out, made in zip(outputs, base.calls.values(), strict=True):
         assert torch.equal(out, made.outputs[0])
     assert edit.recording is not None and edit.recording.nbytes == 0
+    assert [warning.filename for warning in seen] == [__file__]  # at the line of the caller's code
 
 
 def test_no_change_gives_the_recording(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> None:

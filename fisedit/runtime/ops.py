@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.node import has_side_effect
 
-_library = torch.library.Library("fisedit", "DEF")
+library = torch.library.Library("fisedit", "DEF")
 
 SCHEMAS = {
     # Structural: say what a value is; resolved by insert_cache and lower, never executed.
@@ -39,43 +39,43 @@ SCHEMAS = {
 STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_store")
 
 for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
+    library.define(_name + _schema)
 
 has_side_effect(torch.ops.fisedit.cache_store.default)
 
 
-@torch.library.register_fake("fisedit::gather_rows", lib=_library)
+@torch.library.register_fake("fisedit::gather_rows", lib=library)
 def _(rows: Tensor, index: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], index.shape[1], rows.shape[2])  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::scatter_rows", lib=_library)
+@torch.library.register_fake("fisedit::scatter_rows", lib=library)
 def _(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return torch.empty_like(base)  # [B, R, C]
 
 
-@torch.library.register_fake("fisedit::sparse_conv", lib=_library)
+@torch.library.register_fake("fisedit::sparse_conv", lib=library)
 def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation, groups):
     count = table.shape[1] if out_index is None else out_index.shape[1]
     return rows.new_empty(rows.shape[0], count, weight.shape[0])  # [B, N', Co]
 
 
-@torch.library.register_fake("fisedit::group_norm_rows", lib=_library)
+@torch.library.register_fake("fisedit::group_norm_rows", lib=library)
 def _(rows, mean, rstd, weight, bias, shift, eps, positions, count=None):
     return torch.empty_like(rows)  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::group_norm_stats", lib=_library)
+@torch.library.register_fake("fisedit::group_norm_stats", lib=library)
 def _(x, groups, weight, bias, eps):
     stats = x.new_empty(x.shape[0], groups, dtype=torch.float32)
     return torch.empty_like(x), stats, torch.empty_like(stats)
 
 
-@torch.library.register_fake("fisedit::row_attention", lib=_library)
+@torch.library.register_fake("fisedit::row_attention", lib=library)
 def _(query, key, value, mask, heads, scale, key_count=None):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, N, h*d]
 
 
-@torch.library.register_fake("fisedit::controlled_attention", lib=_library)
+@torch.library.register_fake("fisedit::controlled_attention", lib=library)
 def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]

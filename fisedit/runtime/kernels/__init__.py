@@ -32,7 +32,7 @@ PROVIDERS: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 for _name, _kernel in PROVIDERS["reference"].items():
-    ops._library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    ops.library.impl(_name, _kernel, "CompositeExplicitAutograd")
 
 
 def find(target: Any, provider: str) -> Callable[..., Any] | None:
