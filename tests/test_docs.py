@@ -65,9 +65,10 @@ def run_page(path: Path) -> dict[str, object]:
 
 
 def _parameter(path: Path) -> object:
-    """An integration page that runs is a row of the support table, under its title."""
-    title = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
-    marks = [pytest.mark.supports("Integrations", title)] if path.parent.name == "integrations" else []
+    """An integration page whose blocks run is a row of the support table, under its title."""
+    page = path.read_text(encoding="utf-8")
+    proves = path.parent.name == "integrations" and any(block.run for block in blocks_of(page))
+    marks = [pytest.mark.supports("Integrations", page.splitlines()[0].removeprefix("# "))] if proves else []
     return pytest.param(path, id=str(path.relative_to(ROOT)), marks=marks)
 
 
