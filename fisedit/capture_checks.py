@@ -68,8 +68,13 @@ class CaptureChecks:
 
     def _run(self) -> tuple[list[Tensor], WeakIdKeyDictionary]:
         tensors = {name: tensor.detach() for name, tensor in self.call.tensors.items()}
-        with torch.no_grad(), _Computed(list(tensors.values())) as computed:
-            out = self.model(**self.call.arguments(tensors))
+        try:
+            with torch.no_grad(), _Computed(list(tensors.values())) as computed:
+                out = self.model(**self.call.arguments(tensors))
+        except Exception as error:
+            reason = f"its forward raised {type(error).__name__} ({str(error).strip()})"
+            advice = advise(self.model, "It is called with a float32 timestep for each sample.")
+            raise self._refusal(reason, advice) from error
         return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)], computed.known
 
     def _check_weights(self) -> None:

@@ -32,6 +32,7 @@ _IGNORED = frozenset({
     "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs", "_compiled_call_impl",
     "forward", "_old_forward", "_hf_hook",
 })  # fmt: skip
+_REGISTRIES = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
 _LABELS = frozenset({"_class_name", "_diffusers_version", "_name_or_path"})  # written into a config when it is saved
 _BAGS = (types.SimpleNamespace, argparse.Namespace)
 _ABSENT = object()
@@ -46,11 +47,11 @@ class Fingerprint:
 
     def changes(self, other: Fingerprint) -> list[str]:
         """The attributes that differ, as dotted names."""
-        found = _differing(self.tensors, other.tensors)
+        found = []
         for name in dict.fromkeys((*self.modules, *other.modules)):
             keys = _differing(self.modules.get(name, {}), other.modules.get(name, {}))
             found += [f"{name}.{key}".removeprefix(".") for key in keys]
-        return found
+        return list(dict.fromkeys(found + _differing(self.tensors, other.tensors)))
 
 
 def _differing(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
@@ -121,10 +122,16 @@ class _Reading:
 
     def read(self, model: nn.Module) -> Fingerprint:
         modules: dict[str, Mapping[str, Any]] = {}
+        looked: deque[tuple[str, _Seen]] = deque()
         self._meet("", model)
-        while self.waiting:
-            name, module = self.waiting.popleft()
-            modules[name] = self._module(name, module)
+        while self.waiting or looked:
+            if self.waiting:  # all registered modules and tensors first, so that they have the names that users know
+                name, module = self.waiting.popleft()
+                looked.append((name, self._look(name, module)))
+            else:
+                name, seen = looked.popleft()
+                described = {key: self.describe(f"{name}.{key}".removeprefix("."), v) for key, v in seen.mutable}
+                modules[name] = seen.facts | described if described else seen.facts
         return Fingerprint(modules, _tensor_facts(self.tensors))
 
     def _meet(self, name: str, module: nn.Module) -> str:
@@ -134,11 +141,12 @@ class _Reading:
             self.waiting.append((name, module))
         return known
 
-    def _module(self, name: str, module: nn.Module) -> dict[str, Any]:
+    def _look(self, name: str, module: nn.Module) -> _Seen:
+        """What is in a module, without what is inside its mutable attributes."""
         state = vars(module)
-        children, parameters, buffers = state["_modules"], state["_parameters"], state["_buffers"]
-        objects = [type(module), *state, *state.values(), *children, *children.values(),
-                   *parameters, *parameters.values(), *buffers, *buffers.values()]  # fmt: skip
+        objects: list[Any] = [type(module), *state, *state.values()]
+        for registry in _REGISTRIES:
+            objects += [*state[registry], *state[registry].values()]
         seen = self.before.get(id(module))
         if seen is None or len(seen.objects) != len(objects) or not all(map(operator.is_, seen.objects, objects)):
             seen = _first_look(module, objects)
@@ -148,9 +156,7 @@ class _Reading:
             self._meet(prefix + key, child)
         for key, tensor in seen.tensors:
             self._tensor(prefix + key, tensor)
-        if not seen.mutable:
-            return seen.facts
-        return seen.facts | {key: self.describe(prefix + key, value) for key, value in seen.mutable}
+        return seen
 
     def describe(self, name: str, value: Any) -> Any:
         """``value`` as something to compare: plain values themselves, the rest by what is in it."""

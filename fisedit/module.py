@@ -36,7 +36,7 @@ from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
-MANY_ISLANDS = 50
+MANY_ISLANDS = 20
 """A model of which more ops than this stay dense is reported by a warning."""
 
 
