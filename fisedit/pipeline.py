@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -19,7 +19,7 @@ from fisedit.errors import NotRecordedError, UnknownOptionError, UnsupportedPipe
 from fisedit.inversion import ddim_trajectory, encode, follow
 from fisedit.recording import Recording
 from fisedit.results import EditResult, Generation
-from fisedit.sampling import Run, check_settings, make_generator, sample
+from fisedit.sampling import Run, check_settings, make_generator, may_share, sample, split_settings
 
 
 class EditPipeline:
@@ -65,7 +65,8 @@ class EditPipeline:
             seed: seed of the noise; drawn if neither it nor ``generator`` is given. For a list of prompts a list, or
                 one number: the seed of the first, and those that follow it.
             generator: takes the place of ``seed``; its state is kept, so that edits start from the same noise.
-            settings: any other argument of the pipeline (``num_inference_steps``, ``guidance_scale``, ...).
+            settings: any other argument of the pipeline (``num_inference_steps``, ``guidance_scale``, ...). For a list
+                of prompts, ``negative_prompt``, ``image`` and the like are one for all, or a list with one for each.
 
         Returns:
             A :class:`Generation`; for a list of prompts a list of them, each to be edited by itself.
@@ -78,17 +79,21 @@ class EditPipeline:
         prompts = list(prompt) if several else [prompt]
         self._check_prompts(prompts)
         check_settings(self.pipe, settings)
-        if several and len(prompts) > 1 and settings.get("num_images_per_prompt", 1) != 1:
-            allowed = "1 with several prompts; repeat the prompts instead"
-            raise UnknownOptionError(
-                option="num_images_per_prompt", given=settings["num_images_per_prompt"], allowed=allowed
-            )
         if several and isinstance(seed, int) and not isinstance(seed, bool):
             seed = [seed + number for number in range(len(prompts))]
         seeds, generators = (
             _each(name, given, prompts, several) for name, given in (("seed", seed), ("generator", generator))
         )
-        runs = [self._run(make_generator(*pair), settings) for pair in zip(seeds, generators, strict=True)]
+        split = [settings] if len(prompts) == 1 else split_settings(self.pipe, settings, len(prompts))
+        runs = [self._run(make_generator(*each[:2]), each[2]) for each in zip(seeds, generators, split, strict=True)]
+        if may_share(settings):
+            made = self._generate(prompts, runs, settings)
+        else:
+            made = [self._generate([prompt], [run], run.settings)[0] for prompt, run in zip(prompts, runs, strict=True)]
+        return made if several else made[0]
+
+    def _generate(self, prompts: list[str], runs: list[Run], settings: Mapping[str, Any]) -> list[Generation]:
+        """Generations that run at once."""
         start = time.perf_counter()
         with self.pipe.unet.record() as recording:
             images, finished = sample(self.pipe, prompts, runs, recording.on_step_end, settings)
@@ -96,8 +101,7 @@ class EditPipeline:
         seconds = (time.perf_counter() - start) / len(prompts)
         parts = recording.split() if len(prompts) > 1 else [recording]
         shared = [images] if len(prompts) == 1 else [[image] for image in images]
-        made = [Generation(*each, seconds, self) for each in zip(prompts, shared, parts, runs, strict=True)]
-        return made if several else made[0]
+        return [Generation(*each, seconds, self) for each in zip(prompts, shared, parts, runs, strict=True)]
 
     def invert(
         self, image: Any, prompt: str, *, num_inference_steps: int = 50, guidance_scale: float = 7.5, **settings: Any

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from fisedit.errors import RecordingMismatchError, UnknownOptionError
@@ -19,7 +20,13 @@ Callback = Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]
 OURS = ("prompt", "generator", "latents", "prompt_embeds", "return_dict")
 """Arguments of a pipeline that ``EditPipeline`` sets itself."""
 WORDS = ("negative_prompt", "negative_prompt_2", "prompt_2")
-"""Texts that go with the prompt: one string stands for all of several prompts."""
+PICTURES = ("image", "mask_image", "control_image")
+"""With the words, what goes with a prompt: one stands for all of several prompts, a list has one for each."""
+ALONE = (
+    "ip_adapter_image", "ip_adapter_image_embeds", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+    "masked_image_latents", "depth_map",
+)  # fmt: skip
+"""Inputs that pipelines do not spread over several prompts: with them, prompts run one after the other."""
 FREE = ("prompt_2", "output_type", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 """Settings that an edit may change: they do not move the latents outside its mask."""
 
@@ -72,7 +79,7 @@ class Run:
         alike = same(dict(self.settings), dict(other.settings)) and self.device == other.device
         sampled = type(self.scheduler) is type(other.scheduler) and self.scheduler.config == other.scheduler.config
         drawn = (self.latents is None) == (other.latents is None)
-        return alike and sampled and drawn and self.images == other.images == 1
+        return alike and sampled and drawn and self.images == other.images == 1 and may_share(self.settings)
 
 
 def sample(
@@ -89,9 +96,10 @@ def sample(
     pipe.scheduler = copy.deepcopy(runs[0].scheduler)
     several = len(prompts) > 1
     arguments = dict(settings)
-    for name in WORDS:
-        if several and isinstance(arguments.get(name), str):
-            arguments[name] = [arguments[name]] * len(prompts)
+    for name in (*WORDS, *PICTURES):
+        # One for each, so that whatever the pipeline draws for a prompt comes from that prompt's generator.
+        if several and name in arguments:
+            arguments[name] = _repeat(arguments[name], len(prompts))
     generators = [run.generator() for run in runs]
     arguments["prompt"] = list(prompts) if several else prompts[0]
     arguments["generator"] = generators if several else generators[0]
@@ -100,6 +108,54 @@ def sample(
     _add_callback(arguments, on_step_end)
     images = pipe(**arguments).images
     return list(images), not getattr(pipe, "interrupt", False)
+
+
+def _repeat(given: Any, count: int) -> Any:
+    """One string or picture for each prompt; lists and batches stay as they are."""
+    if isinstance(given, (str, Image.Image)):
+        return [given] * count
+    if isinstance(given, Tensor) and (given.dim() == 3 or len(given) == 1):
+        return torch.cat([given.reshape(1, *given.shape[-3:])] * count)
+    if isinstance(given, np.ndarray) and (given.ndim == 3 or len(given) == 1):
+        return np.concatenate([given.reshape(1, *given.shape[-3:])] * count)
+    return given
+
+
+def may_share(settings: Mapping[str, Any]) -> bool:
+    """Whether a pipeline runs several prompts at once with these settings as it runs each alone."""
+    return all(settings.get(name) is None for name in ALONE)
+
+
+def split_settings(pipe: Any, settings: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
+    """The settings of each of several prompts: of a list of words or pictures each takes its own.
+
+    Raises:
+        UnknownOptionError: a list of another length, or several images of each prompt.
+    """
+    if settings.get("num_images_per_prompt", 1) != 1:
+        allowed = "1 with several prompts; repeat the prompts instead"
+        raise UnknownOptionError(
+            option="num_images_per_prompt", given=settings["num_images_per_prompt"], allowed=allowed
+        )
+    each: list[dict[str, Any]] = [dict(settings) for _ in range(count)]
+    for name in (*WORDS, *PICTURES):
+        given: Any = settings.get(name)
+        if not _is_batch(given) or (name in PICTURES and hasattr(getattr(pipe, "controlnet", None), "nets")):
+            continue  # several ControlNets take a list of pictures, one for each net
+        if len(given) != count:
+            raise UnknownOptionError(
+                option=name, given=f"{len(given)} of them", allowed=f"one, or one for each of {count} prompts"
+            )
+        for number, own in enumerate(each):
+            own[name] = given[number : number + 1] if isinstance(given, (Tensor, np.ndarray)) else given[number]
+    return each
+
+
+def _is_batch(given: Any) -> bool:
+    """Whether a setting has several values: a list, or an array ``[N, ...]`` of several pictures."""
+    if isinstance(given, (Tensor, np.ndarray)):
+        return given.ndim == 4 and len(given) > 1
+    return isinstance(given, (list, tuple))
 
 
 def _add_callback(arguments: dict[str, Any], ours: Callback) -> None:
