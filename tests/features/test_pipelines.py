@@ -35,6 +35,11 @@ from fisedit import DetectConfig, EditPipeline, errors
 OTHER = "a red house on the left, on sand, at noon"
 SETTINGS: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
 
+NIGHTLY = pytest.mark.nightly
+SEVERAL = pytest.mark.parametrize(
+    "several", [False, pytest.param(True, marks=NIGHTLY)], ids=["one prompt", "several prompts"]
+)
+
 
 def as_kind(pipe: Any, kind: type, **parts: Any) -> Any:
     """A pipeline of another kind over the same parts."""
@@ -78,7 +83,7 @@ def close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def check(plain: Any, ours: Any, batches: bool = True, **settings: Any) -> None:
+def check(plain: Any, ours: Any, batches: bool, **settings: Any) -> None:
     """Recording draws what diffusers draws; edits keep the background, alone and at once."""
     editor, settings = EditPipeline(ours), {**SETTINGS, **settings}
     base = editor.generate(BEFORE, seed=1, **settings)
@@ -128,7 +133,7 @@ def check_batches(plain: Any, editor: EditPipeline, settings: dict[str, Any]) ->
 def test_settings_of_text_to_image(text_to_image: tuple[Any, Any], settings: dict[str, Any]) -> None:
     if "timesteps" in settings:
         text_to_image = tuple(with_scheduler(p, diffusers.EulerDiscreteScheduler) for p in text_to_image)
-    check(*text_to_image, batches="eta" in settings, **settings)
+    check(*text_to_image, "eta" in settings, **settings)
 
 
 def with_scheduler(pipe: Any, kind: Any) -> Any:
@@ -140,11 +145,11 @@ def with_scheduler(pipe: Any, kind: Any) -> Any:
 @pytest.mark.supports("Features", "several images of one prompt, stochastic sampler")
 def test_several_images_of_a_stochastic_sampler(text_to_image: tuple[Any, Any]) -> None:
     plain, ours = (with_scheduler(pipe, EulerAncestralDiscreteScheduler) for pipe in text_to_image)
-    check(plain, ours, batches=False, num_images_per_prompt=2)
+    check(plain, ours, False, num_images_per_prompt=2)
 
 
 @pytest.mark.supports("Models", "StableDiffusionImg2ImgPipeline")
-@pytest.mark.parametrize("strength", [0.5, 0.8, 1.0])
+@pytest.mark.parametrize("strength", [0.4, 0.8, pytest.param(1.0, marks=NIGHTLY)])
 def test_image_to_image(text_to_image: tuple[Any, Any], strength: float) -> None:
     plain, ours = (as_kind(pipe, diffusers.StableDiffusionImg2ImgPipeline) for pipe in text_to_image)
     check(plain, ours, strength == 0.8, image=picture(), strength=strength, num_inference_steps=5)
@@ -153,52 +158,64 @@ def test_image_to_image(text_to_image: tuple[Any, Any], strength: float) -> None
 @pytest.mark.supports("Models", "StableDiffusionInpaintPipeline, 4 channels")
 def test_inpainting_with_four_channels(text_to_image: tuple[Any, Any]) -> None:
     plain, ours = (as_kind(pipe, diffusers.StableDiffusionInpaintPipeline) for pipe in text_to_image)
-    check(plain, ours, image=picture(), mask_image=picture(1, "L"), height=32, width=32, strength=0.9)
+    check(plain, ours, True, image=picture(), mask_image=picture(1, "L"), height=32, width=32, strength=0.9)
 
 
 @pytest.mark.supports("Models", "StableDiffusionInpaintPipeline, 9 channels")
-def test_inpainting_with_nine_channels(folder: Path) -> None:
+@SEVERAL
+def test_inpainting_with_nine_channels(folder: Path, several: bool) -> None:
     pipe = build_tiny_pipeline(folder, kind=diffusers.StableDiffusionInpaintPipeline, unet={"in_channels": 9})
-    check(*compiled(pipe), image=picture(), mask_image=picture(1, "L"), height=32, width=32)
+    check(*compiled(pipe), several, image=picture(), mask_image=picture(1, "L"), height=32, width=32)
 
 
 @pytest.mark.supports("Models", "StableDiffusionInstructPix2PixPipeline (three-way guidance)")
-def test_instruct_pix2pix(folder: Path) -> None:
+@SEVERAL
+def test_instruct_pix2pix(folder: Path, several: bool) -> None:
     pipe = build_tiny_pipeline(folder, kind=diffusers.StableDiffusionInstructPix2PixPipeline, unet={"in_channels": 8})
-    check(*compiled(pipe), image=picture(), image_guidance_scale=1.5)
+    check(*compiled(pipe), several, image=picture(), image_guidance_scale=1.5)
 
 
 @pytest.mark.supports("Models", "StableDiffusionControlNetPipeline")
-@pytest.mark.parametrize("settings", [{}, {"guess_mode": True}, {"control_guidance_end": 0.5}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"control_guidance_end": 0.5},
+        pytest.param({"guess_mode": True}, marks=NIGHTLY),
+        pytest.param({"controlnet_conditioning_scale": 0.5}, marks=NIGHTLY),
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
 def test_controlnet(text_to_image: tuple[Any, Any], settings: dict[str, Any]) -> None:
     control = build_controlnet(text_to_image[0].unet)
     kind = diffusers.StableDiffusionControlNetPipeline
     plain, ours = (as_kind(pipe, kind, controlnet=control) for pipe in text_to_image)
-    check(plain, ours, not settings, image=picture(), **settings)
+    check(plain, ours, "controlnet_conditioning_scale" in settings, image=picture(), **settings)
 
 
 @pytest.mark.supports("Models", "StableDiffusionControlNetPipeline with several ControlNets")
+@NIGHTLY
 def test_several_controlnets(text_to_image: tuple[Any, Any]) -> None:
     controls = [build_controlnet(text_to_image[0].unet, seed) for seed in (0, 1)]
     kind = diffusers.StableDiffusionControlNetPipeline
     plain, ours = (as_kind(pipe, kind, controlnet=controls) for pipe in text_to_image)
-    check(plain, ours, image=[picture(), picture(1)], controlnet_conditioning_scale=[1.0, 0.5])
+    check(plain, ours, True, image=[picture(), picture(1)], controlnet_conditioning_scale=[1.0, 0.5])
 
 
 @pytest.mark.supports("Models", "StableDiffusionXLPipeline")
-def test_sdxl(sdxl: tuple[Any, Any]) -> None:
-    check(*sdxl, original_size=(64, 48), crops_coords_top_left=(3, 5), guidance_rescale=0.5)
+@SEVERAL
+def test_sdxl(sdxl: tuple[Any, Any], several: bool) -> None:
+    check(*sdxl, several, original_size=(64, 48), crops_coords_top_left=(3, 5), guidance_rescale=0.5)
 
 
 @pytest.mark.supports("Features", "clip_skip")
 def test_clip_skip(sdxl: tuple[Any, Any]) -> None:
-    check(*sdxl, batches=False, clip_skip=1)
+    check(*sdxl, False, clip_skip=1)
     assert not torch.equal(draw(sdxl[0], BEFORE, **SETTINGS), draw(sdxl[0], BEFORE, **SETTINGS, clip_skip=1))
 
 
 @pytest.mark.supports("Models", "StableDiffusionXLPipeline")
 def test_sdxl_with_a_second_prompt(sdxl: tuple[Any, Any]) -> None:
-    check(*sdxl, prompt_2="a green tree", negative_prompt_2="at night", negative_original_size=(16, 16))
+    check(*sdxl, False, prompt_2="a green tree", negative_prompt_2="at night", negative_original_size=(16, 16))
     base = EditPipeline(sdxl[1]).generate(BEFORE, seed=1, prompt_2=BEFORE, **SETTINGS)
     result = base.edit(BEFORE, prompt_2=AFTER, detect=DetectConfig(steps=1, dilation=0))
     assert_background_kept(result, base)
@@ -206,7 +223,8 @@ def test_sdxl_with_a_second_prompt(sdxl: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.supports("Models", "SDXL refiner (StableDiffusionXLImg2ImgPipeline with the second text encoder alone)")
-def test_sdxl_refiner(folder: Path) -> None:
+@SEVERAL
+def test_sdxl_refiner(folder: Path, several: bool) -> None:
     base = build_tiny_sdxl(folder)
     unet = build_unet(
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=5 * 8 + 16
@@ -215,17 +233,17 @@ def test_sdxl_refiner(folder: Path) -> None:
         base, diffusers.StableDiffusionXLImg2ImgPipeline, unet=unet, text_encoder=None, tokenizer=None,
         requires_aesthetics_score=True,
     )  # fmt: skip
-    check(*compiled(pipe), image=picture(), strength=0.8, aesthetic_score=5.0, num_inference_steps=5)
+    check(*compiled(pipe), several, image=picture(), strength=0.8, aesthetic_score=5.0, num_inference_steps=5)
 
 
 @pytest.mark.supports("Models", "IP-Adapter through a pipeline (ip_adapter_image_embeds)")
-@pytest.mark.parametrize("guidance", [3.0, 1.0])
+@pytest.mark.parametrize("guidance", [3.0, pytest.param(1.0, marks=NIGHTLY)])
 def test_ip_adapter(folder: Path, guidance: float) -> None:
     """Prompts of a list run one after the other: a pipeline does not spread the picture over several prompts."""
     plain = build_tiny_pipeline(folder)
     plain.unet._load_ip_adapter_weights([ip_adapter_weights(plain.unet)])
     embeds = torch.randn(2 if guidance > 1 else 1, 1, 24, generator=torch.Generator().manual_seed(3))
-    check(*compiled(plain), batches=guidance > 1, ip_adapter_image_embeds=[embeds], guidance_scale=guidance)
+    check(*compiled(plain), guidance > 1, ip_adapter_image_embeds=[embeds], guidance_scale=guidance)
 
 
 def ip_adapter_weights(unet: Any) -> dict[str, dict[str, Tensor]]:
@@ -246,11 +264,11 @@ def ip_adapter_weights(unet: Any) -> dict[str, dict[str, Tensor]]:
 
 
 @pytest.mark.supports("Models", "LatentConsistencyModelPipeline (embedded guidance)")
-@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize("steps", [4, pytest.param(8, marks=NIGHTLY)])
 def test_latent_consistency(folder: Path, steps: int) -> None:
     pipe = build_tiny_pipeline(folder, kind=diffusers.LatentConsistencyModelPipeline, unet={"time_cond_proj_dim": 16})
     pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-    check(*compiled(pipe), batches=steps == 4, num_inference_steps=steps, guidance_scale=8.0)
+    check(*compiled(pipe), steps == 8, num_inference_steps=steps, guidance_scale=8.0)
 
 
 @pytest.mark.supports("Batches and rounds", "EditPipeline.generate([...]) with a picture and negative words of each")
@@ -295,9 +313,10 @@ def test_t2i_adapter(text_to_image: tuple[Any, Any]) -> None:
 
 
 @pytest.mark.supports("Models", "StableDiffusionDepth2ImgPipeline")
-def test_depth_to_image(folder: Path) -> None:
+@SEVERAL
+def test_depth_to_image(folder: Path, several: bool) -> None:
     pipe = build_tiny_pipeline(folder, unet={"in_channels": 5})
     parts = {k: v for k, v in pipe.components.items() if k not in ("safety_checker", "image_encoder")}
     pipe = quiet(diffusers.StableDiffusionDepth2ImgPipeline(**parts | {"depth_estimator": None}))
     depth = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
-    check(*compiled(pipe), image=picture(), depth_map=depth, strength=0.8, num_inference_steps=5)
+    check(*compiled(pipe), several, image=picture(), depth_map=depth, strength=0.8, num_inference_steps=5)
