@@ -24,7 +24,7 @@ from fisedit.api import compile
 from fisedit.capture import TIMESTEP_NAMES, bind_call
 from fisedit.edit import Edit
 from fisedit.errors import UnknownOptionError, UnsupportedCaptureError
-from fisedit.module import CompiledUNet, active_session
+from fisedit.module import CompiledUNet, active_session, run_call
 from fisedit.recording import Recording
 
 _handles: weakref.WeakKeyDictionary[OptimizedModule, CompiledUNet] = weakref.WeakKeyDictionary()
@@ -50,7 +50,7 @@ def fisedit(graph: GraphModule, inputs: Sequence[Any], options: dict[str, Any] |
         if not frames or not frames[0].holds(args):  # modules of the same code share a graph
             frames[:] = [Frame(graph, args, unet)]
         call = bind_call(frames[0], (), frames[0].named(args))
-        return session.run(replace(call, model=frames[0]))
+        return run_call(session, replace(call, model=frames[0]))
 
     return run
 

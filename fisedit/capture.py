@@ -119,8 +119,13 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Raises:
         TypeError: the arguments do not fit the model's forward, as Python says it.
         InvalidTimestepError: the samples have different timesteps, or one is NaN.
+        UnsupportedCaptureError: the model has no Python forward.
     """
-    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    try:
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    except ValueError as error:
+        reason, advice = "it is TorchScript, whose Python is gone", "Compile the model that it was made from."
+        raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice) from error
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind

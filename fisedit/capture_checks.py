@@ -53,7 +53,7 @@ class CaptureChecks:
             UnsupportedCaptureError: each run changes the model; or its weights are not in memory.
         """
         self.model, self.call = model, call
-        self._check_weights()
+        self._check_modules()
         fingerprinter = Fingerprinter()
         before, after = None, fingerprinter.read(model)
         for _ in range(3):
@@ -77,7 +77,11 @@ class CaptureChecks:
             raise self._refusal(reason, advice) from error
         return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)], computed.known
 
-    def _check_weights(self) -> None:
+    def _check_modules(self) -> None:
+        for name, module in self.model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                advice = "Compile the model that it was made from."
+                raise self._refusal(f"{name or 'the model'} is TorchScript, whose Python is gone", advice)
         for name, tensor in self.model.named_parameters():
             if tensor.is_meta:
                 raise self._refusal(

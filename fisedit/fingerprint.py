@@ -145,8 +145,9 @@ class _Reading:
         """What is in a module, without what is inside its mutable attributes."""
         state = vars(module)
         objects: list[Any] = [type(module), *state, *state.values()]
-        for registry in _REGISTRIES:
-            objects += [*state[registry], *state[registry].values()]
+        for kind in _REGISTRIES:
+            registry = _registry(module, kind)
+            objects += [*registry, *registry.values()]
         seen = self.before.get(id(module))
         if seen is None or len(seen.objects) != len(objects) or not all(map(operator.is_, seen.objects, objects)):
             seen = _first_look(module, objects)
@@ -204,12 +205,17 @@ class _Reading:
         return known
 
 
+def _registry(module: nn.Module, name: str) -> dict[str, Any]:
+    registry = vars(module).get(name)
+    return registry if isinstance(registry, dict) else {}  # TorchScript has none; it is refused at the first call
+
+
 def _first_look(module: nn.Module, objects: list[Any]) -> _Seen:
     state = vars(module)
     seen = _Seen(objects, {"class": id(type(module))})
-    seen.children = [(key, child) for key, child in state["_modules"].items() if child is not None]
-    for registry in ("_parameters", "_buffers"):
-        seen.tensors += [(key, tensor) for key, tensor in state[registry].items() if tensor is not None]
+    seen.children = [(key, child) for key, child in _registry(module, "_modules").items() if child is not None]
+    for name in ("_parameters", "_buffers"):
+        seen.tensors += [(key, tensor) for key, tensor in _registry(module, name).items() if tensor is not None]
     for key, value in state.items():
         if key in _IGNORED or (key in ("_forward_hooks", "_forward_pre_hooks") and not value):
             continue

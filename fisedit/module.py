@@ -58,6 +58,12 @@ def active_session(unet: CompiledUNet) -> Session | None:
     return _sessions.get().get(id(unet))
 
 
+def run_call(session: Session, call: Call) -> Any:
+    """Run a call in a session. Its graphs hold the casts of autocast; it would cast again."""
+    with torch.autocast(call.device_type, enabled=False):
+        return session.run(call)
+
+
 @dataclass(eq=False)
 class _Live:
     """What changes of a compiled model: its graphs, the state they were made for, and whether a session is open."""
@@ -114,8 +120,7 @@ class CompiledUNet(nn.Module):
         if hook is not None:
             args, kwargs = hook.pre_forward(self, *args, **kwargs)
         call = bind_call(self._dense, args, kwargs)
-        with torch.autocast(call.device_type, enabled=False):  # the graphs hold its casts
-            result = session.run(call)
+        result = run_call(session, call)
         return result if hook is None else hook.post_forward(self, result)
 
     @contextmanager
@@ -249,8 +254,7 @@ class CompiledUNet(nn.Module):
         with live.lock:
             if key not in live.programs:
                 state = self._weights()
-                with call.in_autocast():
-                    program = self._build(model, call, self.compile_config)
+                program = self._build(model, call, self.compile_config)
                 state.fingerprint = live.fingerprinter.read(self._dense)
                 _warn_of_islands(program)
                 live.programs[key] = program

@@ -266,6 +266,28 @@ def test_torch_compile_under_us(call: dict[str, Any], kind: str) -> None:
     check_sessions(unet, tiny(), call)
 
 
+@pytest.mark.parametrize("part", ["whole", "conv_in"])
+def test_torchscript_is_refused(call: dict[str, Any], part: str) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv_in = nn.Conv2d(4, 4, 3, padding=1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.conv_in(sample) + 0 * timestep.mean()
+
+    arguments = {"sample": call["sample"], "timestep": torch.tensor(5.0)}
+    model = Small().eval()
+    if part == "whole":
+        model = torch.jit.trace(model, example_kwarg_inputs=arguments)
+    else:
+        model.conv_in = torch.jit.trace(model.conv_in, call["sample"])
+    unet = fisedit.compile(model)
+    assert torch.equal(dense(unet, arguments), dense(model, arguments))
+    with pytest.raises(UnsupportedCaptureError, match="is TorchScript.*made from"), unet.record():
+        dense(unet, arguments)
+
+
 # Offloading
 
 
