@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.backends.registry import lookup_backend, register_backend
 from torch._dynamo.eval_frame import OptimizedModule
 from torch.fx import GraphModule, Node
 
@@ -30,8 +30,9 @@ from fisedit.recording import Recording
 _handles: weakref.WeakKeyDictionary[OptimizedModule, CompiledUNet] = weakref.WeakKeyDictionary()
 
 
+@register_backend
 def fisedit(graph: GraphModule, inputs: Sequence[Any], options: dict[str, Any] | None = None) -> Callable[..., Any]:
-    """The Dynamo backend.
+    """The Dynamo backend, known to it by this name once the package is imported.
 
     Raises:
         UnknownOptionError: an option other than ``dense``.
