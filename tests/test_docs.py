@@ -78,6 +78,24 @@ def test_page_runs(page, tmp_path, monkeypatch):
     run_page(page)
 
 
+def broken_links(path: Path) -> list[str]:
+    """The relative links of a page that lead to no file."""
+    code = re.compile(r"^```.*?^```|`[^`\n]*`", re.M | re.S)
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", code.sub("", path.read_text(encoding="utf-8")))
+    return [target for target in targets if "://" not in target and not (path.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    assert broken_links(page) == []
+
+
+def test_a_broken_link_is_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md) [b](page.md#part) [c](https://example.org) `[d](none)` [e](gone.md) ![f](gone.png)\n")
+    assert broken_links(page) == ["gone.md", "gone.png"]
+
+
 SAMPLE = """\
 # Title
 

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PYTHON_FILES = [path for folder in ("fisedit", "tests", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
+PYTHON_FILES = [
+    path for folder in ("fisedit", "tests", "bench", "examples") for path in sorted((ROOT / folder).rglob("*.py"))
+]
 
 # Parts that know nothing of the others; every part may use them.
 FOUNDATION = ("fisedit.errors", "fisedit.mask", "fisedit.alignment")
