@@ -37,14 +37,17 @@ class Table:
 def project_mask(mask: Tensor, level: Level) -> Tensor:
     """The mask at a level: a position is active if any base position that it covers is.
 
-    Levels that strides of 2 lead to (9 rows, 5, 3, ...) see base position ``y`` at ``y // 2**k``; a level of any other
-    size sees it at ``floor(y * h / H)``.
+    Levels that strides of 2 lead to (9 rows, 5, 3, ...) see base position ``y`` at ``y // 2**k``; a smaller level of
+    any other size sees it at ``floor(y * h / H)``; line ``y`` of a larger level covers base line ``floor(y * H / h)``.
 
     Args:
         mask: bool ``[H, W]``.
     Returns:
         bool ``[h, w]``.
     """
+    for dim, length in enumerate(mask.shape):
+        if level[dim] > length:
+            mask = mask.index_select(dim, torch.arange(level[dim], device=mask.device) * length // level[dim])
     y, x = mask.nonzero(as_tuple=True)
     out = torch.zeros(level, dtype=torch.bool, device=mask.device)
     out[_project(y, mask.shape[0], level[0]), _project(x, mask.shape[1], level[1])] = True
