@@ -65,6 +65,19 @@ def test_detect_and_edit(device: str) -> None:
         base = edit.recording
 
 
+@pytest.mark.supports("Features", "channels_last, on CPU and GPU")
+@pytest.mark.parametrize("device", DEVICES)
+def test_channels_last(device: str) -> None:
+    model = models.sd2().to(device, memory_format=torch.channels_last)
+    call = models.arguments(model, (8, 12))
+    call["sample"] = call["sample"].to(device).contiguous(memory_format=torch.channels_last)
+    call["encoder_hidden_states"] = call["encoder_hidden_states"].to(device)
+    h = Harness(model, call)
+    assert relative_error(h.recorded, h.dense) <= 1e-5
+    for name, mask in masks((8, 12)).items():
+        assert (h.edit(mask.to(device)) - h.dense)[..., mask].abs().max() <= 1e-5 * h.dense.abs().max(), name
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_edits_at_once(device: str) -> None:
     """Masks of their own, found and given, in common calls: as one by one."""

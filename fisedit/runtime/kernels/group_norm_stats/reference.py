@@ -28,4 +28,5 @@ def group_norm_stats(
 
 
 def _channels_last(x: Tensor) -> bool:
-    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    """Whether PyTorch normalizes ``x`` in its channels-last order; on a GPU it wants channels first."""
+    return x.is_cpu and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
