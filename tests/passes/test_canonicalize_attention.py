@@ -9,6 +9,7 @@ from fisedit.capture import bind_call, capture
 from fisedit.passes.canonicalize_attention import canonicalize_attention
 
 SDPA = "aten.scaled_dot_product_attention"
+FORMS = ("einsum", "channels first", "heads last", "values first", "keys first", "matmul", "baddbmm", "dropout")
 
 
 class HandWritten(Toy):
@@ -30,6 +31,19 @@ class HandWritten(Toy):
         if self.form == "einsum":
             weights = (torch.einsum("bid,bjd->bij", q, k) * scale).softmax(-1)
             return torch.einsum("bij,bjd->bid", weights, v)
+        if self.form == "channels first":  # as QKVAttention of guided-diffusion: [B, C, T]
+            weights = (torch.einsum("bct,bcs->bts", q.mT * scale**0.5, k.mT * scale**0.5)).softmax(-1)
+            return torch.einsum("bts,bcs->bct", weights, v.mT).mT
+        if self.form == "heads last":  # keys in the middle of the map, heads last
+            q, k, v = (t.unflatten(-1, (2, 4)) for t in (q, k, v))
+            weights = (torch.einsum("bihd,bjhd->bijh", q, k) * scale).softmax(2)
+            return torch.einsum("bijh,bjhd->bihd", weights, v).flatten(2)
+        if self.form == "values first":  # V W^T, as the first autoencoders and DDPM do
+            weights = (torch.bmm(q, k.mT) * scale).softmax(2).permute(0, 2, 1)
+            return torch.bmm(v.mT, weights).mT
+        if self.form == "keys first":
+            weights = (torch.einsum("bjd,bid->bji", k, q) * scale).softmax(1)
+            return torch.einsum("nst,nse->nte", weights, v)
         if self.form == "matmul":
             return (q @ k.transpose(-1, -2) / 8**0.5).float().softmax(-1).to(q.dtype) @ v
         if self.form == "baddbmm":
@@ -46,7 +60,7 @@ class HandWritten(Toy):
         return (q @ k.transpose(-1, -2)).softmax(1) @ v  # softmax over the queries
 
 
-@pytest.mark.parametrize("form", ["einsum", "matmul", "baddbmm", "dropout"])
+@pytest.mark.parametrize("form", FORMS)
 def test_hand_written_attention_is_recognized(form: str) -> None:
     model = HandWritten(form).eval()
     gm, log = captured(model)
@@ -65,7 +79,7 @@ def test_hand_written_attention_is_recognized(form: str) -> None:
     [
         ("two uses", "the attention map is used elsewhere too"),
         ("no product", "its input is not a product of queries and keys"),
-        ("wrong axis", "softmax is not over the last dimension"),
+        ("wrong axis", "softmax is not over what the values are summed over"),
     ],
 )
 def test_what_is_not_attention_is_left_alone(form: str, reason: str) -> None:
