@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,20 @@ from torch import Tensor
 from fisedit.errors import UnknownOptionError, UnsupportedPipelineError
 from fisedit.runtime.cache.store import clone_detached
 from fisedit.sampling import Callback
+
+
+def check_invertible(pipe: Any) -> None:
+    """Raise unless a pipeline draws from a prompt and latents alone, with any scheduler.
+
+    Raises:
+        UnsupportedPipelineError: one that also takes a picture, or a consistency model's.
+    """
+    known = inspect.signature(pipe.__call__).parameters
+    also = [name for name in ("image", "original_inference_steps") if name in known]
+    if also or "latents" not in known:
+        took = f" (it takes {', '.join(f'`{name}`' for name in also)})" if also else ""
+        missing = [f"runs from a prompt and latents alone, which inversion needs{took}"]
+        raise UnsupportedPipelineError(pipeline=type(pipe).__name__, missing=missing)
 
 
 def encode(pipe: Any, image: Any, settings: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:

@@ -16,7 +16,7 @@ from fisedit.api import compile
 from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edits
 from fisedit.errors import NotRecordedError, UnknownOptionError, UnsupportedPipelineError
-from fisedit.inversion import ddim_trajectory, encode, follow
+from fisedit.inversion import check_invertible, ddim_trajectory, encode, follow
 from fisedit.recording import Recording
 from fisedit.results import EditResult, Generation
 from fisedit.sampling import Run, check_settings, make_generator, may_share, sample, split_settings
@@ -84,9 +84,9 @@ class EditPipeline:
         seeds, generators = (
             _each(name, given, prompts, several) for name, given in (("seed", seed), ("generator", generator))
         )
-        split = [settings] if len(prompts) == 1 else split_settings(self.pipe, settings, len(prompts))
+        split = split_settings(self.pipe, settings, len(prompts))
         runs = [self._run(make_generator(*each[:2]), each[2]) for each in zip(seeds, generators, split, strict=True)]
-        if may_share(settings):
+        if may_share(settings) and len(prompts) > 1:
             made = self._generate(prompts, runs, settings)
         else:
             made = [self._generate([prompt], [run], run.settings)[0] for prompt, run in zip(prompts, runs, strict=True)]
@@ -120,8 +120,10 @@ class EditPipeline:
 
         Raises:
             UnknownOptionError: no PIL image; a pipeline whose scheduler is no diffusion over variance-preserving noise.
-            PromptTooLongError, UnsupportedPipelineError.
+            UnsupportedPipelineError: a pipeline that does not draw from a prompt and latents alone.
+            PromptTooLongError.
         """
+        check_invertible(self.pipe)
         self._check_prompts([prompt])
         settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, **settings}
         check_settings(self.pipe, settings)

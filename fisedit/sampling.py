@@ -127,25 +127,26 @@ def may_share(settings: Mapping[str, Any]) -> bool:
 
 
 def split_settings(pipe: Any, settings: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The settings of each of several prompts: of a list of words or pictures each takes its own.
+    """The settings of each of ``count`` prompts: of a list of words or pictures each takes its own.
 
     Raises:
-        UnknownOptionError: a list of another length, or several images of each prompt.
+        UnknownOptionError: a list of another length, or several images of each of several prompts.
     """
-    if settings.get("num_images_per_prompt", 1) != 1:
+    if count > 1 and settings.get("num_images_per_prompt", 1) != 1:
         allowed = "1 with several prompts; repeat the prompts instead"
         raise UnknownOptionError(
             option="num_images_per_prompt", given=settings["num_images_per_prompt"], allowed=allowed
         )
     each: list[dict[str, Any]] = [dict(settings) for _ in range(count)]
-    for name in (*WORDS, *PICTURES):
+    # Several ControlNets, or one of several modes, take a list of pictures for one prompt.
+    several_controls = hasattr(getattr(pipe, "controlnet", None), "nets") or "control_mode" in settings
+    for name in WORDS if several_controls else (*WORDS, *PICTURES):
         given: Any = settings.get(name)
-        if not _is_batch(given) or (name in PICTURES and hasattr(getattr(pipe, "controlnet", None), "nets")):
-            continue  # several ControlNets take a list of pictures, one for each net
+        if not _is_batch(given):
+            continue
         if len(given) != count:
-            raise UnknownOptionError(
-                option=name, given=f"{len(given)} of them", allowed=f"one, or one for each of {count} prompts"
-            )
+            allowed = f"one, or one for each of {count} prompts" if count > 1 else "one for a prompt"
+            raise UnknownOptionError(option=name, given=f"{len(given)} of them", allowed=allowed)
         for number, own in enumerate(each):
             own[name] = given[number : number + 1] if isinstance(given, (Tensor, np.ndarray)) else given[number]
     return each

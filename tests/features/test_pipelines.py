@@ -285,6 +285,12 @@ def test_pictures_and_words_of_each_prompt(text_to_image: tuple[Any, Any]) -> No
         close(result.latents, generation.edit(AFTER, mask=square()).latents)
     with pytest.raises(errors.UnknownOptionError, match="one for each of 2 prompts"):
         editor.generate([BEFORE, OTHER], image=[picture()] * 3, **SETTINGS)
+    with pytest.raises(errors.UnknownOptionError, match="image='2 of them'.*one for a prompt"):
+        editor.generate(BEFORE, image=pictures, **SETTINGS)
+    single = editor.generate(BEFORE, seed=1, image=pictures[:1], negative_prompt=negatives[:1], **SETTINGS)
+    close(single.latents, made[0].latents)
+    with pytest.raises(errors.UnsupportedPipelineError, match="it takes `image`"):
+        editor.invert(picture(), BEFORE)
 
 
 @pytest.mark.supports("Models", "T2I-Adapter (StableDiffusionAdapterPipeline), through record() and edit()")
