@@ -195,11 +195,10 @@ def summarize(outcomes: list[Outcome]) -> dict[str, dict[str, float]]:
 
 
 def print_summary(console: Console, title: str, summary: dict[str, dict[str, float]]) -> None:
-    names = list(summary["default"])
-    table = Table("setting", *names, title=title)
-    for setting, figures in summary.items():
-        shown = (f"{figures[n]:.1f}" if "PSNR" in n else f"{figures[n]:.0%}" for n in names)
-        table.add_row(setting, *("" if "nan" in value else value for value in shown))
+    table = Table("", *summary, title=title)
+    for figure in summary["default"]:
+        shown = (f"{row[figure]:.1f} dB" if "PSNR" in figure else f"{row[figure]:.0%}" for row in summary.values())
+        table.add_row(figure, *("" if "nan" in value else value for value in shown))
     console.print(table)
 
 
