@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from fisedit.capture import Call, capture
-from fisedit.capture_checks import CaptureChecks, plain_forward
+from fisedit.capture_checks import CaptureChecks, kept_attributes, plain_forward
 from fisedit.config import CompileConfig
 from fisedit.module import CompiledUNet
 from fisedit.passes import pipeline
@@ -48,7 +48,8 @@ def build_program(unet: nn.Module, call: Call, config: CompileConfig) -> Program
     """
     with plain_forward(unet), call.in_autocast():
         checks = CaptureChecks(unet, call)
-        captured = capture(unet, call)
+        with kept_attributes(unet):
+            captured = capture(unet, call)
     checks.check(captured)
     program = Program(captured, config)
     program.logs["canonical"] = PassLog("canonical")

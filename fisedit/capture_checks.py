@@ -179,3 +179,15 @@ def plain_forward(model: nn.Module) -> Iterator[None]:
     finally:
         state.pop("forward", None)
         state.update(kept)
+
+
+@contextmanager
+def kept_attributes(model: nn.Module) -> Iterator[None]:
+    """Leave the attributes of all modules the objects that they are: ``torch.export`` puts copies of dicts and lists in
+    their place, and modules that share one would no longer."""
+    before = [(vars(module), dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for state, attributes in before:
+            state.update({name: value for name, value in attributes.items() if state.get(name) is not value})

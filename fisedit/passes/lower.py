@@ -55,7 +55,7 @@ class _Cutter:
             index = args(node)[1] if len(node.args) > 1 else None
             table = index.meta["table"] if isinstance(index, Node) else None
             return self.add_input(Input.load(str(args(node)[0]), table))
-        return self.add_input(Input.user(node.name) if node.op == "placeholder" else Input.value(node.name))
+        return self.add_input(Input.user(str(node.target)) if node.op == "placeholder" else Input.value(node.name))
 
     def add_input(self, source: Input) -> Node:
         if source not in self.inputs:
