@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import enum
 import inspect
 import logging
 import math
 import re
+import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
@@ -23,6 +26,11 @@ from fisedit.fingerprint import advise
 SAMPLE_NAMES = ("sample", "x", "latents", "hidden_states")
 TIMESTEP_NAMES = ("timestep", "timesteps", "t")
 TEXT_NAMES = ("encoder_hidden_states", "context")
+VALUES = (
+    type(None), bool, int, float, complex, str, bytes, enum.Enum, uuid.UUID, np.generic,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+)  # fmt: skip
+"""Types of constants that cannot change: what an argument of a call may hold besides tensors."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Raises:
         TypeError: the arguments do not fit the model's forward, as Python says it.
         InvalidTimestepError: the samples have different timesteps, or one is NaN.
-        UnsupportedCaptureError: the model has no Python forward.
+        UnsupportedCaptureError: the model has no Python forward, or an argument holds a function or another object.
     """
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -137,10 +145,11 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     timestep_value = _single_value(arguments[timestep])
     arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
     paths, spec = pytree.tree_flatten_with_path(arguments)
-    order = tuple(_leaf_name(path) for path, _ in paths)
+    order = _leaf_names(path for path, _ in paths)
     leaves = dict(zip(order, (leaf for _, leaf in paths), strict=True))
     tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
     constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+    _check_constants(model, constants)
     text = next((n for n in TEXT_NAMES if n in tensors), None)
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
     autocast = _autocast_dtype(tensors[sample].device.type)
@@ -166,8 +175,26 @@ def normalize_timestep(timestep: Any, sample: Tensor) -> Tensor:
     return value.expand(sample.shape[0]) if value.numel() == 1 else value
 
 
-def _leaf_name(path: pytree.KeyPath) -> str:
-    return re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") or "input"
+def _leaf_names(paths: Iterable[pytree.KeyPath]) -> tuple[str, ...]:
+    """A name for each place in the arguments; two places never share one."""
+    names: list[str] = []
+    for path in paths:
+        name = re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") or "input"
+        while name in names:
+            name += "_"
+        names.append(name)
+    return tuple(names)
+
+
+def _check_constants(model: nn.Module, constants: dict[str, Any]) -> None:
+    """Raise for a constant whose state a graph would freeze, unseen: functions, generators, arrays, other objects."""
+    for name, value in constants.items():
+        if not isinstance(value, VALUES):
+            reason = f"the argument {name} is a {type(value).__name__}, which may change without being seen"
+            advice = (
+                "Pass tensors, numbers and strings; keep functions that are hooked into the model out of its calls."
+            )
+            raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice)
 
 
 def _hashable(value: Any) -> Any:
