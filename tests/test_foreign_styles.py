@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from equivalence import check_equivalence
@@ -28,6 +30,9 @@ class Block(nn.Module):
     def body(self, h: Tensor) -> Tensor:
         attended = self.attend(*self.qkv(self.norm(h).flatten(2)).chunk(3, 1))  # [B, 16, H*W]
         return h + self.project(attended.view(h.shape))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 class HeadsWithinTheBatch(Block):
@@ -130,3 +135,27 @@ def test_state_in_a_shared_dict() -> None:
     assert not h.program.islands and model.modulated.state is model.state
     with torch.no_grad():
         assert torch.equal(model(**call), before)
+
+
+MOVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "mT": lambda h: h.flatten(2).mT.square().mT.view_as(h),
+    "swapaxes": lambda h: h.flatten(2).swapaxes(1, 2).square().swapdims(2, 1).reshape_as(h),
+    "movedim": lambda h: h.movedim(1, -1).square().moveaxis((-1,), (1,)),
+    "cat with nothing": lambda h: torch.cat((h, torch.Tensor([]).type_as(h)), 1),
+    "narrow": lambda h: torch.cat([h.narrow(1, 4, 12), h.narrow(-3, -16, 4)], 1),
+}
+
+
+class Moving(Block):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def body(self, h: Tensor) -> Tensor:
+        return nn.functional.hardswish(MOVES[self.name](h))
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_other_names_of_permute_and_slice(name: str) -> None:
+    h = check_equivalence(Moving(name).eval(), {"x": torch.randn(2, 4, *SIZE), "t": torch.tensor([5, 5])})
+    assert not h.program.islands

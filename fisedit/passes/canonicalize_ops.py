@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult
@@ -14,6 +15,11 @@ FILLED: dict[Any, int] = {
     aten.new_zeros.default: 0, aten.zeros_like.default: 0, aten.new_ones.default: 1, aten.ones_like.default: 1,
 }  # fmt: skip
 VIEWS = (aten.view.default, aten.reshape.default)
+MOVES = (
+    aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int,
+    aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist,
+)  # fmt: skip
+"""Other names of permute."""
 
 
 def canonicalize_ops(gm: GraphModule) -> PassResult:
@@ -69,6 +75,32 @@ def _expand_as(graph: Graph, node: Node) -> Node:
     return graph.call_function(aten.expand.default, (args(node)[0], list(tensor(node).shape)))
 
 
+def _reshape_as(graph: Graph, node: Node) -> Node:
+    return graph.call_function(aten.reshape.default, (args(node)[0], list(tensor(node).shape)))
+
+
+def _type_as(graph: Graph, node: Node) -> Node:
+    return graph.call_function(aten.to.dtype, (args(node)[0], tensor(node).dtype))
+
+
+def _cat_of_one(graph: Graph, node: Node) -> Node | None:
+    """``cat`` leaves out what has no element: a place for conditions that a call does not give."""
+    parts = [part for part in bound_arguments(node)["tensors"] if tensor(part).numel()]
+    return graph.call_function(aten.alias.default, (parts[0],)) if len(parts) == 1 else None
+
+
+def _moved(graph: Graph, node: Node) -> Node:
+    target: Any = node.target
+    numbered = torch.empty(tuple(range(tensor(args(node)[0]).dim())), device="meta")  # dimension i has size i
+    return graph.call_function(aten.permute.default, (args(node)[0], list(target(numbered, *args(node)[1:]).shape)))
+
+
+def _narrow(graph: Graph, node: Node) -> Node:
+    source, dim, start, length = args(node)
+    start = start if start >= 0 else start + int(tensor(source).shape[dim])
+    return graph.call_function(aten.slice.Tensor, (source, dim, start, start + length))
+
+
 def _einsum_with_weight(graph: Graph, node: Node) -> Node | None:
     """``"...c,cd->...d"``: a matrix product over the last dimension."""
     inputs, _, out = str(args(node)[0]).replace(" ", "").partition("->")
@@ -98,8 +130,14 @@ def _space_to_depth(graph: Graph, node: Node) -> Node | None:
 _REWRITES: dict[Any, Callable[[Graph, Node], Node | None]] = {
     **dict.fromkeys(FILLED, _filled),
     **dict.fromkeys(VIEWS, _space_to_depth),
+    **dict.fromkeys(MOVES, _moved),
     aten.conv2d.padding: _same_padding,
     aten.instance_norm.default: _instance_norm,
     aten.expand_as.default: _expand_as,
+    aten.type_as.default: _type_as,
+    aten.cat.default: _cat_of_one,
+    aten.view_as.default: _reshape_as,
+    aten.reshape_as.default: _reshape_as,
+    aten.narrow.default: _narrow,
     aten.einsum.default: _einsum_with_weight,
 }

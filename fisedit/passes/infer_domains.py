@@ -23,6 +23,7 @@ _rules: dict[object, Rule] = {}
 POINTWISE_EXTRA = {
     aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten._to_copy.default, aten.clone.default,
     aten.contiguous.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default,
+    aten.hardswish.default,
 }  # fmt: skip
 VIEWS = {
     aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints,
