@@ -127,7 +127,8 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     Raises:
         TypeError: the arguments do not fit the model's forward, as Python says it.
         InvalidTimestepError: the samples have different timesteps, or one is NaN.
-        UnsupportedCaptureError: the model has no Python forward, or an argument holds a function or another object.
+        UnsupportedCaptureError: the model has no Python forward, an argument holds a function or another object, or
+            which is the sample or the timestep cannot be told.
     """
     try:
         bound = inspect.signature(model.forward).bind(*args, **kwargs)
@@ -141,6 +142,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     names = list(arguments)
     sample = next((n for n in SAMPLE_NAMES if n in arguments), names[0])
     timestep = next((n for n in TIMESTEP_NAMES if n in arguments), names[1] if len(names) > 1 else names[0])
+    _check_roles(model, bound, arguments, sample, timestep)
     # Read before it is moved to the sample's device: a scheduler's timestep on the CPU then costs no wait for the GPU.
     timestep_value = _single_value(arguments[timestep])
     arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
@@ -154,6 +156,23 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
     autocast = _autocast_dtype(tensors[sample].device.type)
     return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text, autocast)
+
+
+def _check_roles(
+    model: nn.Module, bound: inspect.BoundArguments, arguments: dict[str, Any], sample: str, timestep: str
+) -> None:
+    kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
+    rest = [name for name in bound.arguments if kinds[name] is inspect.Parameter.VAR_POSITIONAL]
+    if rest:
+        reason = f"its forward takes arguments without names (*{rest[0]})"
+    elif not isinstance(arguments[sample], Tensor):
+        reason = f"its argument {sample!r}, taken for the sample, is a {type(arguments[sample]).__name__}"
+    elif not isinstance(arguments[timestep], (Tensor, int, float, np.generic, np.ndarray, list, tuple)):
+        reason = f"its argument {timestep!r}, taken for the timestep, is a {type(arguments[timestep]).__name__}"
+    else:
+        return
+    advice = "Give its forward named parameters, such as (sample, timestep, encoder_hidden_states) or (x, t, context)."
+    raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice)
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from equivalence import check_equivalence
 from torch import Tensor, nn
+
+import fisedit
+from fisedit.errors import UnsupportedCaptureError
 
 SIZE = (6, 8)
 
@@ -159,3 +164,34 @@ class Moving(Block):
 def test_other_names_of_permute_and_slice(name: str) -> None:
     h = check_equivalence(Moving(name).eval(), {"x": torch.randn(2, 4, *SIZE), "t": torch.tensor([5, 5])})
     assert not h.program.islands
+
+
+class Unnamed(Block):
+    """Forwards whatever it is given, as wrappers do."""
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+class Packed(Block):
+    def forward(self, batch: Any, t: Tensor) -> Tensor:
+        return super().forward(batch["x"], t)
+
+
+class Late(Block):
+    def forward(self, x: Tensor, options: Any) -> Tensor:
+        return super().forward(x, options["sigma"])
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "reason"),
+    [
+        (Unnamed, (torch.zeros(2, 4, *SIZE), torch.zeros(2)), "arguments without names"),
+        (Packed, ({"x": torch.zeros(2, 4, *SIZE)}, torch.zeros(2)), "'batch', taken for the sample, is a dict"),
+        (Late, (torch.zeros(2, 4, *SIZE), {"sigma": torch.zeros(2)}), "'options', taken for the timestep, is a dict"),
+    ],
+)
+def test_arguments_that_cannot_be_told_apart(model: type[Block], arguments: tuple[Any, ...], reason: str) -> None:
+    unet = fisedit.compile(model().eval())
+    with unet.record(), pytest.raises(UnsupportedCaptureError, match=re.escape(reason)):
+        unet(*arguments)
