@@ -74,6 +74,7 @@ class EditPipeline:
         Raises:
             PromptTooLongError: the prompt has more tokens than the text encoder takes.
             UnknownOptionError: an argument that the pipeline does not have, a seed that is none.
+            UnsupportedPipelineError: it draws an image in views that are smaller than it.
         """
         several = isinstance(prompt, (list, tuple))
         prompts = list(prompt) if several else [prompt]
@@ -98,6 +99,7 @@ class EditPipeline:
         with self.pipe.unet.record() as recording:
             images, finished = sample(self.pipe, prompts, runs, recording.on_step_end, settings)
         recording.complete &= finished
+        self._check_whole(recording)
         seconds = (time.perf_counter() - start) / len(prompts)
         parts = recording.split() if len(prompts) > 1 else [recording]
         shared = [images] if len(prompts) == 1 else [[image] for image in images]
@@ -252,6 +254,14 @@ class EditPipeline:
             align_prompts(self._tokenizer, prompt, prompt)
         if not prompts:
             raise UnknownOptionError(option="prompt", given=prompts, allowed="at least one string")
+
+    def _check_whole(self, recording: Recording) -> None:
+        """Raise for a pipeline that draws its latents in views: a mask over the latents is none over a view."""
+        view = tuple(next(iter(recording.calls.values())).sample.shape[-2:])
+        whole = tuple(recording.latents[0].shape[-2:])
+        if view != whole:
+            missing = [f"U-Net calls over the whole latent {whole} (it draws views of {view})"]
+            raise UnsupportedPipelineError(pipeline=type(self.pipe).__name__, missing=missing)
 
     def _check_base(self, base: Any) -> None:
         if not isinstance(base, Generation):

@@ -326,3 +326,10 @@ def test_depth_to_image(folder: Path, several: bool) -> None:
     pipe = quiet(diffusers.StableDiffusionDepth2ImgPipeline(**parts | {"depth_estimator": None}))
     depth = torch.rand(1, 32, 32, generator=torch.Generator().manual_seed(0))
     check(*compiled(pipe), several, image=picture(), depth_map=depth, strength=0.8, num_inference_steps=5)
+
+
+@NIGHTLY
+def test_a_panorama_of_views_is_named(text_to_image: tuple[Any, Any]) -> None:
+    editor = EditPipeline(as_kind(text_to_image[1], diffusers.StableDiffusionPanoramaPipeline))
+    with pytest.raises(errors.UnsupportedPipelineError, match=r"whole latent \(64, 72\).*views of \(64, 64\)"):
+        editor.generate(BEFORE, seed=1, height=128, width=144, num_inference_steps=1)
