@@ -41,26 +41,23 @@ def sdxl_refiner() -> Built:
     return model, call
 
 
-def controlnet() -> Built:
-    """Residuals of a ControlNet made from the U-Net, its zero convolutions moved off zero."""
+def controlnet_and_t2i_adapter() -> Built:
+    """Residuals of a ControlNet made from the U-Net, its zero convolutions moved off zero, and a T2I-Adapter's."""
     model, call = conditional()
     control = ControlNetModel.from_unet(model, conditioning_channels=3).eval()
     for name, parameter in control.named_parameters():
         if name.startswith("controlnet_") and name.endswith("weight"):
             parameter.detach().add_(0.1 * torch.eye(parameter.shape[0], parameter.shape[1])[:, :, None, None])
+    adapter = T2IAdapter(in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=8).eval()
+    picture = noise(2, 3, 8 * SIZE[0], 8 * SIZE[1])
     with torch.no_grad():
-        down, middle = control(**call, controlnet_cond=noise(2, 3, 8 * SIZE[0], 8 * SIZE[1]), return_dict=False)
-    return model, call | {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
-
-
-def t2i_adapter() -> Built:
-    """Features of a T2I-Adapter, added within the down blocks."""
-    model, call = conditional()
-    torch.manual_seed(0)
-    adapter = T2IAdapter(in_channels=3, channels=(16, 32), num_res_blocks=1, downscale_factor=8).eval()
-    with torch.no_grad():
-        features = adapter(noise(2, 3, 8 * SIZE[0], 8 * SIZE[1]))
-    return model, call | {"down_intrablock_additional_residuals": features}
+        down, middle = control(**call, controlnet_cond=picture, return_dict=False)
+        features = adapter(picture)
+    return model, call | {
+        "down_block_additional_residuals": down,
+        "mid_block_additional_residual": middle,
+        "down_intrablock_additional_residuals": features,
+    }
 
 
 def ip_adapter() -> Built:

@@ -139,12 +139,22 @@ def _replace(graph: Graph, node: Node, operands: Operands, scores: Scores, out: 
         query = _permuted(graph, *operands.query, lead + operands.row + operands.width)
         key = _permuted(graph, *operands.key, lead + operands.column + operands.width)
         value = _permuted(graph, *operands.value, lead + operands.column + operands.value_width)
+        value = _cast(graph, value, tensor(query).dtype)  # queries and keys may have been raised to float32
         arguments = (query, key, value, scores.mask, 0.0, False)
         attention = graph.call_function(aten.scaled_dot_product_attention.default, arguments, {"scale": scores.scale})
         made = lead + operands.row + operands.value_width
-        attention.meta = {**node.meta, "val": tensor(node).permute([out.index(label) for label in made])}
-        result = _permuted(graph, attention, made, out)
+        shaped = tensor(node).permute([out.index(label) for label in made])
+        attention.meta = {**node.meta, "val": shaped.to(tensor(query).dtype)}
+        result = _permuted(graph, _cast(graph, attention, tensor(node).dtype), made, out)
     node.replace_all_uses_with(result)
+
+
+def _cast(graph: Graph, node: Node, dtype: torch.dtype) -> Node:
+    if tensor(node).dtype == dtype:
+        return node
+    cast = graph.call_function(aten.to.dtype, (node, dtype))
+    cast.meta = {**node.meta, "val": tensor(node).to(dtype)}
+    return cast
 
 
 def _permuted(graph: Graph, node: Node, labels: str, wanted: str) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ FILLED: dict[Any, int] = {
     aten.new_zeros.default: 0, aten.zeros_like.default: 0, aten.new_ones.default: 1, aten.ones_like.default: 1,
 }  # fmt: skip
 VIEWS = (aten.view.default, aten.reshape.default)
+OTHER_VIEWS = (aten.view_as.default, aten.reshape_as.default, aten._unsafe_view.default)
 MOVES = (
     aten.mT.default, aten.numpy_T.default, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int,
     aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist,
@@ -71,12 +73,24 @@ def _instance_norm(graph: Graph, node: Node) -> Node | None:
     return graph.call_function(aten.group_norm.default, arguments)
 
 
+def _no_padding(graph: Graph, node: Node) -> None:
+    if not any(args(node)[1]):
+        node.replace_all_uses_with(args(node)[0])
+
+
+def _batch_norm(graph: Graph, node: Node) -> None:
+    """Batch normalization in eval mode, as functionalization leaves it: with statistics that nobody reads."""
+    if any(not is_op(user, operator.getitem) or args(user)[1] != 0 for user in node.users):
+        return
+    *operands, momentum, eps = args(node)
+    for user in list(node.users):
+        norm = graph.call_function(aten.batch_norm.default, (*operands, False, momentum, eps, False))
+        norm.meta = dict(user.meta)
+        user.replace_all_uses_with(norm)
+
+
 def _expand_as(graph: Graph, node: Node) -> Node:
     return graph.call_function(aten.expand.default, (args(node)[0], list(tensor(node).shape)))
-
-
-def _reshape_as(graph: Graph, node: Node) -> Node:
-    return graph.call_function(aten.reshape.default, (args(node)[0], list(tensor(node).shape)))
 
 
 def _type_as(graph: Graph, node: Node) -> Node:
@@ -110,6 +124,14 @@ def _einsum_with_weight(graph: Graph, node: Node) -> Node | None:
     return graph.call_function(aten.matmul.default, tuple(args(node)[1]))
 
 
+def _reshape(graph: Graph, node: Node) -> Node | None:
+    """Pixel unshuffle written out, or a reshape: a rewritten attention leaves other strides than a view may ask for."""
+    unshuffle = _space_to_depth(graph, node)
+    if unshuffle is not None or is_op(node, aten.reshape.default):
+        return unshuffle
+    return graph.call_function(aten.reshape.default, (args(node)[0], list(tensor(node).shape)))
+
+
 def _space_to_depth(graph: Graph, node: Node) -> Node | None:
     """``view [B, C, h, r, w, r]``, permute, ``view [B, C*r*r, h, w]``: pixel unshuffle written out."""
     permute = args(node)[0]
@@ -129,15 +151,15 @@ def _space_to_depth(graph: Graph, node: Node) -> Node | None:
 
 _REWRITES: dict[Any, Callable[[Graph, Node], Node | None]] = {
     **dict.fromkeys(FILLED, _filled),
-    **dict.fromkeys(VIEWS, _space_to_depth),
+    **dict.fromkeys((*VIEWS, *OTHER_VIEWS), _reshape),
     **dict.fromkeys(MOVES, _moved),
     aten.conv2d.padding: _same_padding,
     aten.instance_norm.default: _instance_norm,
+    aten.pad.default: _no_padding,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.expand_as.default: _expand_as,
     aten.type_as.default: _type_as,
     aten.cat.default: _cat_of_one,
-    aten.view_as.default: _reshape_as,
-    aten.reshape_as.default: _reshape_as,
     aten.narrow.default: _narrow,
     aten.einsum.default: _einsum_with_weight,
 }

@@ -39,10 +39,11 @@ REDUCTIONS = {
 SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten.log_softmax.int}
 UPSAMPLES = {aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default}
 POOLS = {aten.avg_pool2d.default, aten.max_pool2d.default, aten.pixel_unshuffle.default}
+TRANSPOSED = {aten.conv_transpose2d.input, aten.pixel_shuffle.default}
 IN_PLACE = {
-    *POOLS, *SOFTMAXES, *REDUCTIONS, aten.pad.default, aten.cat.default, aten.concat.default,
-    aten.scaled_dot_product_attention.default, aten.conv2d.default, aten.conv_transpose2d.input,
-    aten.group_norm.default, aten.layer_norm.default, aten.batch_norm.default, aten.pixel_shuffle.default,
+    *POOLS, *TRANSPOSED, *SOFTMAXES, *REDUCTIONS, aten.pad.default, aten.cat.default, aten.concat.default,
+    aten.scaled_dot_product_attention.default, aten.conv2d.default,
+    aten.group_norm.default, aten.layer_norm.default, aten.batch_norm.default,
     aten.upsample_bilinear2d.vec, aten.upsample_bilinear2d.default, aten.upsample_bicubic2d.vec,
     aten.upsample_bicubic2d.default, aten._upsample_nearest_exact2d.vec, aten._upsample_nearest_exact2d.default,
     aten.adaptive_avg_pool2d.default, aten.reflection_pad2d.default, aten.replication_pad2d.default,
@@ -65,6 +66,7 @@ def infer_domains(gm: GraphModule) -> PassResult:
             refused.append(Refusal(node.name, f"{node.target}: {error}"))
             if (anchored := _anchor(node)) is not None:
                 node.meta["layout"] = anchored
+    _anchor_outputs(gm)
     return PassResult(matched, tuple(refused))
 
 
@@ -121,6 +123,17 @@ def _anchor(node: Node) -> Layout | None:
     if value.dim() == 4 and value.shape[0] == source.batch and len(source.dims) == 4 and min(value.shape[2:]) > 1:
         return Layout.of_map(value.shape)
     return None
+
+
+def _anchor_outputs(gm: GraphModule) -> None:
+    """What a U-Net returns lies over its sample, whatever happened between."""
+    sample = next((layout for node in gm.graph.nodes if (layout := layout_of(node)) is not None), None)
+    for node in gm.graph.output_node().all_input_nodes:
+        value = node.meta.get("val")
+        if sample is None or layout_of(node) is not None or not isinstance(value, torch.Tensor) or value.dim() != 4:
+            continue
+        if value.shape[0] == sample.batch and tuple(value.shape[2:]) == sample.level:
+            node.meta["layout"] = Layout.of_map(value.shape)
 
 
 def _rule(*targets: object) -> Callable[[Rule], Rule]:
@@ -324,7 +337,7 @@ def _map_source(node: Node) -> None:
         raise LayoutError("its input is not a map [B, C, H, W]")
 
 
-@_rule(aten.conv2d.default, *UPSAMPLES)
+@_rule(aten.conv2d.default, *TRANSPOSED, *UPSAMPLES)
 def _map_to_map(node: Node) -> Layout:
     _map_source(node)
     return Layout.of_map(tensor(node).shape)

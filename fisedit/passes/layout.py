@@ -213,12 +213,22 @@ def _take(pending: list[Atom], size: int, following: int | None) -> Dim:
 
 
 def _checked(layout: Layout, order: list[Atom] | None = None) -> Layout:
-    """Raise unless y is directly followed by x and the channel atoms kept their order."""
+    """Raise unless y is directly followed by x and the channel atoms kept their order.
+
+    A single line or column may stand anywhere (a head count of 1 takes its place in views): it is put beside the other.
+    """
     atoms = layout.atoms
-    spatial = [i for i, atom in enumerate(atoms) if atom.spatial]
-    kinds = [atoms[i].kind for i in spatial]
-    if kinds != [Kind.Y, Kind.X] or spatial[1] != spatial[0] + 1:
-        raise LayoutError(f"y and x are not neighbors in {layout}")
     if order is not None and [a for a in atoms if a.kind is Kind.OTHER] != order:
         raise LayoutError("channel dimensions change places")
-    return layout
+    spatial = [i for i, atom in enumerate(atoms) if atom.spatial]
+    kinds = [atoms[i].kind for i in spatial]
+    if kinds == [Kind.Y, Kind.X] and spatial[1] == spatial[0] + 1:
+        return layout
+    y, x = (
+        sorted((atoms[i] for i in spatial), key=lambda atom: atom.kind is Kind.X) if len(spatial) == 2 else (None, None)
+    )
+    if y is None or x is None or min(y.size, x.size) > 1:
+        raise LayoutError(f"y and x are not neighbors in {layout}")
+    stays = y if x.size == 1 else x
+    pair = {y: (), x: ()} | {stays: (y, x)}
+    return Layout(tuple(tuple(new for atom in dim for new in pair.get(atom, (atom,))) for dim in layout.dims))

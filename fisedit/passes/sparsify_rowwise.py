@@ -24,7 +24,7 @@ from fisedit.passes.infer_domains import (
     is_pointwise,
     reduced_dims,
 )
-from fisedit.passes.ir import Rows, args, aten, bound_arguments, is_op, layout_of, tensor
+from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of, tensor
 from fisedit.passes.layout import Layout, LayoutError
 
 SAME_ROWS = VIEWS | PERMUTES | {aten.contiguous.default, aten.clone.default, aten.alias.default}
@@ -47,8 +47,22 @@ def sparsify_rowwise(gm: GraphModule) -> PassResult:
         except LayoutError as error:
             node.meta["island"] = str(error)
             refused.append(Refusal(node.name, str(error)))
+    _keep_background(graph)
     graph.eliminate_dead_code()
     return PassResult(matched, tuple(refused))
+
+
+def _keep_background(graph: Graph) -> None:
+    """A result that is dense takes its active rows only, like all others: the rest is the recorded run's."""
+    output = graph.output_node()
+    for node in output.all_input_nodes:
+        layout = layout_of(node)
+        if layout is None or is_op(node, fisedit.unpack.default):
+            continue
+        with graph.inserting_before(output):
+            unpack = graph.call_function(fisedit.unpack.default, (rows.pack(graph, node),))
+        unpack.meta = {"layout": layout, "origin": node.meta["origin"], "val": node.meta["val"]}
+        output.replace_input_with(node, unpack)
 
 
 def _rewriter(node: Node) -> Callable[[Graph, Node], Node | None] | None:

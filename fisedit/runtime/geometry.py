@@ -32,6 +32,19 @@ class Upsample:
 
 
 @dataclass(frozen=True)
+class ZeroInsertion:
+    """The input of a transposed convolution: its lines ``step`` apart, zeros between them, ``size`` in all."""
+
+    size: Level
+    step: tuple[int, int]
+
+    def source(self, dim: int, length: int, device: torch.device) -> Tensor:
+        """For each line of the widened map, its source line, -1 for zeros."""
+        lines = torch.arange(self.size[dim], device=device)
+        return torch.where(lines % self.step[dim] == 0, lines // self.step[dim], -1)
+
+
+@dataclass(frozen=True)
 class ConvGeometry:
     """Which inputs a convolution's outputs read, apart from channels."""
 
@@ -41,7 +54,7 @@ class ConvGeometry:
     stride: tuple[int, int]
     padding: tuple[int, int]
     dilation: tuple[int, int]
-    upsample: Upsample | None = None
+    upsample: Upsample | ZeroInsertion | None = None
 
     @property
     def pointwise(self) -> bool:

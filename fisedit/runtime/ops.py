@@ -67,7 +67,7 @@ def _(rows, mean, rstd, weight, bias, shift, eps, positions, count=None):
 
 @torch.library.register_fake("fisedit::group_norm_stats", lib=library)
 def _(x, groups, weight, bias, eps):
-    stats = x.new_empty(x.shape[0], groups, dtype=torch.float32)
+    stats = x.new_empty(x.shape[0], groups, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x), stats, torch.empty_like(stats)
 
 

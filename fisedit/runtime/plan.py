@@ -153,11 +153,13 @@ class MaskPlan:
             virtual = geometry.upsample.size[dim] if geometry.upsample else geometry.source[dim]
             line = start[:, None] * (tile[dim] * geometry.stride[dim]) - geometry.padding[dim]
             line = line + torch.arange(block[dim], device=device)  # [T, b]
-            inside.append((line >= 0) & (line < virtual))
+            within = (line >= 0) & (line < virtual)
             line = line.clamp(0, virtual - 1)
             if geometry.upsample:
                 line = geometry.upsample.source(dim, geometry.source[dim], device)[line]
-            lines.append(line)
+                within &= line >= 0
+            lines.append(line.clamp(min=0))
+            inside.append(within)
         positions = lines[0][:, :, None] * geometry.source[1] + lines[1][:, None, :]
         return positions, inside[0][:, :, None] & inside[1][:, None, :]
 

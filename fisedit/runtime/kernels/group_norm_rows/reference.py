@@ -32,7 +32,7 @@ def group_norm_rows(
     batch, number, channels = rows.shape
     if number == positions:
         moved = rows if shift is None else rows + shift
-        grouped = moved.float().view(batch, number, mean.shape[1], -1)  # [B, R, G, C/G]
+        grouped = moved.to(mean.dtype).view(batch, number, mean.shape[1], -1)  # [B, R, G, C/G]
         variance, own = torch.var_mean(grouped, (1, 3), correction=0)  # [B, G]
         whole = count.eq(positions)[:, None] if count is not None else torch.ones_like(own, dtype=torch.bool)
         mean, rstd = torch.where(whole, own, mean), torch.where(whole, torch.rsqrt(variance + eps), rstd)

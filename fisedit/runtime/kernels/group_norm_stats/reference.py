@@ -14,13 +14,14 @@ def group_norm_stats(
     Args:
         x: ``[B, C, ...]``.
     Returns:
-        The normalized value like ``x``, and float32 mean and reciprocal standard deviation ``[B, groups]``.
+        The normalized value like ``x``, and mean and reciprocal standard deviation ``[B, groups]``:
+        float32, or float64 of float64.
     """
     batch, channels = x.shape[:2]
     size = math.prod(x.shape[2:])
     x = x.contiguous(memory_format=torch.channels_last if _channels_last(x) else torch.contiguous_format)
     out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, batch, channels, size, groups, eps)
-    if x.dtype != torch.float32:
+    if x.dtype not in (torch.float32, torch.float64):
         grouped = x.float().reshape(batch, groups, -1)  # [B, G, C/G*...]
         variance, mean = torch.var_mean(grouped, -1, correction=0)
         rstd = torch.rsqrt(variance + eps)
