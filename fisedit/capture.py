@@ -24,8 +24,9 @@ from fisedit.errors import InvalidTimestepError, UnsupportedCaptureError
 from fisedit.fingerprint import advise
 
 SAMPLE_NAMES = ("sample", "x", "latents", "hidden_states")
-TIMESTEP_NAMES = ("timestep", "timesteps", "t")
+TIMESTEP_NAMES = ("timestep", "timesteps", "t", "time", "times", "time_steps", "sigma", "noise_labels", "noise_level")
 TEXT_NAMES = ("encoder_hidden_states", "context")
+"""What arguments are called where it matters; under other names they are told by their shapes."""
 VALUES = (
     type(None), bool, int, float, complex, str, bytes, enum.Enum, uuid.UUID, np.generic,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
@@ -39,6 +40,7 @@ class Signature:
 
     tensors: tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]
     constants: tuple[tuple[str, Any], ...]
+    timestep: torch.dtype | None = None  # as the model gets it; no difference between a recording and its edit
 
     def differences(self, other: Signature, batches: tuple[int, int] = (1, 1)) -> dict[str, tuple[Any, Any]]:
         """What differs between two calls of the given numbers of samples: name -> (this one's, the other's)."""
@@ -73,6 +75,7 @@ class Call:
     timestep: str
     timestep_value: float
     text: str | None
+    timestep_dtype: torch.dtype = torch.float32
     autocast: torch.dtype | None = None
     model: nn.Module | None = None  # what is traced for this call, where that is not the compiled model itself
 
@@ -85,7 +88,8 @@ class Call:
     def signature(self) -> Signature:
         tensors = tuple((n, tuple(t.shape), t.dtype, str(t.device)) for n, t in self.tensors.items())
         constants = tuple((name, _hashable(value)) for name, value in self.constants.items())
-        return Signature(tensors, (*constants, ("autocast", self.autocast and str(self.autocast))))
+        autocast = ("autocast", self.autocast and str(self.autocast))
+        return Signature(tensors, (*constants, autocast), self.timestep_dtype)
 
     @property
     def device_type(self) -> str:
@@ -96,7 +100,12 @@ class Call:
         return torch.autocast(self.device_type, self.autocast, enabled=self.autocast is not None)
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """The keyword arguments of the forward, with ``tensors`` in the places of this call's."""
+        """The keyword arguments of the forward, with ``tensors`` in the places of this call's.
+
+        The timestep gets the dtype back that it was given in: some models look it up in a table.
+        """
+        if (timestep := tensors[self.timestep]).dtype != self.timestep_dtype:
+            tensors = {**tensors, self.timestep: timestep.to(self.timestep_dtype)}
         leaves = [tensors[name] if name in tensors else self.constants[name] for name in self.order]
         return pytree.tree_unflatten(leaves, self.spec)
 
@@ -139,12 +148,10 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    names = list(arguments)
-    sample = next((n for n in SAMPLE_NAMES if n in arguments), names[0])
-    timestep = next((n for n in TIMESTEP_NAMES if n in arguments), names[1] if len(names) > 1 else names[0])
-    _check_roles(model, bound, arguments, sample, timestep)
+    sample, timestep = _find_roles(model, bound, arguments)
     # Read before it is moved to the sample's device: a scheduler's timestep on the CPU then costs no wait for the GPU.
     timestep_value = _single_value(arguments[timestep])
+    timestep_dtype = torch.as_tensor(arguments[timestep]).dtype
     arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
     paths, spec = pytree.tree_flatten_with_path(arguments)
     order = _leaf_names(path for path, _ in paths)
@@ -155,24 +162,44 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     text = next((n for n in TEXT_NAMES if n in tensors), None)
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
     autocast = _autocast_dtype(tensors[sample].device.type)
-    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text, autocast)
+    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text, timestep_dtype, autocast)
 
 
-def _check_roles(
-    model: nn.Module, bound: inspect.BoundArguments, arguments: dict[str, Any], sample: str, timestep: str
-) -> None:
+def _find_roles(model: nn.Module, bound: inspect.BoundArguments, arguments: dict[str, Any]) -> tuple[str, str]:
+    """Which arguments are the sample and the timestep: by their names, else by their shapes.
+
+    Raises:
+        UnsupportedCaptureError: one of them cannot be told.
+    """
     kinds = {name: parameter.kind for name, parameter in bound.signature.parameters.items()}
     rest = [name for name in bound.arguments if kinds[name] is inspect.Parameter.VAR_POSITIONAL]
+    maps = [n for n, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 4]
+    sample = next((n for n in (*SAMPLE_NAMES, *maps) if n in maps), None)
+    batch = len(arguments[sample]) if sample is not None else 0
+    steps = [n for n, value in arguments.items() if _is_timestep(value, batch)]
+    timestep = next((n for n in (*TIMESTEP_NAMES, *steps) if n in steps), None)
     if rest:
         reason = f"its forward takes arguments without names (*{rest[0]})"
-    elif not isinstance(arguments[sample], Tensor):
-        reason = f"its argument {sample!r}, taken for the sample, is a {type(arguments[sample]).__name__}"
-    elif not isinstance(arguments[timestep], (Tensor, int, float, np.generic, np.ndarray, list, tuple)):
-        reason = f"its argument {timestep!r}, taken for the timestep, is a {type(arguments[timestep]).__name__}"
+    elif sample is None:
+        reason = f"none of its arguments ({', '.join(arguments)}) is a map [B, C, H, W]"
+    elif timestep is None:
+        reason = f"none of its arguments ({', '.join(arguments)}) is a timestep: a number, or one for each sample"
     else:
-        return
+        return sample, timestep
     advice = "Give its forward named parameters, such as (sample, timestep, encoder_hidden_states) or (x, t, context)."
     raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice)
+
+
+def _is_timestep(value: Any, batch: int) -> bool:
+    if isinstance(value, (bool, str)) or not isinstance(
+        value, (Tensor, int, float, np.generic, np.ndarray, list, tuple)
+    ):
+        return False
+    try:
+        given = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return given.numel() in (1, batch) and given.dtype != torch.bool and max(given.shape, default=1) == given.numel()
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

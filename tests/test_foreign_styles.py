@@ -187,8 +187,8 @@ class Late(Block):
     ("model", "arguments", "reason"),
     [
         (Unnamed, (torch.zeros(2, 4, *SIZE), torch.zeros(2)), "arguments without names"),
-        (Packed, ({"x": torch.zeros(2, 4, *SIZE)}, torch.zeros(2)), "'batch', taken for the sample, is a dict"),
-        (Late, (torch.zeros(2, 4, *SIZE), {"sigma": torch.zeros(2)}), "'options', taken for the timestep, is a dict"),
+        (Packed, ({"x": torch.zeros(2, 4, *SIZE)}, torch.zeros(2)), "(batch, t) is a map [B, C, H, W]"),
+        (Late, (torch.zeros(2, 4, *SIZE), {"sigma": torch.zeros(2)}), "(x, options) is a timestep"),
     ],
 )
 def test_arguments_that_cannot_be_told_apart(model: type[Block], arguments: tuple[Any, ...], reason: str) -> None:

@@ -134,6 +134,7 @@ def _anchor_outputs(gm: GraphModule) -> None:
             continue
         if value.shape[0] == sample.batch and tuple(value.shape[2:]) == sample.level:
             node.meta["layout"] = Layout.of_map(value.shape)
+            node.meta.setdefault("island", "what it reads lost its positions before")
 
 
 def _rule(*targets: object) -> Callable[[Rule], Rule]:
