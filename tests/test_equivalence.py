@@ -26,6 +26,12 @@ CASES = {
     "sdxl": (models.sdxl, (10, 14)),
     "sdxl odd": (models.sdxl, (7, 16)),
 }
+FAMILIES = {
+    "sd1": "Stable Diffusion 1.x (1x1-convolution projections)",
+    "sd2": "Stable Diffusion 2.x (linear projections, heads of equal width)",
+    "sdxl": "Stable Diffusion XL (deep transformers, added conditioning)",
+}
+EACH = [pytest.param(case, marks=pytest.mark.supports("Models", FAMILIES[case.split()[0]])) for case in CASES]
 MASKS = ("all", "blob", "ragged", "pixel", "last pixel", "corners", "top row", "right column", "all but one")
 
 
@@ -36,7 +42,7 @@ def harness(case: str) -> Harness:
     return Harness(model, models.arguments(model, size))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_record_is_dense(case: str) -> None:
     h = harness(case)
     assert relative_error(h.recorded, h.dense) <= TOLERANCE
@@ -44,7 +50,7 @@ def test_record_is_dense(case: str) -> None:
 
 
 @pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH)
 def test_edit_is_dense_on_active_rows(case: str, name: str) -> None:
     """Same inputs, fresh caches, active cache rows NaN: active rows are the dense model's, the rest recorded."""
     h = harness(case)
