@@ -73,7 +73,7 @@ class CaptureChecks:
                 out = self.model(**self.call.arguments(tensors))
         except Exception as error:
             reason = f"its forward raised {type(error).__name__} ({str(error).strip()})"
-            advice = advise(self.model, "It is called with a float32 timestep for each sample.")
+            advice = advise(self.model, "It is called with a timestep for each sample.")
             raise self._refusal(reason, advice) from error
         return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)], computed.known
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,13 @@ from fisedit.recording import Recording
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import clone_detached
 
-if TYPE_CHECKING:
-    from fisedit.edit_session import Lane
+
+class Carrier(Protocol):
+    """What runs the calls of an edit."""
+
+    def settle(self) -> None: ...
+
+    def report(self) -> EditReport: ...
 
 
 @dataclass
@@ -32,6 +37,7 @@ class Edit:
         window: the first and last step (1-based) whose latents are compared.
         recording: this edit's own recording, if asked for; complete when the ``with`` block ends.
         latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
+        corrections: these less what the sampler made, where the base is an inverted picture.
     """
 
     base: Recording
@@ -40,11 +46,12 @@ class Edit:
     alignment: TokenAlignment | None = None
     masks: Tensor | None = None
     latents: list[Tensor] = field(default_factory=list)
+    corrections: list[Tensor] = field(default_factory=list)
     timings: dict[str, list[float]] = field(default_factory=lambda: {"detect": [], "sparse": [], "dense": []})
     detect_steps: int = field(init=False, default=0)
     window: tuple[int, int] = field(init=False, default=(0, 0))
     _samples: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _lane: Lane | None = None
+    _carrier: Carrier | None = None
 
     def __post_init__(self) -> None:
         # Counted now: the recording, and with it the schedule, may be released before the report is asked for.
@@ -70,7 +77,10 @@ class Edit:
         latents, recorded = kwargs["latents"], self.base.latents[step]
         if latents.shape != recorded.shape:
             raise RecordingMismatchError(differences={"latents": (tuple(recorded.shape), tuple(latents.shape))})
+        made = latents
         if self.masks is None:
+            if self.base.corrections:
+                kwargs["latents"] = latents = made + self.base.corrections[step]
             number = self._step_number(step, timestep)
             self._samples[number] = (recorded, clone_detached(latents))
             if number >= self.detect_steps:
@@ -78,6 +88,8 @@ class Edit:
         if self.masks is not None:
             kwargs["latents"] = latents = torch.where(self.masks[:, None].to(latents.device), latents, recorded)
         self.latents.append(clone_detached(latents))
+        if self.base.corrections:
+            self.corrections.append(latents - made)
         return kwargs
 
     def _step_number(self, step: int, timestep: Any) -> int:
@@ -102,8 +114,8 @@ class Edit:
         self.masks = per_sample.unflatten(0, (-1, self.base.images)).any(0)  # [K, H, W]
         self._samples.clear()
         self._warn_if_empty()
-        if self._lane is not None:
-            self._lane.settle()
+        if self._carrier is not None:
+            self._carrier.settle()
         return self.masks
 
     def compare(self, step: int, recorded: Tensor, sample: Tensor) -> None:
@@ -113,9 +125,9 @@ class Edit:
 
     def report(self) -> EditReport:
         """What was computed and moved, and how long it took."""
-        if self._lane is None:
+        if self._carrier is None:
             return EditReport(detect_steps=self.detect_steps, bytes_cached=self.base.nbytes)
-        return self._lane.report()
+        return self._carrier.report()
 
     def _warn_if_empty(self) -> None:
         if self.masks is not None and not self.masks.any():

@@ -182,7 +182,7 @@ class EditSession:
         self.groups: dict[tuple[str, tuple[int, ...]], Group] = {}
         self._controls: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         for edit, lane in zip(edits, self.lanes, strict=True):
-            edit._lane = lane
+            edit._carrier = lane
 
     def run(self, call: Call) -> Any:
         key = self.counter.next(call)

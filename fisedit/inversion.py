@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from fisedit.errors import UnknownOptionError, UnsupportedPipelineError
+from fisedit.recording import Recording
 from fisedit.runtime.cache.store import clone_detached
 from fisedit.sampling import Callback
 
@@ -92,11 +93,17 @@ def ddim_trajectory(
     return DDIMScheduler.from_config(config, **keep), trajectory
 
 
-def follow(trajectory: list[Tensor], then: Callback) -> Callback:
-    """A callback that puts the latents of an inversion in the place of a run's own, step by step."""
+def follow(trajectory: list[Tensor], recording: Recording) -> Callback:
+    """A callback that puts the latents of an inversion in the place of a run's own, step by step.
+
+    How far apart the two are is kept. While an edit seeks its mask it is moved by as much: then what tells the two runs
+    apart is the words, not the way from the sampler's picture to the photograph (Direct Inversion, Ju et al. 2023,
+    corrects its source branch so).
+    """
 
     def on_step_end(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-        kwargs["latents"] = trajectory[len(trajectory) - 2 - step]
-        return then(pipe, step, timestep, kwargs)
+        kept = trajectory[len(trajectory) - 2 - step]
+        recording.corrections.append(kept - kwargs["latents"])
+        return recording.on_step_end(pipe, step, timestep, {**kwargs, "latents": kept})
 
     return on_step_end

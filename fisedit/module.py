@@ -186,7 +186,8 @@ class CompiledUNet(nn.Module):
         for edit in edits:
             if edit.recording is not None:
                 # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
-                edit.recording.latents, edit.recording.complete = edit.latents, edit.mask is not None
+                edit.recording.latents, edit.recording.corrections = edit.latents, edit.corrections
+                edit.recording.complete = edit.mask is not None
                 edit.recording.compact()
 
     def _new_edit(

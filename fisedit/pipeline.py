@@ -135,7 +135,7 @@ class EditPipeline:
         generator = torch.Generator().manual_seed(0)
         run = Run(settings, generator.get_state(), generator.device, scheduler, trajectory[-1])
         with self.pipe.unet.record() as recording:
-            images, finished = sample(self.pipe, [prompt], [run], follow(trajectory, recording.on_step_end), settings)
+            images, finished = sample(self.pipe, [prompt], [run], follow(trajectory, recording), settings)
         recording.complete &= finished
         return Generation(prompt, images, recording, run, time.perf_counter() - start, self)
 

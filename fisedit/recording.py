@@ -77,6 +77,7 @@ class Recording:
     Attributes:
         calls: the recorded calls in order.
         latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
+        corrections: kept latents less those that the sampler made, after each step; empty where they are the same.
         complete: whether the ``with`` block ended without an exception.
     """
 
@@ -85,6 +86,7 @@ class Recording:
     weights: ModelState
     calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
     latents: list[Tensor] = field(default_factory=list)
+    corrections: list[Tensor] = field(default_factory=list)
     complete: bool = False
     released: bool = False
 
@@ -143,6 +145,7 @@ class Recording:
         """Free the caches now; the recording cannot be edited any more."""
         self.calls.clear()
         self.latents.clear()
+        self.corrections.clear()
         self.released = True
 
     def check_editable(self, owner: object, model_name: str, weights: ModelState) -> None:
