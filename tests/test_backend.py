@@ -94,6 +94,7 @@ def test_another_batch_size_and_an_original_style_model() -> None:
             torch.testing.assert_close(again, wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.nightly
 def test_two_models_of_one_code() -> None:
     """Dynamo shares the graph of two modules of one class; sessions and weights are each one's own."""
     models_ = [models.one_level(), models.one_level(seed=7)]

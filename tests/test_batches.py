@@ -44,7 +44,7 @@ def unet() -> CompiledUNet:
 
 @pytest.mark.supports("Batches and rounds", "a mask for each sample of a call")
 @pytest.mark.parametrize("kv", ["cached", "active"])
-@pytest.mark.parametrize("build", [models.sd1, models.sdxl, models.OpenAIStyleUNet])
+@pytest.mark.parametrize("build", [models.sd1, models.OpenAIStyleUNet])
 def test_masks_of_samples_do_not_touch(build: Any, kv: str) -> None:
     """Each sample under its own mask, rows padded to the largest, caches poisoned: as it is under its mask alone."""
     model = build().eval()
