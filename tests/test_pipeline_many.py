@@ -102,8 +102,8 @@ def test_a_photograph_becomes_a_base(pipe, editor, size):
 
 
 def test_the_way_to_the_photograph_is_no_change(editor):
-    """The inversion's latents are not those that the sampler makes, and guidance parts them further. With the same words
-    nothing of that is taken for a change."""
+    """The inversion's latents are not those that the sampler makes, and guidance parts them further. With the same
+    words nothing of that is taken for a change."""
     coarse = Image.fromarray(np.random.default_rng(1).integers(0, 255, (5, 5, 3), dtype=np.uint8))
     base = editor.invert(coarse.resize((32, 32)), BEFORE, num_inference_steps=6, guidance_scale=5.0)
     assert max(float(correction.abs().max()) for correction in base.recording.corrections) > 0.1
