@@ -43,6 +43,7 @@ class Lane:
     batch: int = 1
     bytes_loaded: list[int] = field(default_factory=list)
     unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = field(default_factory=list)
+    _kind: str | None = None
 
     @property
     def kind(self) -> str:
@@ -50,7 +51,9 @@ class Lane:
         masks = self.edit.masks
         if masks is None:
             return "detect"
-        return "recorded" if not masks.any() else "dense" if masks.all() else "sparse"
+        if self._kind is None:  # once: the values of masks on a GPU are waited for
+            self._kind = "recorded" if not masks.any() else "dense" if masks.all() else "sparse"
+        return self._kind
 
     def masks(self, device: torch.device) -> Tensor:
         """Its mask for each of its samples, bool ``[B, H, W]``."""
