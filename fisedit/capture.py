@@ -9,16 +9,20 @@ import math
 import re
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fisedit.errors import InvalidTimestepError, UnsupportedCaptureError
 from fisedit.fingerprint import advise
@@ -44,6 +48,8 @@ class Signature:
 
     def differences(self, other: Signature, batches: tuple[int, int] = (1, 1)) -> dict[str, tuple[Any, Any]]:
         """What differs between two calls of the given numbers of samples: name -> (this one's, the other's)."""
+        if self.tensors == other.tensors and self.constants == other.constants:
+            return {}
         mine, theirs = self._named(), other._named()
         names = [*mine, *(name for name in theirs if name not in mine)]
         pairs = {n: (mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n)}
@@ -84,7 +90,7 @@ class Call:
         """The number of samples."""
         return len(self.tensors[self.sample])
 
-    @property
+    @cached_property
     def signature(self) -> Signature:
         tensors = tuple((n, tuple(t.shape), t.dtype, str(t.device)) for n, t in self.tensors.items())
         constants = tuple((name, _hashable(value)) for name, value in self.constants.items())
@@ -92,8 +98,12 @@ class Call:
         return Signature(tensors, (*constants, autocast), self.timestep_dtype)
 
     @property
+    def device(self) -> torch.device:
+        return self.tensors[self.sample].device
+
+    @property
     def device_type(self) -> str:
-        return self.tensors[self.sample].device.type
+        return self.device.type
 
     def in_autocast(self) -> torch.autocast:
         """A context with the autocast state that the call was made in."""
@@ -140,7 +150,7 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
             which is the sample or the timestep cannot be told.
     """
     try:
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
+        bound = _forward_signature(model).bind(*args, **kwargs)
     except ValueError as error:
         reason, advice = "it is TorchScript, whose Python is gone", "Compile the model that it was made from."
         raise UnsupportedCaptureError(model=type(model).__name__, reason=reason, advice=advice) from error
@@ -149,20 +159,34 @@ def bind_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         kind = bound.signature.parameters[name].kind
         arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
     sample, timestep = _find_roles(model, bound, arguments)
-    # Read before it is moved to the sample's device: a scheduler's timestep on the CPU then costs no wait for the GPU.
-    timestep_value = _single_value(arguments[timestep])
+    value = timestep_value(arguments[timestep])
     timestep_dtype = torch.as_tensor(arguments[timestep]).dtype
-    arguments[timestep] = normalize_timestep(arguments[timestep], arguments[sample])
-    paths, spec = pytree.tree_flatten_with_path(arguments)
-    order = _leaf_names(path for path, _ in paths)
-    leaves = dict(zip(order, (leaf for _, leaf in paths), strict=True))
-    tensors = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Tensor)}
-    constants = {name: leaf for name, leaf in leaves.items() if not isinstance(leaf, Tensor)}
+    # Filled in, not moved: a copy to a GPU waits for what the GPU is doing.
+    like = arguments[sample]
+    arguments[timestep] = torch.full((len(like),), value, dtype=torch.float32, device=like.device)
+    leaves, spec = pytree.tree_flatten(arguments)
+    order = _leaf_names(spec)
+    named = dict(zip(order, leaves, strict=True))
+    tensors = {name: leaf for name, leaf in named.items() if isinstance(leaf, Tensor)}
+    constants = {name: leaf for name, leaf in named.items() if not isinstance(leaf, Tensor)}
     _check_constants(model, constants)
     text = next((n for n in TEXT_NAMES if n in tensors), None)
     text = text or next((n for n, t in tensors.items() if t.dim() == 3), None)
-    autocast = _autocast_dtype(tensors[sample].device.type)
-    return Call(tensors, constants, spec, order, sample, timestep, timestep_value, text, timestep_dtype, autocast)
+    autocast = _autocast_dtype(like.device.type)
+    return Call(tensors, constants, spec, order, sample, timestep, value, text, timestep_dtype, autocast)
+
+
+_signatures: WeakKeyDictionary[Any, inspect.Signature] = WeakKeyDictionary()
+
+
+def _forward_signature(model: nn.Module) -> inspect.Signature:
+    """The signature of a model's forward, kept by function, so that it is not worked out in every call."""
+    forward: Any = model.forward
+    if not isinstance(forward, MethodType) or not inspect.isfunction(forward.__func__):
+        return inspect.signature(forward)
+    if forward.__func__ not in _signatures:
+        _signatures[forward.__func__] = inspect.signature(forward)
+    return _signatures[forward.__func__]
 
 
 def _find_roles(model: nn.Module, bound: inspect.BoundArguments, arguments: dict[str, Any]) -> tuple[str, str]:
@@ -176,8 +200,8 @@ def _find_roles(model: nn.Module, bound: inspect.BoundArguments, arguments: dict
     maps = [n for n, value in arguments.items() if isinstance(value, Tensor) and value.dim() == 4]
     sample = next((n for n in (*SAMPLE_NAMES, *maps) if n in maps), None)
     batch = len(arguments[sample]) if sample is not None else 0
-    steps = [n for n, value in arguments.items() if _is_timestep(value, batch)]
-    timestep = next((n for n in (*TIMESTEP_NAMES, *steps) if n in steps), None)
+    named = [n for n in TIMESTEP_NAMES if n in arguments]
+    timestep = next((n for n in (*named, *arguments) if _is_timestep(arguments[n], batch)), None)
     if rest:
         reason = f"its forward takes arguments without names (*{rest[0]})"
     elif sample is None:
@@ -208,23 +232,47 @@ def _autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def _single_value(timestep: Any) -> float:
-    values = sorted(set(torch.as_tensor(timestep).flatten().tolist()))
+def timestep_value(timestep: Any) -> float:
+    """The one value of a timestep: a number, an array or a tensor of equal elements.
+
+    Raises:
+        InvalidTimestepError: it has several values, or is NaN.
+    """
+    values = sorted(set(_elements(torch.as_tensor(timestep))))
     if len(values) != 1 or math.isnan(values[0]):
         raise InvalidTimestepError(given=values)
     return float(values[0])
 
 
-def normalize_timestep(timestep: Any, sample: Tensor) -> Tensor:
-    """Any timestep as a float32 tensor ``[B]`` on the sample's device."""
-    value = torch.as_tensor(timestep, device=sample.device).to(torch.float32).reshape(-1)
-    return value.expand(sample.shape[0]) if value.numel() == 1 else value
+_schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+LONGEST_SCHEDULE = 10_000
 
 
-def _leaf_names(paths: Iterable[pytree.KeyPath]) -> tuple[str, ...]:
+def _elements(timestep: Tensor) -> list[Any]:
+    """The elements, or one where all are the same place in memory.
+
+    Reading a tensor waits for the GPU that it is on. Samplers iterate over one tensor, whose views the timesteps are:
+    that is read whole, once, as long as nothing is written to it.
+    """
+    whole = timestep._base
+    repeated = all(stride == 0 or size == 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True))
+    if whole is None or timestep.device.type == "cpu" or not repeated or timestep.dtype != whole.dtype:
+        return timestep.flatten().tolist()
+    if whole.is_inference() or whole.dim() != 1 or not whole.is_contiguous() or len(whole) > LONGEST_SCHEDULE:
+        return timestep.flatten().tolist()
+    read = _schedules.get(whole)
+    if read is None or read[0] != whole._version:
+        _schedules[whole] = read = whole._version, whole.tolist()
+    place = timestep.storage_offset() - whole.storage_offset()
+    return [read[1][place]]
+
+
+@lru_cache(64)
+def _leaf_names(spec: pytree.TreeSpec) -> tuple[str, ...]:
     """A name for each place in the arguments; two places never share one."""
+    paths, _ = pytree.tree_flatten_with_path(pytree.tree_unflatten(range(spec.num_leaves), spec))
     names: list[str] = []
-    for path in paths:
+    for path, _ in paths:
         name = re.sub(r"\W+", "_", pytree.keystr(path)).strip("_") or "input"
         while name in names:
             name += "_"

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
+from fisedit.capture import timestep_value
 from fisedit.config import DetectConfig
 from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError, RecordingMismatchError, warn
 from fisedit.recording import Recording
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import clone_detached
+from fisedit.timing import Span
 
 
 class Carrier(Protocol):
@@ -38,6 +40,7 @@ class Edit:
         recording: this edit's own recording, if asked for; complete when the ``with`` block ends.
         latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
         corrections: these less what the sampler made, where the base is an inverted picture.
+        spans: the time of each U-Net call by kind; :attr:`timings` reads them.
     """
 
     base: Recording
@@ -47,11 +50,12 @@ class Edit:
     masks: Tensor | None = None
     latents: list[Tensor] = field(default_factory=list)
     corrections: list[Tensor] = field(default_factory=list)
-    timings: dict[str, list[float]] = field(default_factory=lambda: {"detect": [], "sparse": [], "dense": []})
+    spans: dict[str, list[Span]] = field(default_factory=lambda: {"detect": [], "sparse": [], "dense": []})
     detect_steps: int = field(init=False, default=0)
     window: tuple[int, int] = field(init=False, default=(0, 0))
     _samples: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _carrier: Carrier | None = None
+    _moved: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         # Counted now: the recording, and with it the schedule, may be released before the report is asked for.
@@ -63,6 +67,18 @@ class Edit:
     def mask(self) -> Tensor | None:
         """Bool ``[H, W]``: where any of the images may change; ``None`` until it is found."""
         return None if self.masks is None else self.masks.any(0)
+
+    @property
+    def timings(self) -> dict[str, list[float]]:
+        """Seconds of each U-Net call by kind: ``detect``, ``sparse``, ``dense``. Waits for a GPU that is not done."""
+        return {kind: [span.seconds for span in spans] for kind, spans in self.spans.items()}
+
+    def masks_on(self, device: torch.device) -> Tensor:
+        """The masks, once they are found, on a device; moved there once."""
+        assert self.masks is not None
+        if self._moved is None or self._moved[0] is not self.masks or self._moved[1].device != device:
+            self._moved = self.masks, self.masks.to(device)
+        return self._moved[1]
 
     def on_step_end(self, pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A diffusers ``callback_on_step_end``: outside the mask the latents are the recorded ones, bit for bit.
@@ -86,7 +102,7 @@ class Edit:
             if number >= self.detect_steps:
                 self.find_mask()
         if self.masks is not None:
-            kwargs["latents"] = latents = torch.where(self.masks[:, None].to(latents.device), latents, recorded)
+            kwargs["latents"] = latents = torch.where(self.masks_on(latents.device)[:, None], latents, recorded)
         self.latents.append(clone_detached(latents))
         if self.base.corrections:
             self.corrections.append(latents - made)
@@ -95,7 +111,7 @@ class Edit:
     def _step_number(self, step: int, timestep: Any) -> int:
         """The 1-based step of the schedule: second-order samplers end two iterations at one timestep."""
         timesteps = self.base.timesteps
-        value = float("nan") if timestep is None else float(timestep)
+        value = float("nan") if timestep is None else timestep_value(timestep)
         return timesteps.index(value) + 1 if value in timesteps else step + 1
 
     def find_mask(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,12 +16,14 @@ from fisedit.edit import Edit, Edits
 from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
 from fisedit.passes.count_macs import count_macs
 from fisedit.program import Program
-from fisedit.recording import CallCounter, CallKey, RecordedCall, now
+from fisedit.recording import CallCounter, CallKey, RecordedCall
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached, shrink, take_samples
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.sameness import Copies, Same
+from fisedit.timing import Span
 
 Computed = tuple[list[Tensor], dict[Store, Tensor]]
 """The outputs of a call, and the values to record."""
@@ -43,6 +46,7 @@ class Lane:
     batch: int = 1
     bytes_loaded: list[int] = field(default_factory=list)
     unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = field(default_factory=list)
+    texts: Copies = field(default_factory=Copies)
     _kind: str | None = None
 
     @property
@@ -55,12 +59,15 @@ class Lane:
             self._kind = "recorded" if not masks.any() else "dense" if masks.all() else "sparse"
         return self._kind
 
+    @cached_property
+    def images(self) -> int:
+        """K: the images of its base. Kept, since latents may have to be compared to know it."""
+        return self.edit.base.images
+
     def masks(self, device: torch.device) -> Tensor:
         """Its mask for each of its samples, bool ``[B, H, W]``."""
-        assert self.edit.masks is not None
-        images = self.edit.base.images
-        masks = self.edit.masks.to(device).expand(images, -1, -1)  # [K, H, W]
-        return masks.repeat(len(self.samples) // images, 1, 1)
+        masks = self.edit.masks_on(device).expand(self.images, -1, -1)  # [K, H, W]
+        return masks.repeat(len(self.samples) // self.images, 1, 1)
 
     def plan(self, device: torch.device) -> MaskPlan:
         return MaskPlan(self.masks(device), self.cost_model)
@@ -184,6 +191,7 @@ class EditSession:
         self.calls = 0
         self.groups: dict[tuple[str, tuple[int, ...]], Group] = {}
         self._controls: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._stacked: dict[tuple[int, tuple[int, ...]], tuple[Same, dict[str, Tensor]]] = {}
         for edit, lane in zip(edits, self.lanes, strict=True):
             edit._carrier = lane
 
@@ -206,7 +214,7 @@ class EditSession:
 
     def _place(self, call: Call, recorded: dict[int, RecordedCall]) -> None:
         """Which samples of the call are whose: parts of guidance outermost, then edits, then images."""
-        images = [lane.edit.base.images for lane in self.lanes]
+        images = [lane.images for lane in self.lanes]
         batches = [len(recorded[id(lane)].sample) for lane in self.lanes]
         if call.batch != sum(batches):
             shape = tuple(call.tensors[call.sample].shape)
@@ -249,15 +257,15 @@ class EditSession:
     ) -> tuple[list[Tensor], Program]:
         program, kind = self.programs(call), group.lanes[0].kind
         compute = self._choose(group, call, key, program, recorded)
-        start = now(call)
+        span = Span.start(call.device)
         outputs, stored = compute()
-        seconds = (now(call) - start) / len(group.lanes)
+        span.end(share=1 / len(group.lanes))
         for lane in group.lanes:
             lane.program, lane.batch = program, call.batch
-            if kind in lane.edit.timings:
-                lane.edit.timings[kind].append(seconds)
+            if kind in lane.edit.spans:
+                lane.edit.spans[kind].append(span)
             if lane.edit.recording is not None:
-                self._keep(group, lane, call, key, outputs, stored, seconds)
+                self._keep(group, lane, call, key, outputs, stored, span)
         return outputs, program
 
     def _choose(
@@ -295,6 +303,9 @@ class EditSession:
         if call.text is None:
             return {}
         text, rows = call.tensors[call.text], []
+        stacked = self._stacked.get((key[1], tuple(group.numbers)))
+        if stacked is not None and stacked[0].holds(text):
+            return stacked[1]
         for number, (lane, own) in enumerate(group.origins()):
             text_recorded, new = recorded[id(lane)].text, text[number]
             assert text_recorded is not None
@@ -305,11 +316,13 @@ class EditSession:
                 self._controls[key[1], group.numbers[number]] = known
             rows.append(known[1:])
         index, weight = (torch.stack(column).to(text.device) for column in zip(*rows, strict=True))  # [B, L]
-        return {"control_index": index, "control_weight": weight}
+        controls = {"control_index": index, "control_weight": weight}
+        self._stacked[key[1], tuple(group.numbers)] = Same(text), controls
+        return controls
 
     def _keep(
         self, group: Group, lane: Lane, call: Call, key: CallKey, outputs: list[Tensor], stored: dict[Store, Tensor],
-        seconds: float,
+        span: Span,
     ) -> None:  # fmt: skip
         base, own = lane.edit.base.calls[key], group.own(lane)
         assert lane.edit.recording is not None
@@ -322,7 +335,7 @@ class EditSession:
                 plan = lane.plan(call.tensors[call.sample].device)
                 stored = {store: _unpadded(value, plan, store.rows) for store, value in stored.items()}
         kept = [clone_detached(take_samples(output, call.batch, own)) for output in outputs]
-        made = lane.edit.recording.keep(mine, StepCache(len(own), base=base.cache), kept, seconds)
+        made = lane.edit.recording.keep(mine, StepCache(len(own), base=base.cache), kept, span, lane.texts)
         lane.keep(key, made, stored, plan)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +15,8 @@ from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, Reco
 from fisedit.fingerprint import ModelState
 from fisedit.program import Program
 from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
+from fisedit.sameness import Copies
+from fisedit.timing import Span
 
 CallKey = tuple[float, int]
 """A call within a run: the timestep's value, and how many calls of that value came before it."""
@@ -37,15 +37,20 @@ class CallCounter:
 
 @dataclass
 class RecordedCall:
-    """One recorded U-Net call: its input ``sample`` and ``text``, its outputs, its cache, and how long it took."""
+    """One recorded U-Net call: its input ``sample`` and ``text``, its outputs, its cache, and its time."""
 
     cache: StepCache
     sample: Tensor
     text: Tensor | None
     outputs: list[Tensor]
-    seconds: float
+    span: Span
     signature: Signature
     batch: int  # samples of the signature, of which this may be some
+
+    @property
+    def seconds(self) -> float:
+        """How long it took; waits for a GPU that is not done with it."""
+        return self.span.seconds
 
     def check(self, call: Call) -> None:
         """Raise unless a call has the shapes, dtypes and settings of this one, for any number of samples.
@@ -115,15 +120,11 @@ class Recording:
         self.latents.append(clone_detached(kwargs["latents"]))
         return kwargs
 
-    def keep(self, call: Call, cache: StepCache, outputs: list[Tensor], seconds: float) -> RecordedCall:
-        """What is kept of a call; the text, which is the same in every step, only once."""
+    def keep(self, call: Call, cache: StepCache, outputs: list[Tensor], span: Span, texts: Copies) -> RecordedCall:
+        """What is kept of a call; ``texts`` are those of the calls before it, which most often are the same."""
         sample = clone_detached(call.tensors[call.sample])
-        text = call.tensors[call.text].detach() if call.text is not None else None
-        if text is not None:
-            known = (made.text for made in reversed(self.calls.values()))
-            same = next((t for t in itertools.islice(known, 2) if t is not None and torch.equal(t, text)), None)
-            text = clone_detached(text) if same is None else same
-        return RecordedCall(cache, sample, text, outputs, seconds, call.signature, call.batch)
+        text = texts.of(call.tensors[call.text]) if call.text is not None else None
+        return RecordedCall(cache, sample, text, outputs, span, call.signature, call.batch)
 
     def split(self) -> list[Recording]:
         """A recording for each image of a run that made several. They share memory, which is freed with the last."""
@@ -222,6 +223,7 @@ class RecordSession:
         self.recording = recording
         self.programs = programs
         self.counter = CallCounter()
+        self.texts = Copies()
 
     def run(self, call: Call) -> Any:
         shape = tuple(call.tensors[call.sample].shape)
@@ -230,17 +232,11 @@ class RecordSession:
             raise RecordingMismatchError(differences={"sample shape": (first, shape)})
         program = self.programs(call)
         executable = program.executable("record")
-        start = now(call)
+        span = Span.start(call.device)
         outputs, stored = executable.run(call.tensors)
-        seconds = now(call) - start
+        span.end()
         cache = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
         kept = [clone_detached(output) for output in outputs]
-        self.recording.calls[self.counter.next(call)] = self.recording.keep(call, cache, kept, seconds)
+        made = self.recording.keep(call, cache, kept, span, self.texts)
+        self.recording.calls[self.counter.next(call)] = made
         return program.captured.result(outputs)
-
-
-def now(call: Call) -> float:
-    """Seconds on a clock; waits for the device so that the difference of two is compute time."""
-    if call.tensors[call.sample].is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter()
