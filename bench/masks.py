@@ -42,6 +42,15 @@ def random_share(seed: int) -> float:
         return float(torch.distributions.Beta(*RAGGED_SHARE).sample())
 
 
+def family(size: tuple[int, int], count: int = 24) -> list[Tensor]:
+    """Ragged masks whose shares stand for the distribution: the middles of its ``count`` equal parts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        shares = torch.distributions.Beta(*RAGGED_SHARE).sample(torch.Size((20_000,)))
+    middles = torch.quantile(shares, (torch.arange(count) + 0.5) / count).tolist()
+    return [ragged(size, seed, share) for seed, share in enumerate(middles)]
+
+
 def occupancy(masks: list[Tensor], levels: int = 4) -> list[float]:
     """Mean active share at the latent and after each further 2x pooling."""
     shares, current = [], [mask[None, None].float() for mask in masks]
@@ -70,8 +79,9 @@ def _largest(values: Tensor, share: float) -> Tensor:
 
 
 if __name__ == "__main__":
-    family = [ragged((96, 96), seed) for seed in range(200)]
-    shares = torch.stack([mask.float().mean() for mask in family])
+    masks = family((96, 96))
+    shares = torch.stack([mask.float().mean() for mask in masks])
     low, middle, high = torch.quantile(shares, torch.tensor([0.05, 0.5, 0.95])).tolist()
-    print(f"200 ragged masks of 96x96: mean {shares.mean():.1%}, median {middle:.1%}, 5-95 %: {low:.1%} to {high:.1%}")
-    print("mean share per level (96, 48, 24, 12):", ", ".join(f"{share:.1%}" for share in occupancy(family)))
+    print(f"{len(masks)} ragged masks of 96x96: mean {shares.mean():.1%}, median {middle:.1%}, "
+          f"5-95 %: {low:.1%} to {high:.1%}")  # fmt: skip
+    print("mean share per level (96, 48, 24, 12):", ", ".join(f"{share:.1%}" for share in occupancy(masks)))

@@ -1,0 +1,163 @@
+"""What a U-Net call has to compute and to move at least, from its dense graph and a mask; no kernel is looked at.
+
+Counted apart from the package's own count (``fisedit.passes.count_macs``), so that each checks the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fisedit.passes.ir import args, aten, bound_arguments, is_op, layout_of, tensor
+from fisedit.runtime.plan import project_mask
+
+UPSAMPLES = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A GPU's data sheet: bytes of memory traffic and dense half-precision multiply-accumulates, both per second."""
+
+    bytes: float
+    macs: float
+
+
+PEAKS = {"H100": Peak(3.35e12, 989.4e12 / 2), "H200": Peak(4.8e12, 989.4e12 / 2)}
+"""NVIDIA's figures of the SXM boards, tensor cores without sparsity."""
+
+
+def peak_of(name: str) -> Peak | None:
+    """The data sheet of a device by a part of its name; ``None`` for others."""
+    return next((peak for model, peak in PEAKS.items() if model in name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-accumulates of a call; bytes of weights and of recorded rows read; bytes of rows that its convolutions,
+    linear layers and attentions read and write, each once, everything between them fused."""
+
+    macs: int = 0
+    weights: int = 0
+    recorded: int = 0
+    activations: int = 0
+
+    @property
+    def bytes(self) -> int:
+        return self.weights + self.recorded + self.activations
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+    def floor(self, peak: Peak) -> float:
+        """Seconds that the call takes at least."""
+        return max(self.bytes / peak.bytes, self.macs / peak.macs)
+
+
+class Masked:
+    """A mask at all levels; ``None`` is the dense model."""
+
+    def __init__(self, mask: Tensor | None) -> None:
+        self.mask = None if mask is None else mask.cpu()
+
+    def active(self, level: tuple[int, int]) -> Tensor:
+        """Bool ``[h, w]``."""
+        return torch.ones(level, dtype=torch.bool) if self.mask is None else project_mask(self.mask, level)
+
+    def rows(self, level: tuple[int, int]) -> int:
+        return int(self.active(level).sum())
+
+
+def count_work(graph: Graph, mask: Tensor | None = None) -> Work:
+    """The work of one call.
+
+    Args:
+        graph: the canonical (dense) graph.
+        mask: bool ``[H, W]`` over the latent; ``None`` counts the dense model. Under a mask, what depends on the text
+            alone is left out, for it is computed once per edit.
+    """
+    masked, each_call = Masked(mask), set(_depends_on_sample_or_time(graph))
+    return sum(
+        (_count(node, masked) for node in graph.nodes if mask is None or node in each_call),
+        start=Work(),
+    )
+
+
+def _depends_on_sample_or_time(graph: Graph) -> Iterator[Node]:
+    seen: set[Node] = set()
+    for node in graph.nodes:
+        own = node.op == "placeholder" and str(node.target) in ("sample", "timestep")
+        if own or any(before in seen for before in node.all_input_nodes):
+            seen.add(node)
+            yield node
+
+
+def _count(node: Node, masked: Masked) -> Work:
+    if is_op(node, aten.conv2d.default):
+        return _conv(node, masked)
+    if is_op(node, aten.linear.default):
+        return _linear(node, masked)
+    if is_op(node, aten.scaled_dot_product_attention.default):
+        return _attention(node, masked)
+    return Work()
+
+
+def _conv(node: Node, masked: Masked) -> Work:
+    bound, out = bound_arguments(node), tensor(node)
+    source, weight = bound["input"], tensor(bound["weight"])
+    read = _read_positions(masked.active(_level(out)), tensor(source), weight, bound)  # [H, W] of the input
+    if is_op(source, *UPSAMPLES):
+        source = args(source)[0]
+        read = project_mask(read, _level(tensor(source)))
+    batch, item, inputs, level = out.shape[0], out.element_size(), tensor(source).shape[1], _level(tensor(source))
+    outputs, inside = batch * masked.rows(_level(out)), masked.active(level)
+    return Work(
+        macs=outputs * weight.numel(),
+        weights=weight.numel() * item,
+        recorded=batch * int((read & ~inside).sum()) * inputs * item,
+        activations=(batch * int((read & inside).sum()) * inputs + outputs * out.shape[1]) * item,
+    )
+
+
+def _read_positions(active: Tensor, source: Tensor, weight: Tensor, bound: dict[str, Any]) -> Tensor:
+    """Positions of a convolution's input that its active outputs read, bool ``[H, W]``: its transpose tells."""
+    height, width = _level(source)
+    ones = torch.ones(1, 1, *weight.shape[-2:])
+    stride, padding = bound["stride"], bound["padding"]
+    reached = F.conv_transpose2d(active[None, None].float(), ones, None, stride, padding)[0, 0] > 0
+    short = (height - reached.shape[0], width - reached.shape[1])  # lines that the stride leaves unread
+    return F.pad(reached, (0, max(short[1], 0), 0, max(short[0], 0)))[:height, :width]
+
+
+def _linear(node: Node, masked: Masked) -> Work:
+    source, weight = tensor(args(node)[0]), tensor(args(node)[1])
+    vectors, layout, item = source.numel() // source.shape[-1], layout_of(node), source.element_size()
+    if layout is not None:
+        vectors = vectors // math.prod(layout.level) * masked.rows(layout.level)
+    moved = vectors * (weight.shape[0] + weight.shape[1]) * item
+    return Work(macs=vectors * weight.numel(), weights=weight.numel() * item, activations=moved)
+
+
+def _attention(node: Node, masked: Masked) -> Work:
+    query, key, value = (tensor(argument) for argument in args(node)[:3])
+    layout, item = layout_of(node), query.element_size()
+    share, is_self = 1.0, layout_of(args(node)[1]) is not None
+    if layout is not None:
+        share = masked.rows(layout.level) / math.prod(layout.level)
+    queries = round(math.prod(query.shape[:-1]) * share)  # over batch and heads
+    cached = (key.numel() + value.numel()) * item
+    return Work(
+        macs=queries * key.shape[-2] * (query.shape[-1] + value.shape[-1]),
+        recorded=round(cached * (1 - share)) if is_self else 0,
+        activations=queries * (query.shape[-1] + value.shape[-1]) * item + round(cached * (share if is_self else 1)),
+    )
+
+
+def _level(value: Tensor) -> tuple[int, int]:
+    return int(value.shape[-2]), int(value.shape[-1])

@@ -1,0 +1,387 @@
+"""One U-Net call of the published architectures: the fastest dense way against an edit, under blob and ragged masks.
+
+    python bench/unet.py --output unet.json   SD2.1, SD1.5 and SDXL, fp16, batch 2, on a GPU
+    python bench/unet.py --models SD2.1 --quick --profile "blob 5%"       few masks, and the kernels of a sparse call
+    python bench/unet.py --tiny               a small model on any device, to try the script out
+
+The baseline is ``torch.compile(mode="reduce-overhead")`` of the channels-last model. Every time is that of a call in a
+loop as samplers make it (timesteps are views of a tensor on the device, the device is waited for once, at the end),
+the median over several loops; dense and sparse loops take turns. Weights are random; they do not change the time.
+An edit repeats the recorded prompt and noise, so that its output must be the dense one.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated, Any
+
+import torch
+import typer
+from calls import Loop, Subject, compiled, float32_output, loop, milliseconds, prepare, relative_error, wait
+from kernel_table import markdown as kernel_markdown
+from kernel_table import profile_call
+from masks import blob, family
+from published import MODELS, TINY
+from roofline import Work, count_work, peak_of
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fisedit
+from fisedit.environment import describe_environment, environment_line
+from fisedit.recording import Recording
+
+BLOB_SHARES = (0.05, 0.15, 0.30, 0.60, 0.80, 1.00)
+WAYS = ("compiled", "record", "outside", "eager")
+"""Ways to call the dense model: by the baseline, recording, outside sessions, as diffusers does."""
+WARM = 2
+"""Calls of a session that are not part of its loop: the new mask's tables, and what is captured for its sizes."""
+
+
+@dataclass(frozen=True)
+class EditLoop:
+    """A session under one mask. ``new_mask``: ms of its first calls beyond those of the later ones."""
+
+    loop: Loop
+    new_mask: float
+    error: float
+    macs: int | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a mask, or the mean over a family of masks. Times in ms."""
+
+    model: str
+    mask: str
+    active: float
+    dense: float
+    ours: float
+    ours_gpu: float
+    percentiles: list[float]
+    new_mask_unknown: list[float]
+    new_mask_known: list[float]
+    error: float
+    macs_dense: int
+    macs: int
+    work: Work
+    floor: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.dense / self.ours
+
+
+@dataclass
+class Results:
+    """What was measured so far; written after each piece, so that a run that is cut keeps what it has."""
+
+    path: Path | None
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def put(self, model: str, name: str, value: Any) -> None:
+        self.values.setdefault(model, {})[name] = value
+        if self.path is not None:
+            self.path.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_edit(subject: Subject, base: Recording, mask: Tensor, ours: fisedit.CompiledUNet | None = None) -> EditLoop:
+    """One session under a mask that is new to it."""
+    ours, device, mask = ours or subject.ours, subject.device, mask.to(subject.device)
+    step = subject.step(ours)
+    with ours.edit(base, mask) as edit:
+        first = [milliseconds(lambda t=t: step(t), device) for t in subject.timesteps[:WARM]]  # type: ignore[misc]
+        timed, out = loop(step, subject.timesteps[WARM:], device)
+    assert subject.wanted is not None
+    error = relative_error(out, subject.wanted, mask)
+    return EditLoop(timed, sum(first) - WARM * timed.wall, error, edit.report().macs_sparse)
+
+
+def measure_record(subject: Subject, ours: fisedit.CompiledUNet) -> tuple[Loop, Recording]:
+    with ours.record() as base:
+        step = subject.step(ours)
+        milliseconds(lambda: step(subject.timesteps[0]), subject.device)
+        timed, _ = loop(step, subject.timesteps[1:], subject.device)
+    return timed, base
+
+
+def measure_dense(
+    subject: Subject, results: Results, chosen: Sequence[str], repeats: int, autotune: float
+) -> dict[str, Any]:
+    """The chosen ``WAYS`` to call the dense model; their loops take turns."""
+    step, device = subject.step, subject.device
+
+    def repeat(model: Callable[..., Any]) -> Callable[[], Loop]:
+        return lambda: loop(step(model), subject.timesteps, device)[0]
+
+    every = {"compiled": repeat(subject.dense), "record": lambda: _recorded(subject),
+             "outside": repeat(subject.ours), "eager": repeat(subject.unet)}  # fmt: skip
+    ways = {way: run for way, run in every.items() if way in chosen}
+    if autotune and (tuned := autotuned(subject, autotune)) is not None:
+        ways["max-autotune"] = repeat(tuned)
+    seconds = {way: milliseconds(run, device) / 1e3 for way, run in ways.items()}  # captures and compiles
+    for run in ways.values():
+        run()
+    times: dict[str, list[Loop]] = {way: [] for way in ways}
+    for _ in range(repeats):
+        for way, run in ways.items():
+            times[way].append(run())
+    made = {way: asdict(Loop(median(t.wall for t in each), median(t.gpu for t in each))) for way, each in times.items()}
+    results.put(subject.name, "dense", made)
+    results.put(subject.name, "first loop, seconds", seconds)
+    return made
+
+
+def _recorded(subject: Subject) -> Loop:
+    timed, base = measure_record(subject, subject.ours)
+    base.release()
+    return timed
+
+
+def autotuned(subject: Subject, limit: float) -> Callable[..., Any] | None:
+    """The model compiled with max-autotune; ``None`` if that fails or takes longer than ``limit`` seconds."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"not done after {limit:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    try:
+        tuned = compiled(subject.unet, "max-autotune")
+        for timestep in subject.timesteps[:3]:
+            subject.step(tuned)(timestep)
+        return tuned
+    except (TimeoutError, RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+        print(f"{subject.name}: max-autotune: {error}", flush=True)
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def count_macs(subject: Subject, results: Results) -> int:
+    """Dense multiply-accumulates: by the package, by ``roofline.py``, and by PyTorch's own counter."""
+    from fisedit.passes.count_macs import count_macs as package_count
+
+    # The counter knows the attention kernels of GPUs, but not that of CPUs.
+    plain = sdpa_kernel(SDPBackend.MATH) if subject.device.type == "cpu" else nullcontext()
+    with FlopCounterMode(display=False) as counter, plain:
+        subject.step(subject.unet)(subject.timesteps[0])
+    counts = {
+        "package": package_count(subject.graph),
+        "roofline": count_work(subject.graph).macs,
+        "torch.utils.flop_counter": counter.get_total_flops() // 2,
+    }
+    results.put(subject.name, "dense MACs", counts)
+    return counts["package"]
+
+
+def measure_masks(
+    subject: Subject, base: Recording, name: str, masks: list[Tensor], repeats: int, macs_dense: int
+) -> Row:
+    """Sessions under each mask in turn, each beside a dense loop; the times are the medians, their mean over masks."""
+    dense: list[float] = []
+    loops: list[list[EditLoop]] = [[] for _ in masks]
+    for _ in range(repeats):
+        for mask, made in zip(masks, loops, strict=True):
+            timed, _ = loop(subject.step(subject.dense), subject.timesteps[WARM:], subject.device)
+            dense.append(timed.wall)
+            made.append(measure_edit(subject, base, mask))
+    times = [median(one.loop.wall for one in made) for made in loops]
+    works = [count_work(subject.graph, mask) for mask in masks]
+    peak = peak_of(describe_environment(subject.device)["device"])
+    return Row(
+        model=subject.name,
+        mask=name,
+        active=mean(float(mask.float().mean()) for mask in masks),
+        dense=median(dense),
+        ours=mean(times),
+        ours_gpu=mean(median(one.loop.gpu for one in made) for made in loops),
+        percentiles=torch.quantile(torch.tensor(times), torch.tensor([0.05, 0.5, 0.95])).tolist(),
+        new_mask_unknown=[made[0].new_mask for made in loops],
+        new_mask_known=[median(one.new_mask for one in made[1:]) for made in loops if made[1:]],
+        error=max(one.error for made in loops for one in made),
+        macs_dense=macs_dense,
+        macs=round(mean(made[0].macs or macs_dense for made in loops)),
+        work=Work(*(round(mean(vars(work)[part] for work in works)) for part in vars(works[0]))),
+        floor=mean(work.floor(peak) for work in works) * 1e3 if peak else None,
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """Markdown."""
+    lines = [
+        "| U-Net | mask | active | dense compiled, ms | edit, ms | faster | GMACs, dense / edit | fewer | MB moved "
+        "| floor, ms | floor / edit | error |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        floor = ("", "") if row.floor is None else (f"{row.floor:.2f}", f"{row.floor / row.ours:.0%}")
+        lines.append(
+            f"| {row.model} | {row.mask} | {row.active:.1%} | {row.dense:.2f} | {row.ours:.2f} | **{row.ratio:.2f}×** "
+            f"| {giga(row.macs_dense)} / {giga(row.macs)} | {row.macs_dense / row.macs:.1f}× "
+            f"| {row.work.bytes / 1e6:.0f} | {floor[0]} | {floor[1]} | {row.error:.1e} |"
+        )
+    return "\n".join(lines)
+
+
+def giga(number: float) -> str:
+    return f"{number / 1e9:.0f}" if number >= 1e10 else f"{number / 1e9:.2g}"
+
+
+def summary(rows: list[Row], dense: dict[str, Any]) -> Iterator[str]:
+    """What the table does not hold: other dense ways, recording, new masks."""
+    for way, timed in dense.items():
+        change = f", {timed['wall'] / dense['compiled']['wall'] - 1:+.1%}" if way != "compiled" else ""
+        yield f"{way}: {timed['wall']:.2f} ms a call ({timed['gpu']:.2f} on the GPU){change}"
+    for row in rows:
+        if len(row.new_mask_unknown) > 1:
+            low, middle, high = row.percentiles
+            yield f"{row.mask}: 5th percentile {low:.2f} ms, median {middle:.2f}, 95th {high:.2f}"
+        for known, extra in (("seen before", row.new_mask_known), ("new", row.new_mask_unknown)):
+            if extra:
+                more = f"{median(extra):.1f} ms more, at most {max(extra):.1f}"
+                yield f"{row.mask}, mask's sizes {known}: first calls {more}"
+
+
+def memory(subject: Subject, base: Recording) -> dict[str, float]:
+    """GiB: the model, a recorded step, all that is held now, and the most that was."""
+    weights = sum(p.numel() * p.element_size() for p in subject.unet.parameters())
+    held = {"model": weights, "recorded step": base.nbytes / len(base.calls)}
+    if subject.device.type == "cuda":
+        held |= {"allocated": torch.cuda.memory_allocated(), "most allocated": torch.cuda.max_memory_allocated(),
+                 "most reserved": torch.cuda.max_memory_reserved()}  # fmt: skip
+    return {name: size / 2**30 for name, size in held.items()}
+
+
+def mask_set(size: tuple[int, int], quick: bool, count: int) -> dict[str, list[Tensor]]:
+    """Masks by name: a blob each, and the ragged family."""
+    shares = BLOB_SHARES[:2] if quick else BLOB_SHARES
+    blobs = {f"blob {share:.0%}": [blob(size, share)] for share in shares}
+    ragged = family(size, count)
+    return {**blobs, f"ragged, {count} masks": ragged}
+
+
+def measure_variants(
+    subject: Subject, masks: dict[str, list[Tensor]], variants: list[str], rows: list[Row], repeats: int
+) -> list[dict[str, Any]]:
+    """The same edits under other options, and the regret of the default: its time over the best of all and dense."""
+    times: dict[str, dict[str, float]] = {row.mask: {"default": row.ours, "dense": row.dense} for row in rows}
+    for variant in variants:
+        ours = fisedit.compile(copy.copy(subject.unet), **parse_options(variant))
+        _, base = measure_record(subject, ours)
+        for name, family_masks in masks.items():
+            each = [[measure_edit(subject, base, mask, ours) for _ in range(repeats)] for mask in family_masks]
+            times[name][variant] = mean(median(one.loop.wall for one in made) for made in each)
+        base.release()
+    return [{"mask": name, "ms": of, "regret": of["default"] / min(of.values())} for name, of in times.items()]
+
+
+def parse_options(text: str) -> dict[str, Any]:
+    """``"cost=rows,dense_above=0.9"`` as keyword arguments of ``compile``."""
+    options: dict[str, Any] = {}
+    for pair in text.split(","):
+        name, value = pair.split("=")
+        try:
+            options[name] = float(value)
+        except ValueError:
+            options[name] = value
+    return options
+
+
+@contextmanager
+def measured(subject: Subject) -> Iterator[None]:
+    """Free a model's memory afterwards, for the next one."""
+    try:
+        yield
+    finally:
+        subject.dense = subject.ours = subject.unet = None  # type: ignore[assignment]
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def profile_edit(subject: Subject, base: Recording, mask: Tensor) -> list[dict[str, Any]]:
+    """The kernels of one sparse call."""
+    step = subject.step(subject.ours)
+    with subject.ours.edit(base, mask.to(subject.device)):
+        for timestep in subject.timesteps[:-1]:
+            step(timestep)
+        wait(subject.device)
+        kernels = profile_call(lambda: step(subject.timesteps[-1]), subject.device)
+    print(f"\nkernels of one call of {subject.name}:\n\n{kernel_markdown(kernels)}\n", flush=True)
+    return [asdict(kernel) for kernel in kernels]
+
+
+def measure_model(
+    subject: Subject, results: Results, *, repeats: int, quick: bool, ragged_masks: int, ways: Sequence[str],
+    autotune: float, profile: list[str], variants: list[str],
+) -> list[Row]:  # fmt: skip
+    name = subject.name
+    subject.wanted = float32_output(subject)
+    dense = measure_dense(subject, results, ways, repeats, autotune)
+    macs_dense = count_macs(subject, results)
+    _, base = measure_record(subject, subject.ours)
+    masks, rows = mask_set(subject.published.size, quick, ragged_masks), []
+    for kind, of_kind in masks.items():
+        rows.append(
+            measure_masks(subject, base, kind, of_kind, max(2, repeats if len(of_kind) == 1 else 2), macs_dense)
+        )
+        row = rows[-1]
+        print(f"{name}, {kind}: dense {row.dense:.2f} ms, edit {row.ours:.2f} ms, {row.ratio:.2f}x", flush=True)
+        results.put(name, "rows", [{**asdict(row), "ratio": row.ratio} for row in rows])
+    for kind in profile:
+        results.put(name, f"kernels, {kind}", profile_edit(subject, base, masks[kind][0]))
+    results.put(name, "GiB", memory(subject, base))
+    base.release()
+    if variants:
+        results.put(name, "variants", measure_variants(subject, masks, variants, rows, max(2, repeats // 2)))
+    print("", *summary(rows, dense), sep="\n", flush=True)
+    for kind, value in results.values[name].items():
+        if kind in ("dense MACs", "first loop, seconds", "GiB", "variants"):
+            print(f"{kind}: {json.dumps(value)}", flush=True)
+    return rows
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Names of bench/published.py, with commas.")] = "SD2.1,SD1.5,SDXL",
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16; float32 on a CPU.")] = "float16",
+    steps: Annotated[int, typer.Option(min=WARM + 1, help="Recorded steps; each loop is as long.")] = 8,
+    repeats: Annotated[int, typer.Option(min=1, help="Loops of each kind; the median is shown.")] = 5,
+    ragged_masks: Annotated[int, typer.Option(min=1, help="Masks of the ragged family.")] = 24,
+    output: Annotated[Path | None, typer.Option(help="JSON file, written as figures come.")] = None,
+    ways: Annotated[str, typer.Option(help="Ways to call the dense model; compiled is always timed.")] = ",".join(WAYS),
+    profile: Annotated[list[str], typer.Option(help="Masks whose sparse call is profiled: --profile 'blob 5%'.")] = [],  # noqa: B006
+    variant: Annotated[list[str], typer.Option(help="Options to compare: --variant cost=rows,kv=cached.")] = [],  # noqa: B006
+    max_autotune: Annotated[float, typer.Option(help="Seconds to allow it; 0 leaves it out.")] = 0.0,
+    quick: Annotated[bool, typer.Option(help="Blobs of 5 and 15 % and four ragged masks.")] = False,
+    tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
+) -> None:
+    """Measure U-Net calls, dense and sparse."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    of = getattr(torch, dtype if device.type == "cuda" else "float32")
+    environment = {**describe_environment(device), "dtype": str(of).removeprefix("torch."), "batch": 2}
+    print(environment_line(environment), environment["dtype"], flush=True)
+    results, rows = Results(output, {"environment": environment}), []
+    for name, published in ({"tiny": TINY} if tiny else {name: MODELS[name] for name in models.split(",")}).items():
+        with torch.no_grad():
+            subject = prepare(name, published, device, of, steps)
+            with measured(subject):
+                rows += measure_model(
+                    subject, results, repeats=repeats, quick=quick or tiny, profile=profile, variants=variant,
+                    ragged_masks=4 if quick else ragged_masks, ways=["compiled", *ways.split(",")],
+                    autotune=max_autotune,
+                )  # fmt: skip
+        print(f"\n{table(rows)}\n\n{environment_line(environment)}, {environment['dtype']}, batch 2\n", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,107 @@
+"""The bench scripts run on any machine, and count work rightly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import unet
+from kernel_table import KernelTime, markdown, profile_call
+from masks import blob, family, occupancy
+from published import MODELS, TINY, arguments, build
+from roofline import Work, count_work, peak_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import fisedit
+
+
+def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small model on a CPU: every figure is there, three counters agree, an edit gives the dense output."""
+    output = tmp_path / "unet.json"
+    settings = {
+        "steps": 3,
+        "repeats": 1,
+        "ragged_masks": 1,
+        "ways": "compiled,record",
+        "models": "",
+        "dtype": "float16",
+    }
+    unet.main(**settings, output=output, profile=[], variant=[], max_autotune=0.0, quick=False, tiny=True)
+    found = json.loads(output.read_text())
+    assert found["environment"]["dtype"] == "float32" and found["environment"]["date"]
+    tiny = found["tiny"]
+    assert len(set(tiny["dense MACs"].values())) == 1
+    assert tiny["dense"].keys() == {"compiled", "record"}
+    assert [row["mask"] for row in tiny["rows"]] == ["blob 5%", "blob 15%", "ragged, 1 masks"]
+    for row in tiny["rows"]:
+        assert row["error"] < 1e-5 and row["ratio"] == row["dense"] / row["ours"]
+        assert row["work"]["macs"] <= row["macs"] < row["macs_dense"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny |")]
+    assert len(lines) == 3 and lines[0].startswith("| tiny | blob 5% | 4.9% |")
+
+
+def test_masked_work_is_what_a_packed_call_executes() -> None:
+    """Convolutions as rows: the count from the dense graph, the package's, and PyTorch's counter around a call."""
+    ours = fisedit.compile(build(TINY, "cpu", torch.float32), cost="rows")
+    call, mask, counted = (
+        arguments(TINY, (6, 10), "cpu", torch.float32),
+        blob((6, 10), 0.2),
+        FlopCounterMode(display=False),
+    )
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with ours.record() as base:
+            for timestep in (2, 1):
+                ours(**call | {"timestep": timestep})
+        with ours.edit(base, mask) as edit:
+            ours(**call | {"timestep": 2})
+            with counted:
+                ours(**call | {"timestep": 1})
+    graph = next(iter(ours._live.programs.values())).captured.module.graph
+    work = count_work(graph, mask)
+    assert edit.report().macs_sparse == work.macs == counted.get_total_flops() // 2
+    dense = count_work(graph)
+    assert dense.recorded == 0 < work.recorded and work.bytes < dense.bytes
+    everything = count_work(graph, torch.ones(6, 10, dtype=torch.bool))
+    assert (
+        everything.recorded == 0 and everything.activations < dense.activations
+    )  # text keys and values: once per edit
+
+
+def test_floors() -> None:
+    peak = peak_of("NVIDIA H100 80GB HBM3")
+    assert peak is not None and peak_of("AMD EPYC") is None
+    assert Work(macs=int(peak.macs)).floor(peak) == pytest.approx(1.0)
+    assert Work(weights=int(peak.bytes), recorded=int(peak.bytes)).floor(peak) == pytest.approx(2.0)
+    assert Work(1, 2, 3, 4) + Work(1, 1, 1, 1) == Work(2, 3, 4, 5)
+
+
+def test_the_ragged_family_is_as_stated() -> None:
+    masks = family((96, 96))
+    shares = torch.stack([mask.float().mean() for mask in masks])
+    assert len(masks) == 24 and abs(float(shares.mean()) - 0.23) < 0.01
+    for got, wanted in zip(occupancy(masks), (0.23, 0.28, 0.36, 0.49), strict=True):
+        assert abs(got - wanted) < 0.015
+
+
+def test_published_sizes() -> None:
+    """Parameters of the released checkpoints, in millions."""
+    from diffusers import UNet2DConditionModel
+
+    for name, millions in (("SD1.5", 859.5), ("SD2.1", 865.9), ("SDXL", 2567.5)):
+        with torch.device("meta"):
+            model = UNet2DConditionModel(**MODELS[name].config)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_kernel_table() -> None:
+    kernels = profile_call(lambda: torch.ones(3) + 1, torch.device("cpu"))
+    assert {"aten::add", "aten::ones"} <= {kernel.name for kernel in kernels}
+    text = markdown([KernelTime("a", 3, 60.0), KernelTime("b", 1, 30.0), KernelTime("c", 1, 10.0)], most=1).splitlines()
+    assert text[2:] == ["| `a` | 3 | 60 | 60.0% |", "| `2 others` | 2 | 40 | 40.0% |", "| all | 5 | 100 | |"]
+
+
+def test_options_of_variants() -> None:
+    assert unet.parse_options("cost=rows,dense_above=0.5") == {"cost": "rows", "dense_above": 0.5}
