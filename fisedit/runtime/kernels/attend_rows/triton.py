@@ -1,0 +1,292 @@
+"""Attention of few queries over many keys, which are read where they lie: among the active rows or in the recorded map.
+
+Attention does not ask for the order of its keys, but a merged loop over positions reads each key once, so every key
+position looks up its row: one offset that reaches either memory. Few tiles of queries leave most of the GPU idle: then
+the keys are split across programs, and the last to arrive combines what they found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+MULTIPROCESSORS = 132
+"""Of an H100 or H200, for which ``choose_config`` was measured."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: queries and keys; how often the keys are split; a thread's registers at most."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+    split: int = 1
+    registers: int | None = None
+
+    def __str__(self) -> str:
+        limit = f" r{self.registers}" if self.registers else ""
+        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} /{self.split}"
+
+
+def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: int, gathered: bool) -> Config:
+    """Tiles for ``queries`` rows over ``keys`` keys, ``gathered`` by a table or not, for each of batch * heads pairs.
+
+    Without warps of their own for loads, products and exponentials, two or more programs on a multiprocessor must fill
+    each other's gaps: hence the limits on registers. A table costs two stages of the pipeline.
+    """
+    deep = 5 if gathered else 3
+    if itemsize == 4:
+        tile = Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 1)
+    elif head_dim > 128:
+        tile = Config(64, 32, 8, 3)
+    elif keys <= 128:
+        tile = Config(64, 128 if keys > 64 else 64, 4, 1)
+    elif head_dim > 64:
+        tile = Config(64, 64, 4, 3, registers=168)
+    elif triton.cdiv(queries, 128) * pairs >= MULTIPROCESSORS:
+        tile = Config(128, 64, 8, deep, registers=128)
+    else:
+        tile = Config(64, 64, 4, deep, registers=128)
+    programs, blocks = triton.cdiv(queries, tile.m) * pairs, triton.cdiv(keys, tile.n)
+    split = min(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
+    return replace(tile, split=split)
+
+
+def _cost(programs: int, blocks: int, split: int) -> float:
+    """About how many blocks of keys the busiest multiprocessor walks, one after the other.
+
+    A program alone on its multiprocessor waits for its own loads and products half of the time. A split writes, waits
+    and reads again: about four blocks, and half a block for each part.
+    """
+    alone = max(triton.cdiv(programs * split, MULTIPROCESSORS), 2)
+    return alone * (triton.cdiv(blocks, split) + 2) + (4 + split / 2 if split > 1 else 0)
+
+
+@triton.jit
+def _place(base, index, row_stride, ALIGN: tl.constexpr):
+    """The offsets of rows: the hint keeps their loads 16 bytes wide."""
+    return tl.multiple_of(base + index * row_stride, ALIGN)
+
+
+@triton.jit
+def _load(pointer, offset, column, inside, HEAD_DIM: tl.constexpr, D: tl.constexpr, EVEN: tl.constexpr):
+    """Rows of one head, zeros past the end and in the padding of the head."""
+    at = pointer + offset[:, None] + column[None, :]
+    if EVEN and HEAD_DIM == D:
+        return tl.load(at)
+    elif EVEN:
+        return tl.load(at, mask=(column < HEAD_DIM)[None, :], other=0.0)
+    elif HEAD_DIM == D:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    else:
+        return tl.load(at, mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _attend_keys(
+    queries, key, value, table, key_base, value_base, recorded_key_base, recorded_value_base, key_row, value_row,
+    recorded_key_row, recorded_value_row, number, first, last, keys, scale,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
+    EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Weighted sum of values, row maxima in units of log2, and row sums, over keys ``first`` to ``last``."""
+    column = tl.arange(0, D)
+    # Finite, so that rows without keys do not subtract infinities.
+    top = tl.full((BM,), -1.0e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM, D), tl.float32)
+    for start in tl.range(first, last, BN):
+        position = start + tl.arange(0, BN)
+        inside = position < keys
+        if TABLE:
+            if EVEN:
+                index = tl.load(table + position)
+            else:
+                index = tl.load(table + position, mask=inside, other=0)
+            active = index < number
+            key_start = tl.where(active, key_base, recorded_key_base)
+            value_start = tl.where(active, value_base, recorded_value_base)
+            key_offset = _place(key_start, index, tl.where(active, key_row, recorded_key_row), ALIGN)
+            value_offset = _place(value_start, index, tl.where(active, value_row, recorded_value_row), ALIGN)
+        else:
+            key_offset = _place(key_base, position, key_row, ALIGN)
+            value_offset = _place(value_base, position, value_row, ALIGN)
+        k = _load(key, key_offset, column, inside, HEAD_DIM, D, EVEN)  # [BN, D]
+        logits = tl.dot(queries, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
+        if not EVEN:
+            logits = tl.where(inside[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1) * scale)
+        weights = tl.exp2(logits * scale - higher[:, None])
+        fade = tl.exp2(top - higher)
+        total = total * fade + tl.sum(weights, 1)
+        top = higher
+        v = _load(value, value_offset, column, inside, HEAD_DIM, D, EVEN)  # [BN, D]
+        sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision=PRECISION)
+    return sums, top, total
+
+
+@triton.jit
+def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
+    row = tl.arange(0, BM)
+    tl.store(part + row[:, None] * D + tl.arange(0, D)[None, :], sums)
+    tl.store(part + BM * D + row, top)
+    tl.store(part + BM * (D + 1) + row, total)
+
+
+@triton.jit
+def _combine(part, splits, BM: tl.constexpr, D: tl.constexpr):
+    """All parts of a tile in their order. They come from L2: L1 may hold what stood there before."""
+    row = tl.arange(0, BM)
+    top = tl.full((BM,), -1.0e30, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    sums = tl.zeros((BM, D), tl.float32)
+    for _ in range(0, splits):
+        other = tl.load(part + BM * D + row, cache_modifier=".cg")
+        other_total = tl.load(part + BM * (D + 1) + row, cache_modifier=".cg")
+        other_sums = tl.load(part + row[:, None] * D + tl.arange(0, D)[None, :], cache_modifier=".cg")
+        higher = tl.maximum(top, other)
+        fade, grow = tl.exp2(top - higher), tl.exp2(other - higher)
+        total = total * fade + other_total * grow
+        sums = sums * fade[:, None] + other_sums * grow[:, None]
+        top = higher
+        part += BM * (D + 2)
+    return sums, total
+
+
+@triton.jit
+def _recorded_base(pointer, recorded, sample, batch_stride, number, row_stride, ADDRESSES: tl.constexpr):
+    """Offset from ``pointer`` to where recorded row 0 would be if the table counted it as row ``number``."""
+    ITEM: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
+    if ADDRESSES:
+        base = (tl.load(recorded + sample) - pointer.to(tl.int64)) // ITEM
+    else:
+        base = (recorded.to(tl.int64) - pointer.to(tl.int64)) // ITEM + sample.to(tl.int64) * batch_stride
+    return base - number.to(tl.int64) * row_stride
+
+
+@triton.jit(do_not_specialize=["number", "keys", "splits"])
+def _attend(
+    out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
+    number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row, value_batch, value_head,
+    value_row, recorded_key_batch, recorded_key_row, recorded_value_batch, recorded_value_row, table_batch,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
+    ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if tl.program_id(0) * BM >= tl.load(count):
+        return
+    sample, head = tl.program_id(2) // heads, tl.program_id(2) % heads
+    wide = sample.to(tl.int64)
+    row, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+    at = _place(wide * query_batch + head * HEAD_DIM, row, query_row, ALIGN)
+    queries = _load(query, at, column, row < number, HEAD_DIM, D, False)  # [BM, D]
+
+    key_base, value_base = wide * key_batch + head * key_head, wide * value_batch + head * value_head
+    own_key_base, own_value_base = key_base, value_base
+    if TABLE:
+        table += sample * table_batch
+        own_key_base = head * HEAD_DIM + _recorded_base(
+            key, recorded_key, sample, recorded_key_batch, number, recorded_key_row, ADDRESSES
+        )
+        own_value_base = head * HEAD_DIM + _recorded_base(
+            value, recorded_value, sample, recorded_value_batch, number, recorded_value_row, ADDRESSES
+        )
+    if COUNTED:
+        keys = tl.minimum(keys, tl.load(key_count + sample))
+    share = tl.cdiv(tl.cdiv(keys, BN), splits) * BN
+    first = tl.program_id(1) * share
+    sums, top, total = _attend_keys(
+        queries, key, value, table, key_base, value_base, own_key_base, own_value_base,
+        key_row, value_row, recorded_key_row, recorded_value_row, number, first, tl.minimum(first + share, keys), keys,
+        scale, HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
+    if SPLIT:
+        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        parts = partial + tile.to(tl.int64) * splits * (BM * (D + 2))
+        _store_part(parts + tl.program_id(1) * (BM * (D + 2)), sums, top, total, BM, D)
+        tl.debug_barrier()
+        if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
+            return
+        tl.store(locks + tile, 0)
+        sums, total = _combine(parts, splits, BM, D)
+    sums = sums / tl.maximum(total, 1.0e-30)[:, None]
+    place = (wide * number + row) * (heads * HEAD_DIM) + head * HEAD_DIM
+    good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(out + place[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+
+
+def attend_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    recorded_key: Tensor | None,
+    recorded_value: Tensor | None,
+    table: Tensor | None,
+    count: Tensor,
+    key_count: Tensor | None,
+    locks: Tensor,
+    heads: int,
+    scale: float | None,
+    config: Config | None = None,
+) -> Tensor:
+    """The reference's contract, for float32, float16 and bfloat16 and heads of up to 256 channels.
+
+    Args:
+        config: tile sizes; ``None`` chooses them. A split is given up where ``locks`` are too few for it.
+    """
+    batch, number, width = query.shape
+    head_dim = width // heads
+    keys = table.shape[1] if table is not None else key.shape[-2]
+    config = config or choose_config(number, keys, head_dim, batch * heads, query.element_size(), table is not None)
+    tiles = triton.cdiv(number, config.m)
+    splits = config.split if tiles * batch * heads <= locks.numel() else 1
+    out = query.new_empty(batch, number, width)  # [B, N, h*d]
+    padded = max(16, triton.next_power_of_2(head_dim))
+    size = tiles * batch * heads * splits * config.m * (padded + 2) if splits > 1 else 0
+    partial = query.new_empty(size, dtype=torch.float32)
+    addresses = recorded_key is not None and recorded_key.dtype == torch.int64
+    launch = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
+    _attend[tiles, splits, batch * heads](
+        out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
+        number, keys, splits, heads, (head_dim**-0.5 if scale is None else scale) * LOG2_E,
+        query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
+        *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),
+        table.stride(0) if table is not None and table.shape[0] > 1 else 0,
+        HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, ADDRESSES=addresses,
+        COUNTED=key_count is not None, SPLIT=splits > 1, EVEN=key_count is None and keys % config.n == 0,
+        ALIGN=_alignment(head_dim, query, key, value, recorded_key, recorded_value),
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(launch),
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **launch,
+    )  # fmt: skip
+    return out
+
+
+def _strides(tensor: Tensor, head_dim: int) -> tuple[int, int, int]:
+    """Elements from one sample, head and row to the next."""
+    if tensor.dim() == 4:
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    return tensor.stride(0), head_dim, tensor.stride(1)
+
+
+def _recorded_strides(recorded: Tensor | None, width: int) -> tuple[int, int]:
+    if recorded is None or recorded.dtype == torch.int64:
+        return 0, width
+    return recorded.stride(0), recorded.stride(1)
+
+
+def _alignment(head_dim: int, *tensors: Tensor | None) -> int:
+    """How many elements every row of every head is a multiple of, from any tensor to any: 16 bytes' worth, or 1."""
+    given = [tensor for tensor in tensors if tensor is not None and tensor.dtype != torch.int64]
+    elements = 16 // given[0].element_size()
+    strides = [t.stride(i) for t in given for i in range(t.dim() - 1) if t.shape[i] > 1]
+    aligned = all(number % elements == 0 for number in [head_dim, *strides])
+    return elements if aligned and all(tensor.data_ptr() % 16 == 0 for tensor in given) else 1

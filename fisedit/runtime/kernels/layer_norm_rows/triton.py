@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ELEMENTS = 2048
+"""Of a program of 128 threads: one row of up to 2048 channels, or several shorter ones."""
+
+
+@triton.jit(do_not_specialize=["number"])
+def _layer_norm(
+    out, rows, weight, bias, count, number, channels, rows_batch, rows_row, eps,
+    BM: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    last = tl.load(count)
+    if tl.program_id(0) * BM >= last:
+        return
+    sample = tl.program_id(1).to(tl.int64)
+    row, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+    real = channel < channels
+    good = (row < last)[:, None] & real[None, :]
+    at = rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :]
+    x = tl.load(at, mask=good, other=0.0).to(tl.float32)  # [BM, D]
+    x = tl.where(real[None, :], x - tl.sum(x, 1)[:, None] / channels, 0.0)
+    y = x * tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
+    if weight is not None:
+        y *= tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        y += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    place = (sample * number + row) * channels
+    tl.store(out + place[:, None] + channel[None, :], y.to(out.dtype.element_ty), mask=good)
+
+
+def layer_norm_rows(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: Tensor) -> Tensor:
+    """The reference's contract."""
+    batch, number, channels = rows.shape
+    padded = triton.next_power_of_2(channels)
+    block = max(1, ELEMENTS // padded)
+    out = rows.new_empty(batch, number, channels)  # [B, N, C]
+    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    _layer_norm[triton.cdiv(number, block), batch](
+        out, rows, weight, bias, count, number, channels, rows.stride(0), rows.stride(1), eps,
+        BM=block, D=padded, PDL=pdl, num_warps=4 if padded <= 2048 else 8, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHANNELS = 128
+"""Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
+
+
+@triton.jit(do_not_specialize=["number"])
+def _normalize(
+    out, rows, affine, count, number, channels, first_channel, out_channels, rows_batch, rows_row,
+    affine_plane, affine_batch, channel_block, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Rows of one input: its ``channels`` become those from ``first_channel`` on."""
+    sample = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    channel = channel_block * BC + tl.arange(0, BC)
+    good = (row < tl.load(count))[:, None] & (channel < channels)[None, :]
+    at = affine + sample * affine_batch + first_channel + channel
+    scale = tl.load(at, mask=channel < channels, other=0.0)
+    offset = tl.load(at + affine_plane, mask=channel < channels, other=0.0)
+    x = tl.load(rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :], mask=good, other=0.0)
+    y = x.to(tl.float32) * scale[None, :] + offset[None, :]  # [BM, BC]
+    if SILU:
+        y = y * tl.sigmoid(y)
+    place = (sample * number + row) * out_channels + first_channel
+    tl.store(out + place[:, None] + channel[None, :], y.to(out.dtype.element_ty), mask=good)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _normalize_both(
+    out, rows, rows2, affine, count, number, c1, c2, rows_batch, rows_row, rows2_batch, rows2_row,
+    affine_plane, affine_batch, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    if tl.program_id(0) * BM >= tl.load(count):
+        return
+    block, blocks = tl.program_id(1), tl.cdiv(c1, BC)
+    if block < blocks:
+        _normalize(out, rows, affine, count, number, c1, 0, c1 + c2, rows_batch, rows_row,
+                   affine_plane, affine_batch, block, SILU, BM, BC)  # fmt: skip
+    elif rows2 is not None:
+        _normalize(out, rows2, affine, count, number, c2, c1, c1 + c2, rows2_batch, rows2_row,
+                   affine_plane, affine_batch, block - blocks, SILU, BM, BC)  # fmt: skip
+
+
+def normalize_rows(rows: Tensor, rows2: Tensor | None, affine: Tensor, activation: str, count: Tensor) -> Tensor:
+    """The reference's contract."""
+    batch, number, c1 = rows.shape
+    c2 = rows2.shape[2] if rows2 is not None else 0
+    out = rows.new_empty(batch, number, c1 + c2)  # [B, N, C1+C2]
+    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    blocks = triton.cdiv(c1, CHANNELS) + triton.cdiv(c2, CHANNELS)
+    block = 8 if batch * number <= 2048 else 32
+    _normalize_both[triton.cdiv(number, block), blocks, batch](
+        out, rows, rows2, affine, count, number, c1, c2, rows.stride(0), rows.stride(1),
+        rows2.stride(0) if rows2 is not None else 0, rows2.stride(1) if rows2 is not None else 0,
+        affine.stride(0), affine.stride(1), SILU=activation == "silu", BM=block, BC=CHANNELS, PDL=pdl,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,106 @@
+"""Normalization of active rows, references and Triton kernels, against PyTorch in float64, interpreted or on a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fisedit.runtime.kernels.fold_group_norms import reference as fold_reference  # noqa: E402
+from fisedit.runtime.kernels.fold_group_norms.triton import fold_group_norms  # noqa: E402
+from fisedit.runtime.kernels.layer_norm_rows import reference as layer_reference  # noqa: E402
+from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows  # noqa: E402
+from fisedit.runtime.kernels.normalize_rows import reference as normalize_reference  # noqa: E402
+from fisedit.runtime.kernels.normalize_rows.triton import normalize_rows  # noqa: E402
+
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+"""Of the largest result: half a unit in its last place, and a little."""
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def check(out: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    assert (out.double() - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("c1", "c2", "activation"), [(40, 0, "silu"), (136, 24, "none"), (9, 130, "silu")])
+def test_normalize_rows(dtype: torch.dtype, c1: int, c2: int, activation: str) -> None:
+    """Slices of wider buffers; rows past the count are left alone."""
+    number, count = 21, 12
+    rows = random(2, number, 160, seed=0, dtype=dtype)[..., :c1]
+    rows2 = random(2, number, c2, seed=1, dtype=dtype) if c2 else None
+    affine = random(2, 2, 200, seed=2)[..., 24 : 24 + c1 + c2]
+    joined = rows.double() if rows2 is None else torch.cat([rows, rows2], -1).double()
+    wanted = torch.empty_like(joined)
+    for sample in range(2):
+        for channel in range(c1 + c2):
+            scale, offset = affine[:, sample, channel].tolist()
+            wanted[sample, :, channel] = joined[sample, :, channel] * scale + offset
+    if activation == "silu":
+        wanted = wanted / (1 + torch.exp(-wanted))
+    limit = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    check(normalize_reference.normalize_rows(rows, rows2, affine, activation, limit), wanted, dtype)
+    out = normalize_rows(rows, rows2, affine, activation, limit)
+    assert out.shape == wanted.shape and out.dtype == dtype
+    check(out[:, :count], wanted[:, :count], dtype)
+
+
+@pytest.mark.parametrize("shifted", [None, 1, 2])
+@pytest.mark.parametrize("addresses", [False, True])
+def test_folded_norms_are_group_norms(shifted: int | None, addresses: bool) -> None:
+    """Three norms of one network: each one's slice of the scales and offsets does what ``F.group_norm`` does."""
+    channels, groups, eps = [40, 6, 256], [8, 3, 32], 1e-5
+    total = sum(channels)
+    weight, bias = random(total, seed=0), random(total, seed=1)
+    shift = random(shifted, total, seed=2, dtype=torch.float16) if shifted else None
+    recorded, wanted, inputs = [], [], []
+    for number, (size, group, w, b) in enumerate(
+        zip(channels, groups, weight.split(channels), bias.split(channels), strict=True)
+    ):
+        x = random(2, size, 11, seed=10 + number).double()
+        moved = x if shift is None else x + shift.double().split(channels, 1)[number][..., None]
+        wanted.append(F.group_norm(moved, group, w.double(), b.double(), eps))
+        inputs.append(x)
+        variance, mean = torch.var_mean(moved.unflatten(1, (group, -1)), (2, 3), correction=0)
+        recorded += [mean, torch.rsqrt(variance + eps)]
+    given = ([4, 0, 2], [5, 1, 3])  # the third norm's statistics were recorded first
+    recorded = [recorded[i] for i in (2, 3, 4, 5, 0, 1)]
+    rest = (*given, groups, channels, weight, bias, shift)
+    exact = fold_reference.fold_group_norms(recorded, *rest)
+    assert exact.dtype == torch.float64
+    single = [t.float() for t in recorded]
+    table = torch.tensor([[row.data_ptr() for row in t] for t in single], device=DEVICE)
+    out = fold_group_norms([table] if addresses else single, *rest)
+    assert out.dtype == torch.float32 and out.is_contiguous()
+    for affine, tolerance in ((exact, 1e-10), (out.double(), 1e-5)):
+        for x, y, (scale, offset) in zip(inputs, wanted, affine.split(channels, 2), strict=True):
+            torch.testing.assert_close(x * scale[..., None] + offset[..., None], y, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(("channels", "parts"), [(40, "weight, bias"), (1300, "weight"), (320, "")])
+def test_layer_norm_rows(dtype: torch.dtype, channels: int, parts: str) -> None:
+    rows = random(2, 9, 3 * channels, seed=0, dtype=dtype)[..., channels : 2 * channels] + 5
+    weight = random(channels, seed=1, dtype=dtype) if "weight" in parts else None
+    bias = random(channels, seed=2, dtype=dtype) if "bias" in parts else None
+    x = rows.double()
+    wanted = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 0.1).sqrt()
+    if weight is not None:
+        wanted = wanted * weight.double()
+    if bias is not None:
+        wanted = wanted + bias.double()
+    limit = torch.tensor([6], dtype=torch.int32, device=DEVICE)
+    check(layer_reference.layer_norm_rows(rows, weight, bias, 0.1, limit), wanted, dtype)
+    out = layer_norm_rows(rows, weight, bias, 0.1, limit)
+    assert out.dtype == dtype
+    check(out[:, :6], wanted[:, :6], dtype)
