@@ -1,0 +1,309 @@
+"""Each kernel alone, at the shapes of Stable Diffusion 2's U-Net (768x768, batch 2), beside its roofline.
+
+    python bench/kernels.py --output kernels.json
+    python bench/kernels.py --tiny                   small shapes and the reference kernels, on any device
+
+Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
+with copies of themselves, so that they come from memory, as in a whole model. ``library`` is what PyTorch takes for
+the product or the attention alone, on inputs that lie ready, gathered and contiguous.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from masks import blob, ragged
+from roofline import Peak, peak_of
+from torch import Tensor
+
+from fisedit.environment import describe_environment, environment_line
+from fisedit.runtime.calibration import copies_beyond_l2, time_on_gpu
+from fisedit.runtime.plan import project_mask
+
+BATCH, TEXT, HEAD = 2, 77, 64
+OPS = ("multiply_rows", "attend_rows", "normalize_rows", "fold_group_norms")
+Run = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Level:
+    """A level of the U-Net: lines, channels."""
+
+    side: int
+    channels: int
+
+
+LEVELS = (Level(96, 320), Level(48, 640), Level(24, 1280), Level(12, 1280))
+TINY_LEVELS = (Level(8, 64), Level(4, 128))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel's call. ``runs`` and ``library``: the same call over different copies of what comes from memory."""
+
+    op: str
+    shape: str
+    level: Level
+    rows: int
+    macs: int
+    bytes: int
+    runs: Sequence[Run]
+    library: Sequence[Run]
+
+
+@dataclass(frozen=True)
+class Timed:
+    """µs of a case, of the library's part of it, and the floor by the GPU's data sheet."""
+
+    op: str
+    shape: str
+    side: int
+    mask: str
+    rows: int
+    microseconds: float
+    library: float | None
+    floor: float | None
+    tflops: float
+    gigabytes: float
+
+
+class Cases:
+    """The kernels' calls at one level under a mask of the latent.
+
+    Args:
+        kernels: the functions of ``OPS`` by name.
+    """
+
+    def __init__(
+        self, kernels: dict[str, Callable[..., Any]], level: Level, mask: Tensor, device: torch.device, dtype: str
+    ) -> None:
+        self.kernels, self.level, self.device, self.dtype = kernels, level, device, getattr(torch, dtype)
+        self.active = project_mask(mask, (level.side, level.side)).to(device)
+        self.number = int(self.active.sum())
+        self.count = torch.tensor([self.number], dtype=torch.int32, device=device)
+        self.locks = torch.zeros(1 << 16, dtype=torch.int32, device=device)
+
+    def make(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, device=self.device, dtype=self.dtype) * 0.1
+
+    def rows(self, channels: int) -> Tensor:
+        return self.make(BATCH, self.number, channels)
+
+    def case(
+        self, op: str, shape: str, macs: int, moved: list[Tensor], runs: Sequence[Run], library: Sequence[Run]
+    ) -> Case:
+        moved_bytes = sum(tensor.numel() * tensor.element_size() for tensor in moved)
+        return Case(op, shape, self.level, self.number, macs, moved_bytes, runs, library)
+
+    def all(self) -> Iterator[Case]:
+        c = self.level.channels
+        yield self.convolution(c, c)
+        yield self.convolution(2 * c, c)
+        yield self.linear(c, 3 * c, norm=True)
+        yield self.linear(c, c, residual=True)
+        yield self.linear(c, 4 * c, norm=True, gated=True)
+        yield self.linear(4 * c, c, residual=True)
+        yield self.self_attention()
+        yield self.text_attention()
+        yield self.normalization()
+
+    def convolution(self, inputs: int, outputs: int) -> Case:
+        """3x3, with bias and residual; neighbors outside the mask from the recorded map."""
+        rows, bias, residual = self.rows(inputs), self.make(outputs), self.rows(outputs)
+        sources = neighbor_sources(self.active)  # [1, N, 9]
+        both = copies_beyond_l2(
+            self.make(outputs, 9 * inputs), self.make(BATCH, self.active.numel(), inputs)
+        )  # weights, recorded maps
+        runs = [
+            self.multiply(rows, weight, sources=sources, recorded=recorded, bias=bias, residual=residual)
+            for weight, recorded in both
+        ]
+        patches = self.make(BATCH, self.number, 9 * inputs)
+        library = [partial(F.linear, patches, weight) for weight, _ in both]
+        halo = self.make(BATCH, len(set(sources[sources >= self.number].tolist())), inputs)
+        moved = [rows, both[0][0], halo, residual, residual, sources]
+        macs = BATCH * self.number * 9 * inputs * outputs
+        return self.case("multiply_rows", f"conv 3x3 {inputs} to {outputs}", macs, moved, runs, library)
+
+    def linear(
+        self, inputs: int, outputs: int, *, norm: bool = False, residual: bool = False, gated: bool = False
+    ) -> Case:
+        """A linear layer, layer-normalized before or with a residual after it, or GEGLU."""
+        width = outputs * (2 if gated else 1)
+        rows, added = self.rows(inputs), self.rows(outputs) if residual else None
+        weights = [weight for (weight,) in copies_beyond_l2(self.make(width, inputs))]
+        sums = torch.zeros(width, device=self.device) if norm else None
+        options = {"bias": self.make(width), "residual": added, "column_sum": sums, "gated": gated,
+                   "activation": "gelu" if gated else "none"}  # fmt: skip
+        runs = [self.multiply(rows, weight, **options) for weight in weights]
+        library = [partial(F.linear, rows, weight) for weight in weights]
+        moved = [rows, weights[0], self.rows(outputs), *([added] if added is not None else [])]
+        note = ", GEGLU" if gated else ", residual" if residual else ""
+        name = f"linear {inputs} to {outputs}{', LayerNorm' if norm else ''}{note}"
+        macs = BATCH * self.number * inputs * width
+        return self.case("multiply_rows", name, macs, moved, runs, library)
+
+    def multiply(self, rows: Tensor, weight: Tensor, **options: Any) -> Run:
+        nothing = dict.fromkeys(("rows2", "recorded", "sources", "bias", "column_sum", "affine", "residual"))
+        given = {**nothing, "full": False, "activation": "none", "gated": False, "eps": 1e-5, **options}
+        multiply_rows = self.kernels["multiply_rows"]
+        return partial(multiply_rows, rows, weight=weight, count=self.count, locks=self.locks, **given)
+
+    def self_attention(self) -> Case:
+        """Over the recorded keys and values, those of the active rows renewed."""
+        c, positions = self.level.channels, self.active.numel()
+        query, key, value = (self.rows(c) for _ in range(3))
+        recorded = copies_beyond_l2(self.make(BATCH, positions, c), self.make(BATCH, positions, c))
+        table = position_table(self.active)  # [1, R]
+        heads = c // HEAD
+        attend_rows = self.kernels["attend_rows"]
+        runs = [
+            partial(attend_rows, query, key, value, k, v, table, self.count, None, self.locks, heads, None)
+            for k, v in recorded
+        ]
+        moved = [query, query, *recorded[0], table]
+        macs = 2 * BATCH * self.number * positions * c
+        library = [attention_run(query, k, v, heads) for k, v in recorded]
+        return self.case("attend_rows", f"self, {heads} heads, {positions} keys", macs, moved, runs, library)
+
+    def text_attention(self) -> Case:
+        c = self.level.channels
+        heads = c // HEAD
+        query = self.rows(c)
+        key, value = (self.make(BATCH, heads, TEXT, HEAD) for _ in range(2))
+        attend_rows = self.kernels["attend_rows"]
+        runs = [partial(attend_rows, query, key, value, None, None, None, self.count, None, self.locks, heads, None)]
+        split = query.unflatten(2, (heads, HEAD)).transpose(1, 2).contiguous()  # [B, h, N, d]
+        library = [partial(F.scaled_dot_product_attention, split, key, value)]
+        macs = 2 * BATCH * self.number * TEXT * c
+        moved = [query, query, key, value]
+        return self.case("attend_rows", f"text, {heads} heads, {TEXT} keys", macs, moved, runs, library)
+
+    def normalization(self) -> Case:
+        c = self.level.channels
+        rows, affine = self.rows(c), torch.ones(2, BATCH, c, device=self.device)
+        normalize_rows = self.kernels["normalize_rows"]
+        run = partial(normalize_rows, rows, None, affine, "silu", self.count)
+        return self.case("normalize_rows", f"{c} channels, SiLU", 0, [rows, rows, affine], [run], [])
+
+    def folding(self, norms: int) -> Case:
+        """The statistics of ``norms`` normalizations, 32 groups each, as scales and offsets: once a call."""
+        c = self.level.channels
+        recorded = [torch.ones(BATCH, 32, device=self.device) for _ in range(2 * norms)]
+        weight, bias, shift = (self.make(norms * c) for _ in range(3))
+        slots, groups, channels = list(range(norms)), [32] * norms, [c] * norms
+        fold = self.kernels["fold_group_norms"]
+        means, rstds = slots, [norms + slot for slot in slots]
+        run = partial(fold, recorded, means, rstds, groups, channels, weight, bias, shift[None])
+        moved = [*recorded, weight, bias, shift, torch.empty(2, BATCH, norms * c)]
+        return self.case("fold_group_norms", f"{norms} norms of {c} channels", 0, moved, [run], [])
+
+
+def attention_run(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Run:
+    split = [t.unflatten(2, (heads, HEAD)).transpose(1, 2).contiguous() for t in (query, key, value)]  # [B, h, *, d]
+    return partial(F.scaled_dot_product_attention, *split)
+
+
+def position_table(active: Tensor) -> Tensor:
+    """int32 ``[1, R]``: for each position the active row that holds it, else N + its number."""
+    flat = active.flatten()
+    number = int(flat.sum())
+    table = number + torch.arange(flat.numel(), device=flat.device)
+    table[flat] = torch.arange(number, device=flat.device)
+    return table[None].int()
+
+
+def neighbor_sources(active: Tensor) -> Tensor:
+    """int32 ``[1, N, 9]``: the rows that each active output of a padded 3x3 convolution reads; -1 outside the map."""
+    height, width = active.shape
+    table = F.pad(position_table(active).view(height, width), (1, 1, 1, 1), value=-1)
+    y, x = active.nonzero(as_tuple=True)
+    return torch.stack([table[y + dy, x + dx] for dy in range(3) for dx in range(3)], -1)[None]
+
+
+def load_kernels(provider: str) -> dict[str, Callable[..., Any]]:
+    """The functions of ``OPS`` that a provider has."""
+    return {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.{provider}"), op) for op in OPS}
+
+
+def microseconds(runs: Sequence[Run], device: torch.device) -> float:
+    """µs of a call; on a CPU by the clock."""
+    if device.type == "cuda":
+        return time_on_gpu(*runs)
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        runs[0]()
+        times.append(time.perf_counter() - start)
+    return median(times) * 1e6
+
+
+def measure(case: Case, mask: str, peak: Peak | None, device: torch.device) -> Timed:
+    spent = microseconds(case.runs, device)
+    floor = max(case.bytes / peak.bytes, case.macs / peak.macs) * 1e6 if peak else None
+    return Timed(
+        case.op, case.shape, case.level.side, mask, case.rows, spent,
+        microseconds(case.library, device) if case.library else None, floor,
+        tflops=2e-6 * case.macs / spent, gigabytes=1e-3 * case.bytes / spent,
+    )  # fmt: skip
+
+
+def table(timed: list[Timed]) -> str:
+    """Markdown."""
+    lines = [
+        "| kernel | shape | level | mask | rows | µs | library, µs | TFLOP/s | GB/s | floor, µs | floor / time |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for t in timed:
+        floor = ("", "") if t.floor is None else (f"{t.floor:.1f}", f"{t.floor / t.microseconds:.0%}")
+        library = "" if t.library is None else f"{t.library:.1f}"
+        lines.append(
+            f"| {t.op} | {t.shape} | {t.side} | {t.mask} | {t.rows} | {t.microseconds:.1f} | {library} "
+            f"| {t.tflops:.0f} | {t.gigabytes:.0f} | {floor[0]} | {floor[1]} |"
+        )
+    return "\n".join(lines)
+
+
+def main(
+    shares: Annotated[str, typer.Option(help="Active shares of the blobs.")] = "0.05,0.15,0.3",
+    ragged_share: Annotated[float, typer.Option(help="Of a ragged mask; 0 leaves it out.")] = 0.23,
+    dtype: str = "float16",
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    tiny: Annotated[bool, typer.Option(help="Small shapes; the reference kernels on a CPU.")] = False,
+) -> None:
+    """Measure kernels one by one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = describe_environment(device)
+    levels, peak = TINY_LEVELS if tiny else LEVELS, peak_of(environment["device"])
+    kernels = load_kernels("triton" if device.type == "cuda" else "reference")
+    size = (levels[0].side, levels[0].side)
+    masks = {f"blob {float(share):.0%}": blob(size, float(share)) for share in shares.split(",")}
+    if ragged_share:
+        masks[f"ragged {ragged_share:.0%}"] = ragged(size, 0, ragged_share)
+    timed: list[Timed] = []
+    with torch.no_grad():
+        for name, mask in masks.items():
+            for level in levels:
+                cases = Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32")
+                timed += [measure(case, name, peak, device) for case in cases.all()]
+        folding = Cases(kernels, levels[-1], mask, device, "float32").folding(norms=61)
+        timed.append(measure(folding, "any", peak, device))
+    if output is not None:
+        kept = {"environment": environment, "kernels": [asdict(one) for one in timed]}
+        output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+    print(f"{table(timed)}\n\n{environment_line(environment)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
