@@ -1,5 +1,7 @@
 """What a U-Net call has to compute and to move at least, from its dense graph and a mask; no kernel is looked at.
 
+    python bench/roofline.py --models SD2.1,SD1.5,SDXL          floors on an H100; needs no GPU and no weights
+
 Counted apart from the package's own count (``fisedit.passes.count_macs``), so that each checks the other.
 """
 
@@ -8,13 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
+from masks import blob, family
+from published import MODELS, Published, arguments, build
 from torch import Tensor
 from torch.fx import Graph, Node
+from torch.utils.flop_counter import FlopCounterMode
 
+from fisedit.capture import bind_call, capture
+from fisedit.passes import pipeline
+from fisedit.passes.base import PassLog, run_passes
 from fisedit.passes.ir import args, aten, bound_arguments, is_op, layout_of, tensor
 from fisedit.runtime.plan import project_mask
 
@@ -161,3 +170,51 @@ def _attention(node: Node, masked: Masked) -> Work:
 
 def _level(value: Tensor) -> tuple[int, int]:
     return int(value.shape[-2]), int(value.shape[-1])
+
+
+def dense_graph(model: Published) -> tuple[Graph, int]:
+    """The canonical graph of a published architecture in half precision, and the multiply-accumulates that PyTorch
+    counts of a call; on the meta device, where nothing is computed."""
+    unet = build(model, "meta", torch.float16)
+    call = arguments(model, model.size, "meta", torch.float16)
+    captured = capture(unet, bind_call(unet, (), call))
+    run_passes(captured.module, pipeline.canonical_passes(), PassLog("canonical"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(**call | {"timestep": torch.empty((), device="meta")})
+    return captured.module.graph, counter.get_total_flops() // 2
+
+
+def mean_work(works: list[Work]) -> Work:
+    """The mean of several masks' work."""
+    return Work(*(round(sum(parts) / len(works)) for parts in zip(*(vars(w).values() for w in works), strict=True)))
+
+
+def main(
+    models: Annotated[str, typer.Option(help="Names of bench/published.py, with commas.")] = "SD2.1,SD1.5,SDXL",
+    shares: Annotated[str, typer.Option(help="Active shares of the blobs.")] = "0.05,0.15,0.3",
+    device: Annotated[str, typer.Option(help=f"One of {', '.join(PEAKS)}.")] = "H100",
+    ragged_masks: Annotated[int, typer.Option(help="Masks of the ragged family.")] = 24,
+) -> None:
+    """Print work and floors of one call, fp16, batch 2."""
+    peak = PEAKS[device]
+    print("| U-Net | mask | GMACs | fewer | weights, MB | recorded, MB | activations, MB | bytes, ms | MACs, ms |")
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+    for name in models.split(","):
+        published = MODELS[name]
+        graph, counted = dense_graph(published)
+        dense = count_work(graph)
+        assert dense.macs == counted, f"{dense.macs} here, {counted} by torch.utils.flop_counter"
+        works = {"dense": dense}
+        works |= {f"blob {float(s):.0%}": count_work(graph, blob(published.size, float(s))) for s in shares.split(",")}
+        ragged = [count_work(graph, mask) for mask in family(published.size, ragged_masks)]
+        works[f"ragged, {ragged_masks} masks"] = mean_work(ragged)
+        for kind, work in works.items():
+            megabytes = " | ".join(f"{part / 1e6:.0f}" for part in (work.weights, work.recorded, work.activations))
+            times = f"{work.bytes / peak.bytes * 1e3:.2f} | {work.macs / peak.macs * 1e3:.2f}"
+            fewer = f"{dense.macs / work.macs:.1f}×"
+            print(f"| {name} | {kind} | {work.macs / 1e9:.0f} | {fewer} | {megabytes} | {times} |", flush=True)
+    print(f"\n{device}: {peak.bytes / 1e12:.2f} TB/s, {peak.macs / 1e12:.0f} T multiply-accumulates/s (half precision)")
+
+
+if __name__ == "__main__":
+    typer.run(main)

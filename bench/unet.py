@@ -29,7 +29,7 @@ from kernel_table import markdown as kernel_markdown
 from kernel_table import profile_call
 from masks import blob, family
 from published import MODELS, TINY
-from roofline import Work, count_work, peak_of
+from roofline import Work, count_work, mean_work, peak_of
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -210,7 +210,7 @@ def measure_masks(
         error=max(one.error for made in loops for one in made),
         macs_dense=macs_dense,
         macs=round(mean(made[0].macs or macs_dense for made in loops)),
-        work=Work(*(round(mean(vars(work)[part] for work in works)) for part in vars(works[0]))),
+        work=mean_work(works),
         floor=mean(work.floor(peak) for work in works) * 1e3 if peak else None,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import kernels
+import each_kernel
 import pytest
 import torch
 import unet
@@ -100,9 +100,9 @@ def test_options_of_variants() -> None:
 
 
 def test_kernel_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    kernels.main(shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True)
+    each_kernel.main(shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True)
     found = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
-    assert {one["op"] for one in found} == set(kernels.OPS)
+    assert {one["op"] for one in found} == set(each_kernel.OPS)
     assert all(one["microseconds"] > 0 for one in found)
     assert "| fold_group_norms | 61 norms of 128 channels |" in capsys.readouterr().out
 
@@ -112,11 +112,12 @@ def test_neighbor_sources_are_a_convolutions() -> None:
     active, channels = blob((6, 7), 0.3), 3
     image, weight = torch.randn(2, channels, 6, 7), torch.randn(5, channels, 3, 3)
     rows = image.flatten(2).transpose(1, 2)  # [B, R, C]
-    case = kernels.Cases(kernels.load_kernels("reference"), kernels.Level(6, channels), active, image.device, "float32")
+    level, reference = each_kernel.Level(6, channels), each_kernel.load_kernels("reference")
+    case = each_kernel.Cases(reference, level, active, image.device, "float32")
     recorded = rows.masked_fill(active.flatten()[:, None], float("nan"))  # what is active is not read there
     out = case.multiply(
         rows[:, active.flatten()], weight.permute(0, 2, 3, 1).flatten(1), recorded=recorded,
-        sources=kernels.neighbor_sources(active), bias=torch.zeros(5),
+        sources=each_kernel.neighbor_sources(active), bias=torch.zeros(5),
     )()  # fmt: skip
     wanted = torch.nn.functional.conv2d(image, weight, padding=1)[..., active].transpose(1, 2)
     torch.testing.assert_close(out, wanted)

@@ -1,7 +1,7 @@
 """Each kernel alone, at the shapes of Stable Diffusion 2's U-Net (768x768, batch 2), beside its roofline.
 
-    python bench/kernels.py --output kernels.json
-    python bench/kernels.py --tiny                   small shapes and the reference kernels, on any device
+    python bench/each_kernel.py --output kernels.json
+    python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
 with copies of themselves, so that they come from memory, as in a whole model. ``library`` is what PyTorch takes for
