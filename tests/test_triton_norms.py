@@ -80,7 +80,7 @@ def test_folded_norms_are_group_norms(shifted: int | None, addresses: bool) -> N
     assert exact.dtype == torch.float64
     single = [t.float() for t in recorded]
     table = torch.tensor([[row.data_ptr() for row in t] for t in single], device=DEVICE)
-    out = fold_group_norms([table] if addresses else single, *rest)
+    out = fold_group_norms(table if addresses else single, *rest)
     assert out.dtype == torch.float32 and out.is_contiguous()
     for affine, tolerance in ((exact, 1e-10), (out.double(), 1e-5)):
         for x, y, (scale, offset) in zip(inputs, wanted, affine.split(channels, 2), strict=True):

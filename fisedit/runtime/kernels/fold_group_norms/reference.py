@@ -20,8 +20,8 @@ def fold_group_norms(
     ``offset = bias + (shift - mean) * scale``.
 
     Args:
-        recorded: statistics, float32 ``[B, G_i]`` each. The Triton kernel also takes one int64 ``[slots, B]`` in their
-            place: the device address of each slot's and sample's ``[G_i]``.
+        recorded: statistics, float32 ``[B, G_i]`` each. The Triton kernel also takes one int64 tensor ``[slots, B]``
+            in place of the list: the device address of each slot's and sample's ``[G_i]``.
         means, rstds: where each norm's mean and reciprocal standard deviation stand among ``recorded``.
         groups, channels: of each norm. S is the sum of ``channels``.
         weight, bias: ``[S]``, all norms one after the other.

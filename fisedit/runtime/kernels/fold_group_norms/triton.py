@@ -37,7 +37,7 @@ def _fold(
 
 
 def fold_group_norms(
-    recorded: list[Tensor],
+    recorded: list[Tensor] | Tensor,
     means: list[int],
     rstds: list[int],
     groups: list[int],
@@ -50,7 +50,7 @@ def fold_group_norms(
 
     The tables of channels are made at the first call, outside of a CUDA graph's capture, and kept.
     """
-    table = recorded[0] if len(recorded) == 1 and recorded[0].dtype == torch.int64 else _addresses(recorded)
+    table = recorded if isinstance(recorded, Tensor) else _addresses(recorded)
     batch, total = table.shape[1], weight.shape[0]
     places = _places(tuple(means), tuple(rstds), tuple(groups), tuple(channels), weight.device)
     out = weight.new_empty(2, batch, total)  # [2, B, S]
