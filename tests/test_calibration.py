@@ -15,6 +15,7 @@ from fisedit.errors import UnknownOptionError
 from fisedit.runtime.calibration import (
     VARIABLE,
     Candidate,
+    Choice,
     Machine,
     Timings,
     copies_beyond_l2,
@@ -104,6 +105,21 @@ def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         Timings.load("cpu")
 
 
+def test_choices_are_collected(tmp_path: Path) -> None:
+    timings, watch = Timings.load("cpu", tmp_path), Stopwatch(rows=3.0, tile=2.0)
+    with timings.collect() as choices:
+        timings.best("conv", KEY, 60, ["rows", "tile"], watch)
+        with timings.collect() as inner:
+            timings.best("conv", KEY, 60, ["rows"], watch)
+    timings.best("conv", KEY, 60, ["rows"], watch)
+    assert choices == [Choice("conv", KEY, 60, "tile", {"rows": 192.0, "tile": 128.0})]
+    assert [choice.chosen for choice in inner] == ["rows"]
+    off = Timings.load("cpu", tmp_path, calibrate="off")
+    with off.collect() as choices:
+        off.best("conv", KEY, 60, ["rows", "tile"], watch, default="tile")
+    assert choices == [Choice("conv", KEY, 60, "tile", {})]
+
+
 def test_prediction_is_linear_between_points(tmp_path: Path) -> None:
     timings = Timings.load("cpu", tmp_path)
     assert timings.predict("conv", KEY, 100) is None
@@ -120,7 +136,7 @@ def test_the_table_is_kept(tmp_path: Path) -> None:
     timings.best("conv", KEY, 64, ["rows", "tile"], Stopwatch(rows=1.0, tile=2.0))
     timings.save()
     again = Timings.load("cpu", tmp_path / "made" / "here")
-    assert again.table == timings.table and again.times("conv", KEY, 64) == {'"rows"': 64.0, '"tile"': 128.0}
+    assert again.table == timings.table and again.times("conv", KEY, 64) == {"rows": 64.0, "tile": 128.0}
     watch = Stopwatch()
     assert again.best("conv", KEY, 64, ["rows", "tile"], watch) == "rows" and watch.asked == []
 
@@ -131,7 +147,7 @@ def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
     other.put("conv", KEY, 64, "tile", 2.0)
     one.save()
     other.save()
-    assert Timings.load("cpu", tmp_path).times("conv", KEY, 64) == {'"rows"': 1.0, '"tile"': 2.0}
+    assert Timings.load("cpu", tmp_path).times("conv", KEY, 64) == {"rows": 1.0, "tile": 2.0}
     assert len(list(tmp_path.iterdir())) == 1  # nothing half-written is left
 
 

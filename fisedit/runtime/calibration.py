@@ -11,7 +11,8 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor
 from fisedit.errors import UnknownOptionError
 
 Candidate = Hashable
-"""A way to compute a layer: a string, a number, or a tuple of them."""
+"""A way to compute a layer, told by its text (``str``)."""
 Measure = Callable[[Candidate, int], float]
 """``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run."""
 Calibrate = Literal["lazy", "off"]
@@ -63,6 +64,17 @@ class Machine:
         return re.sub(r"[^A-Za-z0-9.+]+", "-", "-".join(words)) + ".json"
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a layer, and what each candidate costs, by its text; nothing where nothing was measured."""
+
+    kind: str
+    key: tuple[Any, ...]
+    rows: int
+    chosen: str
+    costs: Mapping[str, float]
+
+
 @dataclass
 class Timings:
     """Measured µs by kind of layer, its key, its number of rows, and candidate. Threads may share it.
@@ -79,6 +91,7 @@ class Timings:
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _unsaved: bool = False
+    _collected: list[Choice] | None = None
 
     @staticmethod
     def load(device: torch.device | str, folder: Path | None = None, calibrate: Calibrate | None = None) -> Timings:
@@ -109,7 +122,7 @@ class Timings:
         """The fastest of ``candidates`` for a layer of ``rows`` rows.
 
         Args:
-            kind, key: the layer's shape: strings, numbers, booleans and tuples of them.
+            kind, key: the layer's shape: strings, numbers, tuples, and what else says by its text what it is.
             rows: taken to a grid of factors of the square root of 2, and so given to ``measure``.
             measure: called for the candidates that were not measured yet.
             default: the answer while they are not all known and measuring is off; by default the first candidate.
@@ -117,35 +130,49 @@ class Timings:
         point = grid(rows)
         with self._lock:
             known = self.times(kind, key, rows)
-            missing = [candidate for candidate in candidates if _encode(candidate) not in known]
+            missing = [candidate for candidate in candidates if str(candidate) not in known]
             if missing and self.calibrate == "off":
-                return candidates[0] if default is None else default
-            for candidate in missing:
-                self.put(kind, key, point, candidate, measure(candidate, point))
-            known = self.times(kind, key, rows)
-            return min(candidates, key=lambda candidate: known[_encode(candidate)])
+                chosen = candidates[0] if default is None else default
+            else:
+                for candidate in missing:
+                    self.put(kind, key, point, candidate, measure(candidate, point))
+                known = self.times(kind, key, rows)
+                chosen = min(candidates, key=lambda candidate: known[str(candidate)])
+            if self._collected is not None:
+                costs = {name: known[name] for name in map(str, candidates) if name in known}
+                self._collected.append(Choice(kind, key, rows, str(chosen), costs))
+            return chosen
+
+    @contextmanager
+    def collect(self) -> Iterator[list[Choice]]:
+        """The choices that ``best`` makes within the block, in their order, for ``explain``."""
+        with self._lock:
+            before, self._collected = self._collected, []
+            try:
+                yield self._collected
+            finally:
+                self._collected = before
 
     def put(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate, microseconds: float) -> None:
         """Note a measurement."""
         with self._lock:
-            self.table.setdefault(_point(kind, key, grid(rows)), {})[_encode(candidate)] = microseconds
+            self.table.setdefault(_point(kind, key, grid(rows)), {})[str(candidate)] = microseconds
             self._unsaved = True
 
     def times(self, kind: str, key: tuple[Any, ...], rows: int) -> Mapping[str, float]:
-        """µs of each measured candidate (as JSON text) at the grid point of ``rows``."""
+        """µs of each measured candidate, by its text, at the grid point of ``rows``."""
         return self.table.get(_point(kind, key, grid(rows)), {})
 
     def time(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate) -> float | None:
         """µs of one candidate at the grid point of ``rows``; ``None`` if it was not measured."""
-        return self.times(kind, key, rows).get(_encode(candidate))
+        return self.times(kind, key, rows).get(str(candidate))
 
     def predict(self, kind: str, key: tuple[Any, ...], rows: int) -> float | None:
         """µs of the fastest known candidate, linear between grid points; ``None`` if none of this shape is known.
 
         Fewer rows than at the smallest known point take its time; more than at the largest take their share more.
         """
-        prefix = f"{kind} {_encode(key)} "
-        fastest = {n: min(times.values()) for n in points() if (times := self.table.get(f"{prefix}{n}"))}
+        fastest = {n: min(times.values()) for n in points() if (times := self.times(kind, key, n))}
         known = [(n, time) for n, time in fastest.items() if math.isfinite(time)]
         below, above = [point for point in known if point[0] <= rows], [point for point in known if point[0] >= rows]
         if not below:
@@ -227,11 +254,7 @@ def copies_beyond_l2(*tensors: Tensor, most: int = 64) -> list[tuple[Tensor, ...
 
 
 def _point(kind: str, key: tuple[Any, ...], rows: int) -> str:
-    return f"{kind} {_encode(key)} {rows}"
-
-
-def _encode(value: Any) -> str:
-    return json.dumps(value)
+    return f"{kind} {json.dumps(key, default=str)} {rows}"
 
 
 def _read(path: Path, machine: Machine) -> dict[str, dict[str, float]]:

@@ -1,0 +1,56 @@
+"""Choices as text, and the cuts of convolutions that are explained are those that are made."""
+
+from __future__ import annotations
+
+import torch
+
+from fisedit.runtime.calibration import Choice
+from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
+from fisedit.runtime.geometry import ConvGeometry
+from fisedit.runtime.plan import MaskPlan, Table
+
+CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
+SHORTCUT = ConvGeometry((16, 16), (16, 16), (1, 1), (1, 1), (0, 0), (1, 1))
+
+
+def test_layers_alike_share_a_line() -> None:
+    conv = Choice("conv", (320, 320), 461, "rows", {"rows": 9.0, "tile": 12.5, "dense": 140.0})
+    linear = Choice("linear", (320, "geglu"), 461, "library", {"library": 4.0})
+    text = explain_choices([conv, linear, conv], "µs", CallChoice(0.05, False, 2.0, 15.1))
+    assert text.splitlines() == [
+        "5.0% active: the edit runs sparse (expected: sparse 2.00 ms, dense 15.10 ms)",
+        "  2 x conv 320 320        461 rows: rows 9 µs; against tile 12.5, dense 140",
+        "  1 x linear 320 geglu    461 rows: library 4 µs, the only candidate",
+        "all 3 layers: 22 µs",
+    ]
+
+
+def test_what_cannot_run_and_what_was_not_measured() -> None:
+    few = Choice("conv", (1,), 8, "a", dict(zip("abcdef", (1, 2, 3, 4, 5, 6), strict=True)))
+    broken = Choice("conv", (2,), 8, "a", {"a": 1.0, "b": float("inf")})
+    unknown = Choice("conv", (3,), 8, "a", {})
+    lines = explain_choices([few, broken, unknown], "µs").splitlines()
+    assert lines[0].endswith(": a 1 µs; against b 2, c 3, d 4, 2 more")
+    assert lines[1].endswith(": a 1 µs; against b cannot run")
+    assert lines[2].endswith(": a, by rule: nothing was measured")
+    assert len(lines) == 3  # no sum without every part of it
+
+
+def test_a_dense_call_says_so() -> None:
+    assert explain_choices([], "µs", CallChoice(0.8, True)) == "80.0% active: the edit runs dense"
+
+
+def test_explained_cuts_are_those_of_the_plan() -> None:
+    for share, cost in ((0.02, "halo"), (0.4, "halo"), (1.0, "halo"), (0.1, "paper"), (0.1, "dense")):
+        mask = torch.rand(16, 16, generator=torch.Generator().manual_seed(1)) < share
+        mask[0, 0] = True
+        plan = MaskPlan(mask, CostModel(cost))  # type: ignore[arg-type]
+        for geometry in (CONV, SHORTCUT):
+            plan.table(Table("neighbors", geometry))
+            tile = plan.tiles[geometry]
+            wanted = "rows" if tile == (1, 1) else "dense" if tile == (16, 16) else f"tiles of {tile[0]}x{tile[1]}"
+            (choice,) = tile_choices([geometry], mask, plan.cost_model)
+            assert (choice.chosen, choice.rows) == (wanted, int(mask.sum()))
+            if cost == "halo" and geometry is CONV:
+                assert choice.costs[choice.chosen] == min(choice.costs.values())
