@@ -32,7 +32,7 @@ from fisedit.runtime.calibration import copies_beyond_l2, time_on_gpu
 from fisedit.runtime.plan import project_mask
 
 BATCH, TEXT, HEAD = 2, 77, 64
-OPS = ("multiply_rows", "attend_rows", "normalize_rows", "fold_group_norms")
+OPS = ("multiply_rows", "gather_patches", "attend_rows", "normalize_rows", "fold_group_norms")
 Run = Callable[[], object]
 
 
@@ -110,6 +110,7 @@ class Cases:
         c = self.level.channels
         yield self.convolution(c, c)
         yield self.convolution(2 * c, c)
+        yield self.patches(c)
         yield self.linear(c, 3 * c, norm=True)
         yield self.linear(c, c, residual=True)
         yield self.linear(c, 4 * c, norm=True, gated=True)
@@ -131,10 +132,21 @@ class Cases:
         ]
         patches = self.make(BATCH, self.number, 9 * inputs)
         library = [partial(F.linear, patches, weight) for weight, _ in both]
-        halo = self.make(BATCH, len(set(sources[sources >= self.number].tolist())), inputs)
-        moved = [rows, both[0][0], halo, residual, residual, sources]
+        moved = [rows, both[0][0], self.halo(sources, inputs), residual, residual, sources]
         macs = BATCH * self.number * 9 * inputs * outputs
         return self.case("multiply_rows", f"conv 3x3 {inputs} to {outputs}", macs, moved, runs, library)
+
+    def patches(self, channels: int) -> Case:
+        """What the library's product needs before it: the gathered inputs of a 3x3 convolution."""
+        rows, sources = self.rows(channels), neighbor_sources(self.active)
+        recorded = [maps for (maps,) in copies_beyond_l2(self.make(BATCH, self.active.numel(), channels))]
+        runs = [partial(self.kernels["gather_patches"], rows, maps, sources, self.count) for maps in recorded]
+        moved = [rows, self.halo(sources, channels), self.make(BATCH, self.number, 9 * channels), sources]
+        return self.case("gather_patches", f"3x3 of {channels}", 0, moved, runs, [])
+
+    def halo(self, sources: Tensor, channels: int) -> Tensor:
+        """As many recorded rows as a table reads."""
+        return self.make(BATCH, len(sources[sources >= self.number].unique()), channels)
 
     def linear(
         self, inputs: int, outputs: int, *, norm: bool = False, residual: bool = False, gated: bool = False
