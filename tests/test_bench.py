@@ -121,3 +121,8 @@ def test_neighbor_sources_are_a_convolutions() -> None:
     )()  # fmt: skip
     wanted = torch.nn.functional.conv2d(image, weight, padding=1)[..., active].transpose(1, 2)
     torch.testing.assert_close(out, wanted)
+
+
+def test_variants_may_set_when_edits_run_dense() -> None:
+    ours = unet.compile_variant(build(TINY, "cpu", torch.float32), {"dense_above": 0.9, "cost": "rows"})
+    assert (ours.compile_config.cost, ours.cost_model.cost, ours.cost_model.dense_above) == ("rows", "rows", 0.9)
