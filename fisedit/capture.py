@@ -189,6 +189,33 @@ def _forward_signature(model: nn.Module) -> inspect.Signature:
     return _signatures[forward.__func__]
 
 
+def with_timestep_tensor(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments, the timestep a tensor on the sample's device, made there without waiting for it.
+
+    A compiled model would be compiled again for each new number. What is no call of a U-Net stays as it is.
+    """
+    try:
+        bound = _forward_signature(model).bind(*args, **kwargs)
+        sample, timestep = _find_roles(model, bound, bound.arguments)
+    except (TypeError, ValueError, UnsupportedCaptureError):
+        return args, kwargs  # the model itself says what is wrong
+    given, device = bound.arguments[timestep], bound.arguments[sample].device
+    if isinstance(given, Tensor) and given.device == device:
+        return args, kwargs
+    value = given if isinstance(given, Tensor) else torch.as_tensor(given, dtype=_number_dtype(given))
+    if value.numel() == 1:
+        bound.arguments[timestep] = torch.full(value.shape, value.item(), dtype=value.dtype, device=device)
+    else:
+        bound.arguments[timestep] = value.to(device)
+    return bound.args, bound.kwargs
+
+
+def _number_dtype(value: Any) -> torch.dtype | None:
+    return torch.float64 if isinstance(value, float) else None
+
+
 def _find_roles(model: nn.Module, bound: inspect.BoundArguments, arguments: dict[str, Any]) -> tuple[str, str]:
     """Which arguments are the sample and the timestep: by their names, else by their shapes.
 
@@ -246,6 +273,8 @@ def timestep_value(timestep: Any) -> float:
 
 _schedules: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 LONGEST_SCHEDULE = 10_000
+WAITING = ("cuda", "xpu", "mps")
+"""Devices that work while Python goes on, so that reading a value waits for them."""
 
 
 def _elements(timestep: Tensor) -> list[Any]:
@@ -256,7 +285,7 @@ def _elements(timestep: Tensor) -> list[Any]:
     """
     whole = timestep._base
     repeated = all(stride == 0 or size == 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True))
-    if whole is None or timestep.device.type == "cpu" or not repeated or timestep.dtype != whole.dtype:
+    if whole is None or timestep.device.type not in WAITING or not repeated or timestep.dtype != whole.dtype:
         return timestep.flatten().tolist()
     if whole.is_inference() or whole.dim() != 1 or not whole.is_contiguous() or len(whole) > LONGEST_SCHEDULE:
         return timestep.flatten().tolist()

@@ -25,6 +25,9 @@ class CompileConfig:
             (accurate), ``"active"`` the active rows alone (the paper's approximation; nothing to load).
         cost: how convolutions are cut, see :class:`~fisedit.runtime.cost_model.CostModel`.
         provider: whose kernels run the graph.
+        dense: what runs dense on a GPU (calls outside sessions, recording, seeking a mask, edits of most of the image):
+            ``"inductor"`` compiles it at the first such call, for a minute or two; ``"eager"`` never does. A CPU never
+            compiles.
 
     Raises:
         UnknownOptionError: a value that an option does not take.
@@ -33,6 +36,7 @@ class CompileConfig:
     kv: Literal["cached", "active"] = "cached"
     cost: Cost = "halo"
     provider: str = "reference"
+    dense: Literal["inductor", "eager"] = "inductor"
 
     def __post_init__(self) -> None:
         from fisedit.runtime.kernels import PROVIDERS
@@ -40,6 +44,7 @@ class CompileConfig:
         _check("kv", self.kv, ("cached", "active"))
         _check("cost", self.cost, COSTS)
         _check("provider", self.provider, tuple(PROVIDERS))
+        _check("dense", self.dense, ("inductor", "eager"))
 
 
 @dataclass(frozen=True)

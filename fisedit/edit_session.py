@@ -37,6 +37,7 @@ class Lane:
         samples: the numbers of its samples in a call: its images, once for each part of guidance.
         program, plan: of its last sparse call, the plan of its own masks alone.
         unsettled: what its detect steps recorded, whole until the mask is known.
+        whole: whether its masks are full. reason: why it runs dense, if they are not.
     """
 
     edit: Edit
@@ -47,7 +48,10 @@ class Lane:
     bytes_loaded: list[int] = field(default_factory=list)
     unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = field(default_factory=list)
     texts: Copies = field(default_factory=Copies)
+    whole: bool = False
+    reason: str | None = None
     _kind: str | None = None
+    _plans: dict[tuple[torch.device, int], MaskPlan] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -56,8 +60,17 @@ class Lane:
         if masks is None:
             return "detect"
         if self._kind is None:  # once: the values of masks on a GPU are waited for
-            self._kind = "recorded" if not masks.any() else "dense" if masks.all() else "sparse"
+            share, device = float(masks.float().mean()), self._device
+            self.whole = share == 1
+            dense = self.whole or self.cost_model.prefers_dense(share, device)
+            self._kind = "recorded" if share == 0 else "dense" if dense else "sparse"
+            if dense and not self.whole:
+                self.reason = f"{share:.0%} of the latent is active, and a sparse call would take longer"
         return self._kind
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self.edit.base.calls.values())).sample.device
 
     @cached_property
     def images(self) -> int:
@@ -70,7 +83,10 @@ class Lane:
         return masks.repeat(len(self.samples) // self.images, 1, 1)
 
     def plan(self, device: torch.device) -> MaskPlan:
-        return MaskPlan(self.masks(device), self.cost_model)
+        key = device, len(self.samples)
+        if key not in self._plans:
+            self._plans[key] = MaskPlan(self.masks(device), self.cost_model)
+        return self._plans[key]
 
     def keep(self, key: CallKey, made: RecordedCall, stored: dict[Store, Tensor], plan: MaskPlan | None) -> None:
         """Record a call as an overlay of its base: the active rows where computed, the base everywhere else."""
@@ -79,8 +95,10 @@ class Lane:
         kind = self.kind
         if kind == "detect":
             self.unsettled.append((key, stored, made))
-        elif kind == "dense":
+        elif kind == "dense" and self.whole:
             made.cache = whole(len(self.samples), stored)
+        elif kind == "dense":
+            made.cache.values = self._active_rows(stored)
         elif kind == "sparse":
             assert plan is not None
             for store, value in stored.items():
@@ -92,23 +110,29 @@ class Lane:
         kind = self.kind
         for key, stored, made in self.unsettled:
             base = self.edit.base.calls[key]
-            if kind == "dense":
+            if self.whole:
                 made.cache = whole(len(self.samples), stored)
                 continue
             masks = self.masks(made.sample.device)  # [B, H, W]
             made.sample = _inside(masks, made.sample, base.sample)
             made.outputs = [_inside(masks, new, old) for new, old in zip(made.outputs, base.outputs, strict=True)]
-            if kind == "sparse":
-                plan = self.plan(made.sample.device)
-                rows = {s.slot: (v, plan.table(s.rows) if s.rows else None) for s, v in stored.items()
-                        if not s.slot.startswith(("mean:", "rstd:"))}  # fmt: skip
-                made.cache.values = shrink(rows)
+            if kind != "recorded":
+                made.cache.values = self._active_rows(stored)
         self.unsettled.clear()
+
+    def _active_rows(self, stored: dict[Store, Tensor]) -> dict[str, Tensor | Overlay]:
+        """What a dense call stored, reduced to the active rows; group statistics stay the base's."""
+        plan = self.plan(self._device)
+        return shrink({
+            store.slot: (value, plan.table(store.rows) if store.rows else None) for store, value in stored.items()
+            if not store.slot.startswith(("mean:", "rstd:"))
+        })  # fmt: skip
 
     def report(self) -> EditReport:
         edit, program = self.edit, self.program
         report = EditReport(detect_steps=edit.detect_steps, timings=edit.timings, bytes_cached=edit.base.nbytes)
         report = replace(report, active_share=None if edit.masks is None else float(edit.masks.float().mean()))
+        report = replace(report, dense_because=self.reason)
         report = replace(report, seconds_recorded=[call.seconds for call in edit.base.calls.values()])
         if program is None:
             return report
@@ -138,6 +162,7 @@ class Group:
     memo: Memo = field(default_factory=Memo)
     plan: MaskPlan | None = None
     _selected: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
+    _masks: Tensor | None = None
 
     def select(self, call: Call) -> Call:
         """This group's samples of a call; what did not change since the last call stays the same tensor."""
@@ -164,6 +189,22 @@ class Group:
     def own(self, lane: Lane) -> list[int]:
         """The numbers of a lane's samples in the group's call."""
         return [self.numbers.index(sample) for sample in lane.samples]
+
+    def recorded_outputs(self, recorded: dict[int, RecordedCall]) -> list[Tensor]:
+        """The outputs that the bases recorded, for the samples of the group's call."""
+        origins = [(recorded[id(lane)].outputs, number) for lane, number in self.origins()]
+        each = [[output[number] for output in outputs] for outputs, number in origins]
+        return [torch.stack(pieces) for pieces in zip(*each, strict=True)]
+
+    def keep_background(self, computed: Computed, recorded: dict[int, RecordedCall]) -> Computed:
+        """What a dense call computed, with recorded outputs outside the masks."""
+        if all(lane.whole for lane in self.lanes):
+            return computed
+        outputs, stored = computed
+        if self._masks is None:
+            self._masks = self.stack_masks(outputs[0].device)
+        pairs = zip(outputs, self.recorded_outputs(recorded), strict=True)
+        return [_inside(self._masks, new, old) for new, old in pairs], stored
 
     def source(self, recorded: dict[int, RecordedCall]) -> StepCache | StackedCache:
         if len(self.lanes) == 1:
@@ -234,7 +275,7 @@ class EditSession:
         recorded.check(call)
         base.check_order(self.calls, key)
         sample = take_samples(call.tensors[call.sample], call.batch, lane.samples)
-        if self.calls == 0 and lane.kind != "dense":
+        if self.calls == 0 and not (lane.kind == "dense" and lane.whole):
             base.check_noise(recorded.sample, sample)
         if lane.kind == "detect":
             step = base.step_of(key)
@@ -275,12 +316,10 @@ class EditSession:
         kind, store = group.lanes[0].kind, any(lane.edit.recording is not None for lane in group.lanes)
         device = call.tensors[call.sample].device
         if kind == "recorded":
-            origins = [(recorded[id(lane)].outputs, number) for lane, number in group.origins()]
-            each = [[output[number] for output in outputs] for outputs, number in origins]
-            return lambda: ([torch.stack(pieces) for pieces in zip(*each, strict=True)], {})
+            return lambda: (group.recorded_outputs(recorded), {})
         if kind == "dense":
-            dense = program.executable("record")
-            return lambda: dense.run(call.tensors)
+            dense = program.executable("record" if store else "dense")
+            return lambda: group.keep_background(dense.run(call.tensors), recorded)
         source = _Loading(group.source(recorded))
         if kind == "detect":
             detect = program.executable("detect", store)

@@ -315,6 +315,10 @@ class DenseIslandsWarning(FISEditWarning):
     """Much of the model stays dense while editing, so that an edit gains little."""
 
 
+class NotCompiledWarning(FISEditWarning):
+    """Inductor could not compile a dense graph, which runs uncompiled."""
+
+
 def warn(message: str, category: type[FISEditWarning]) -> None:
     """Warn at the line of the user's code that led here: the first that is not ours, diffusers' or torch's."""
     level, frame, passed = 1, inspect.currentframe(), ("fisedit", "diffusers", "torch", "contextlib")

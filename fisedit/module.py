@@ -18,7 +18,7 @@ from torch._dynamo.eval_frame import OptimizedModule
 
 from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
-from fisedit.capture import Call, Signature, bind_call
+from fisedit.capture import Call, Signature, bind_call, with_timestep_tensor
 from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.edit_session import EditSession
@@ -34,6 +34,7 @@ from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.dense import CompiledModel
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
 MANY_ISLANDS = 20
@@ -74,6 +75,7 @@ class _Live:
     sessions: int = 0
     in_session: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
+    dense: CompiledModel | None = None  # what runs calls outside sessions on a GPU; None: the original
 
 
 class CompiledUNet(nn.Module):
@@ -82,7 +84,7 @@ class CompiledUNet(nn.Module):
     It is the original in another class, one that is derived from the original's: both objects share all attributes
     (``vars``), so that parameters, ``config``, adapters, hooks and ``isinstance`` are the original's, whichever of the
     two is changed, and ``from_pretrained`` and the constructor make originals. Outside ``record`` and ``edit`` a call
-    is the original's own. What is its own is in slots.
+    is the original's own, on a GPU compiled by Inductor (``CompileConfig.dense``). What is its own is in slots.
     """
 
     __slots__ = ("_unet", "compile_config", "cost_model", "_build", "_identity", "_live")
@@ -98,8 +100,10 @@ class CompiledUNet(nn.Module):
         """Compile ``unet``; ``build`` makes the graphs of a call."""
         original: Any = type(unet)
         compiled: CompiledUNet = object.__new__(_class_for(original))
+        given = config.dense == "eager" or isinstance(unet, OptimizedModule)  # the user compiled it, or wants none
+        live = _Live(dense=None if given else CompiledModel(unet))
         own = {"_unet": unet, "compile_config": config, "cost_model": CostModel(config.cost), "_build": build,
-               "_identity": object(), "_live": _Live()}  # fmt: skip
+               "_identity": object(), "_live": live}  # fmt: skip
         for name, value in {"__dict__": vars(unet), **own}.items():
             object.__setattr__(compiled, name, value)
         return compiled
@@ -109,6 +113,9 @@ class CompiledUNet(nn.Module):
         # the dense model is left, without a break, as soon as a session is open.
         if self._live.in_session:
             return self._call_in_session(args, kwargs)
+        dense = self._live.dense
+        if dense is not None and not torch.compiler.is_compiling() and dense.takes(args, kwargs):
+            return dense(*with_timestep_tensor(self._dense, args, kwargs))
         return self._unet(*args, **kwargs)
 
     @torch.compiler.disable(reason="FISEdit's sessions run graphs of their own; compile without fullgraph=True")
@@ -263,9 +270,11 @@ class CompiledUNet(nn.Module):
 
     def inspect(self, kind: str = "edit") -> str:
         """The graphs captured so far as text, with what each pass did and every op that stays dense."""
+        dense = self._live.dense
+        lines = [f"compiled by Inductor: {dense.compilation}"] if dense is not None and dense.compilation.used else []
         if not self._live.programs:
-            return "Nothing is captured yet: the first call inside record() or edit() does it."
-        return "\n\n".join(program.inspect(kind) for program in self._live.programs.values())
+            lines.append("Nothing is captured yet: the first call inside record() or edit() does it.")
+        return "\n\n".join([*lines, *(program.inspect(kind) for program in self._live.programs.values())])
 
     @property
     def model_name(self) -> str:

@@ -13,6 +13,7 @@ from fisedit.passes.base import GraphPass, PassLog, run_passes
 from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.lower import lower
 from fisedit.passes.slots import Slot
+from fisedit.runtime import dense
 from fisedit.runtime.executor import Executable
 
 
@@ -25,18 +26,43 @@ class Program:
     logs: dict[str, PassLog] = field(default_factory=dict)
     graphs: dict[str, GraphModule] = field(default_factory=dict)
     executables: dict[str, Executable] = field(default_factory=dict)
+    compilations: list[dense.Compilation] = field(default_factory=list)
 
     def executable(self, kind: str, store: bool = False) -> Executable:
-        """``kind`` is ``"record"``, ``"detect"`` or ``"edit"``; ``store``: also keep what a later edit will load."""
+        """``kind`` is ``"record"``, ``"detect"`` or ``"edit"``; ``store``: also keep what a later edit will load.
+
+        ``"dense"`` is the record graph, which need not keep what it stores.
+        """
+        if kind == "dense":
+            self.executable("record")
+            return self.executables["dense"]
         name = f"{kind}_store" if store else kind
         if name not in self.executables:
             passes = {
-                "record": lambda: pipeline.record_passes(self.slots),
-                "detect": lambda: pipeline.detect_passes(self.slots if store else ()),
+                "record": lambda: pipeline.record_passes(self.slots, self._compiles),
+                "detect": lambda: pipeline.detect_passes(self.slots if store else (), self._compiles),
                 "edit": lambda: pipeline.edit_passes(self.config.kv, self.slots if store else ()),
             }[kind]()
             self.executables[name] = lower(self._run(name, passes), self.config.provider)
+            if kind != "edit":
+                self._compile(name)
         return self.executables[name]
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether dense graphs are compiled: on a GPU, unless the user does not want it."""
+        devices = {device.partition(":")[0] for _, _, _, device in self.captured.signature.tensors}
+        return self.config.dense == "inductor" and devices <= set(dense.DEVICES)
+
+    def _compile(self, name: str) -> None:
+        """Let a dense graph be compiled at its first call, where such graphs are."""
+        plain = without_stores = self.executables[name]
+        if self._compiles:
+            self.compilations.append(dense.Compilation(name))
+            plain, without_stores = dense.compiled(plain, self.compilations[-1])
+        self.executables[name] = plain
+        if name == "record":
+            self.executables["dense"] = without_stores
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -61,6 +87,8 @@ class Program:
             for record in log.records:
                 lines.append(f"  {log.graph}/{record.name}: {record.result.matched} places, {record.nodes} nodes after")
             lines += [f"    left alone by {name}: {r.node} ({r.reason})" for name, r in log.refusals]
+        if states := [str(compilation) for compilation in self.compilations if compilation.used]:
+            lines.append("compiled by Inductor: " + "; ".join(states))
         islands = self.islands
         lines.append("dense islands: " + ("; ".join(islands) if islands else "none"))
         return "\n".join(lines)

@@ -17,6 +17,7 @@ class EditReport:
         tiles: the cut that the cost model chose per convolution geometry: (1, 1) is rows, the whole map dense.
         detect_steps: dense steps that found the mask.
         timings: seconds of each U-Net call by kind (``detect``, ``sparse``, ``dense``).
+        dense_because: why an edit of a part of the image ran dense; ``None`` if it did not.
         seconds_recorded: seconds of each recorded (dense) call of the base.
         macs_dense, macs_sparse: multiply-accumulates of one U-Net call.
         bytes_cached: bytes that the base holds. bytes_loaded: bytes read from it by each sparse call.
@@ -28,6 +29,7 @@ class EditReport:
     tiles: dict[str, tuple[int, int]] = field(default_factory=dict)
     detect_steps: int = 0
     timings: dict[str, list[float]] = field(default_factory=dict)
+    dense_because: str | None = None
     seconds_recorded: list[float] = field(default_factory=list)
     macs_dense: int | None = None
     macs_sparse: int | None = None
@@ -52,6 +54,8 @@ class EditReport:
         rows = [("active share", _percent(self.active_share)), ("detect steps (dense)", str(self.detect_steps))]
         rows += [(f"{kind} calls", f"{len(times)}, median {median(times) * 1e3:.1f} ms")
                  for kind, times in self.timings.items() if times]  # fmt: skip
+        if self.dense_because is not None:
+            rows.append(("dense because", self.dense_because))
         if self.seconds_per_recorded_step is not None:
             rows.append(("recorded call", f"median {self.seconds_per_recorded_step * 1e3:.1f} ms"))
         if self.macs_dense and self.macs_sparse:

@@ -30,7 +30,7 @@ def test_a_value_that_an_option_does_not_take_is_named(option: str, value: Any) 
         DetectConfig(**{option: value})
 
 
-@pytest.mark.parametrize("option", ["kv", "cost", "provider"])
+@pytest.mark.parametrize("option", ["kv", "cost", "provider", "dense"])
 @pytest.mark.parametrize("value", ["everything", None, 1, np.array(["cached"]), torch.ones(2)], ids=str)
 def test_compile_options_too(option: str, value: Any) -> None:
     with pytest.raises(UnknownOptionError, match=f"{option}="):

@@ -22,6 +22,7 @@ from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.share_stored_maps import share_stored_maps
 from fisedit.passes.slots import Slot
 from fisedit.passes.sparsify_attention import sparsify_attention
 from fisedit.passes.sparsify_conv import sparsify_conv
@@ -44,9 +45,10 @@ def edit_passes(kv: str, store: Iterable[Slot] = ()) -> list[GraphPass]:
     ]
 
 
-def detect_passes(store: Iterable[Slot] = ()) -> list[GraphPass]:
-    return [partial(insert_cache_stores, slots=store), control_attention]
+def detect_passes(store: Iterable[Slot] = (), compiled: bool = False) -> list[GraphPass]:
+    return [*record_passes(store, compiled), control_attention]
 
 
-def record_passes(store: Iterable[Slot]) -> list[GraphPass]:
-    return [partial(insert_cache_stores, slots=store)]
+def record_passes(store: Iterable[Slot], compiled: bool = False) -> list[GraphPass]:
+    """``compiled``: for a graph that is compiled for a GPU."""
+    return [partial(insert_cache_stores, slots=store), *([share_stored_maps] if compiled else [])]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,10 +63,16 @@ class CostModel:
     Args:
         cost: ``"halo"`` (default) picks the cheapest of rows, a tile (h, w) from {2, 4, 8, 16, 32}² and dense;
             ``"paper"`` picks by the printed formula; ``"rows"`` and ``"dense"`` force those.
+        dense_above: the active share from which on a whole call on a GPU runs dense.
     """
 
     cost: Cost = "halo"
     halo: HaloCost = HaloCost()
+    dense_above: float = 0.5
+
+    def prefers_dense(self, share: float, device: torch.device) -> bool:
+        """Whether a U-Net call of which ``share`` (0 to 1) is active is expected to be faster dense than sparse."""
+        return device.type == "cuda" and share >= self.dense_above
 
     def choose(self, mask: Tensor, geometry: ConvGeometry) -> Tile:
         """The tile (h, w) for the active outputs ``mask`` (bool ``[H, W]`` at the output level)."""
