@@ -1,6 +1,7 @@
 """Each kernel alone, at the shapes of Stable Diffusion 2's U-Net (768x768, batch 2), beside its roofline.
 
     python bench/each_kernel.py --output kernels.json
+    python bench/each_kernel.py --regret                 also other tile sizes: is the chosen one the fastest?
     python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -33,7 +34,7 @@ from fisedit.runtime.plan import project_mask
 
 BATCH, TEXT, HEAD = 2, 77, 64
 OPS = ("multiply_rows", "gather_patches", "attend_rows", "normalize_rows", "fold_group_norms")
-Run = Callable[[], object]
+Run = Callable[..., object]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,18 @@ class Level:
     channels: int
 
 
+TILES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
+    "multiply_rows": ("m n k warps stages split", [
+        (*tile, split)
+        for tile in ((16, 64, 128, 4, 6), (32, 64, 128, 4, 6), (64, 64, 128, 4, 5), (64, 128, 64, 4, 6),
+                     (128, 64, 64, 4, 6), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
+        for split in (1, 2, 4, 8)
+    ]),
+    "attend_rows": ("m n warps stages split", [
+        (*tile, split) for tile in ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3)) for split in (1, 2, 4, 8)
+    ]),
+}  # fmt: skip
+"""What ``--regret`` tries besides the kernels' own choice: fields of their ``Config``."""
 LEVELS = (Level(96, 320), Level(48, 640), Level(24, 1280), Level(12, 1280))
 TINY_LEVELS = (Level(8, 64), Level(4, 128))
 
@@ -76,6 +89,8 @@ class Timed:
     floor: float | None
     tflops: float
     gigabytes: float
+    best: float | None = None
+    best_config: str = ""
 
 
 class Cases:
@@ -271,6 +286,44 @@ def measure(case: Case, mask: str, peak: Peak | None, device: torch.device) -> T
     )  # fmt: skip
 
 
+def configurations(op: str) -> list[Any]:
+    """Other configurations of a Triton kernel that chooses one."""
+    if op not in TILES:
+        return []
+    names, values = TILES[op]
+    config = import_module(f"fisedit.runtime.kernels.{op}.triton").Config
+    return [config(**dict(zip(names.split(), each, strict=True))) for each in values]
+
+
+def with_best(timed: Timed, case: Case, device: torch.device) -> Timed:
+    """``timed`` with the fastest configuration; the kernel's own is among them."""
+    from triton.runtime.errors import OutOfResources
+
+    best, name = timed.microseconds, "as chosen"
+    for config in configurations(case.op):
+        try:
+            spent = microseconds([partial(run, config=config) for run in case.runs], device)
+        except OutOfResources:
+            continue
+        best, name = min((best, name), (spent, str(config)))
+    return replace(timed, best=best, best_config=name)
+
+
+def regrets(timed: list[Timed]) -> list[str]:
+    """A line for each kernel that chooses: its time over that of the best choices, all cases together."""
+    lines = []
+    for op in TILES:
+        own = [one for one in timed if one.op == op and one.best is not None]
+        if own:
+            worst = max(own, key=lambda one: one.microseconds / (one.best or one.microseconds))
+            total = sum(one.microseconds for one in own) / sum(one.best or 0.0 for one in own)
+            lines.append(
+                f"{op}: {total:.3f} of the best in all, at worst {worst.microseconds / (worst.best or 1):.2f} "
+                f"({worst.shape}, {worst.rows} rows: {worst.best_config})"
+            )
+    return lines
+
+
 def table(timed: list[Timed]) -> str:
     """Markdown."""
     lines = [
@@ -293,6 +346,7 @@ def main(
     dtype: str = "float16",
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     tiny: Annotated[bool, typer.Option(help="Small shapes; the reference kernels on a CPU.")] = False,
+    regret: Annotated[bool, typer.Option(help="Also time other configurations; on a GPU, some minutes.")] = False,
 ) -> None:
     """Measure kernels one by one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -308,13 +362,15 @@ def main(
         for name, mask in masks.items():
             for level in levels:
                 cases = Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32")
-                timed += [measure(case, name, peak, device) for case in cases.all()]
+                for case in cases.all():
+                    one = measure(case, name, peak, device)
+                    timed.append(with_best(one, case, device) if regret else one)
         folding = Cases(kernels, levels[-1], mask, device, "float32").folding(norms=61)
         timed.append(measure(folding, "any", peak, device))
     if output is not None:
         kept = {"environment": environment, "kernels": [asdict(one) for one in timed]}
         output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    print(f"{table(timed)}\n\n{environment_line(environment)}")
+    print(table(timed), "", *regrets(timed), environment_line(environment), sep="\n")
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def test_options_of_variants() -> None:
 
 
 def test_kernel_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    each_kernel.main(shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True)
+    each_kernel.main(
+        shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True, regret=False
+    )
     found = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
     assert {one["op"] for one in found} == set(each_kernel.OPS)
     assert all(one["microseconds"] > 0 for one in found)
@@ -126,3 +128,14 @@ def test_neighbor_sources_are_a_convolutions() -> None:
 def test_variants_may_set_when_edits_run_dense() -> None:
     ours = unet.compile_variant(build(TINY, "cpu", torch.float32), {"dense_above": 0.9, "cost": "rows"})
     assert (ours.compile_config.cost, ours.cost_model.cost, ours.cost_model.dense_above) == ("rows", "rows", 0.9)
+
+
+def test_regret_of_kernels() -> None:
+    def timed(op: str, microseconds: float, best: float | None) -> each_kernel.Timed:
+        return each_kernel.Timed(op, "shape", 96, "blob", 8, microseconds, None, None, 0.0, 0.0, best, "64x64")
+
+    rows = [timed("multiply_rows", 10.0, 10.0), timed("multiply_rows", 30.0, 22.0), timed("attend_rows", 5.0, None)]
+    assert each_kernel.regrets(rows) == [
+        "multiply_rows: 1.250 of the best in all, at worst 1.36 (shape, 8 rows: 64x64)"
+    ]
+    assert each_kernel.configurations("normalize_rows") == []
