@@ -62,8 +62,25 @@ def test_each_point_is_measured_once(tmp_path: Path) -> None:
     assert len(watch.asked) == 2
     timings.best("conv", (*KEY, 1), 500, ["rows"], watch)
     timings.best("linear", KEY, 500, ["rows"], watch)
-    timings.best("conv", KEY, 800, ["rows"], watch)
-    assert watch.asked[2:] == [("rows", 512), ("rows", 512), ("rows", 724)]
+    timings.best("conv", KEY, 1100, ["rows"], watch)
+    assert watch.asked[2:] == [("rows", 512), ("rows", 512), ("rows", 1024)]
+
+
+def test_the_next_points_need_no_measuring(tmp_path: Path) -> None:
+    timings, watch = Timings.load("cpu", tmp_path), Stopwatch(rows=3.0, tile=2.0)
+    timings.put("conv", KEY, 512, "rows", 1.0)
+    timings.put("conv", KEY, 512, "tile", 2.0)
+    assert [timings.best("conv", KEY, rows, ["rows", "tile"], watch) for rows in (362, 512, 724)] == ["rows"] * 3
+    assert watch.asked == []
+    assert timings.best("conv", KEY, 1024, ["rows", "tile"], watch) == "tile"
+    assert timings.best("conv", KEY, 724, ["rows", "tile"], watch) == "rows"  # the smaller one's
+
+
+def test_where_nothing_can_be_measured_the_default_answers(tmp_path: Path) -> None:
+    timings = Timings.load("cpu", tmp_path)
+    assert timings.best("conv", KEY, 64, ["rows", "tile"], None, default="tile") == "tile"
+    timings.best("conv", KEY, 64, ["rows", "tile"], Stopwatch(rows=1.0, tile=2.0))
+    assert timings.best("conv", KEY, 64, ["rows", "tile"], None, default="tile") == "rows"
 
 
 def test_a_new_candidate_is_measured_beside_the_known(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class Timings:
         key: tuple[Any, ...],
         rows: int,
         candidates: Sequence[Candidate],
-        measure: Measure,
+        measure: Measure | None,
         default: Candidate | None = None,
     ) -> Candidate:
         """The fastest of ``candidates`` for a layer of ``rows`` rows.
@@ -124,24 +124,35 @@ class Timings:
         Args:
             kind, key: the layer's shape: strings, numbers, tuples, and what else says by its text what it is.
             rows: taken to a grid of factors of the square root of 2, and so given to ``measure``.
-            measure: called for the candidates that were not measured yet.
-            default: the answer while they are not all known and measuring is off; by default the first candidate.
+            measure: called for the candidates that were not measured yet, unless all are known at a point next to
+                that of ``rows``; ``None`` if nothing can be measured now.
+            default: the answer where nothing is known or can be measured; by default the first candidate.
         """
-        point = grid(rows)
         with self._lock:
-            known = self.times(kind, key, rows)
-            missing = [candidate for candidate in candidates if str(candidate) not in known]
-            if missing and self.calibrate == "off":
-                chosen = candidates[0] if default is None else default
-            else:
-                for candidate in missing:
-                    self.put(kind, key, point, candidate, measure(candidate, point))
+            names = [str(candidate) for candidate in candidates]
+            known = self._known(kind, key, rows, names)
+            if known is None and measure is not None and self.calibrate == "lazy":
+                for candidate in candidates:
+                    if self.time(kind, key, rows, candidate) is None:
+                        self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
                 known = self.times(kind, key, rows)
+            if known is not None:
                 chosen = min(candidates, key=lambda candidate: known[str(candidate)])
+            else:
+                chosen = candidates[0] if default is None else default
             if self._collected is not None:
-                costs = {name: known[name] for name in map(str, candidates) if name in known}
+                costs = {name: known[name] for name in names} if known is not None else {}
                 self._collected.append(Choice(kind, key, rows, str(chosen), costs))
             return chosen
+
+    def _known(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str]) -> Mapping[str, float] | None:
+        """The times at the grid point of ``rows``, or at one next to it, where those of all names are known."""
+        place = _grid_step(rows)
+        for step in (place, place - 1, place + 1):
+            times = self.times(kind, key, max(1, round(2 ** (step / 2))))
+            if all(name in times for name in names):
+                return times
+        return None
 
     @contextmanager
     def collect(self) -> Iterator[list[Choice]]:
@@ -205,7 +216,11 @@ class Timings:
 
 def grid(rows: int) -> int:
     """The grid point next to a number of rows: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, ..."""
-    return round(2 ** (round(2 * math.log2(max(rows, 1))) / 2))
+    return round(2 ** (_grid_step(rows) / 2))
+
+
+def _grid_step(rows: int) -> int:
+    return round(2 * math.log2(max(rows, 1)))
 
 
 def points(largest: int = 1 << 20) -> list[int]:
