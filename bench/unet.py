@@ -186,11 +186,11 @@ def count_macs(subject: Subject, results: Results) -> int:
 def measure_masks(
     subject: Subject, base: Recording, name: str, masks: list[Tensor], repeats: int, macs_dense: int
 ) -> Row:
-    """Sessions under each mask in turn, each beside a dense loop; the times are the medians, their mean over masks."""
+    """Sessions under each mask, each beside a dense loop; the times are the medians, their mean over the masks."""
     dense: list[float] = []
     loops: list[list[EditLoop]] = [[] for _ in masks]
-    for _ in range(repeats):
-        for mask, made in zip(masks, loops, strict=True):
+    for mask, made in zip(masks, loops, strict=True):
+        for _ in range(repeats):
             timed, _ = loop(subject.step(subject.dense), subject.timesteps[WARM:], subject.device)
             dense.append(timed.wall)
             made.append(measure_edit(subject, base, mask))

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+from pathlib import Path
 
-from fisedit.runtime.calibration import Choice
+import torch
+from models import arguments, one_level
+
+import fisedit
+from fisedit.api import build_program
+from fisedit.capture import bind_call
+from fisedit.config import CompileConfig
+from fisedit.explanation import explain, product_of
+from fisedit.passes.fused import get
+from fisedit.passes.ir import fisedit as ops
+from fisedit.passes.ir import is_op
+from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.tuning import Product
 
 CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
 SHORTCUT = ConvGeometry((16, 16), (16, 16), (1, 1), (1, 1), (0, 0), (1, 1))
@@ -33,7 +45,7 @@ def test_what_cannot_run_and_what_was_not_measured() -> None:
     lines = explain_choices([few, broken, unknown], "µs").splitlines()
     assert lines[0].endswith(": a 1 µs; against b 2, c 3, d 4, 2 more")
     assert lines[1].endswith(": a 1 µs; against b cannot run")
-    assert lines[2].endswith(": a, by rule: nothing was measured")
+    assert lines[2].endswith(": a (nothing was measured)")
     assert len(lines) == 3  # no sum without every part of it
 
 
@@ -54,3 +66,43 @@ def test_explained_cuts_are_those_of_the_plan() -> None:
             assert (choice.chosen, choice.rows) == (wanted, int(mask.sum()))
             if cost == "halo" and geometry is CONV:
                 assert choice.costs[choice.chosen] == min(choice.costs.values())
+
+
+MASK = torch.zeros(8, 8, dtype=torch.bool)
+MASK[2:5, 3:6] = True
+
+
+def test_a_compiled_model_explains_its_edits() -> None:
+    """Every convolution of the reference graph, none before a capture."""
+    model = one_level()
+    call = arguments(model, (8, 8))
+    unet = fisedit.compile(model)
+    assert unet.explain(MASK).startswith("Nothing is captured yet")
+    with torch.no_grad(), unet.record():
+        unet(**call)
+    lines = unet.explain(MASK).splitlines()
+    assert lines[0] == "14.1% active: the edit runs sparse"
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
+    assert lines[-1].startswith(f"all {convolutions} layers: ")
+    assert sum(int(line.split(" x ")[0]) for line in lines[1:-1]) == convolutions
+
+
+def test_a_fused_graph_is_explained_by_its_timings(tmp_path: Path) -> None:
+    """The shapes that are looked up are those that running products are kept by."""
+    model = one_level()
+    call = bind_call(model, (), arguments(model, (8, 8)))
+    program = build_program(model, call, CompileConfig(provider="triton"))
+    timings = Timings.load("cpu", tmp_path)
+    lines = explain(program, MASK, CostModel(), timings).splitlines()
+    products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.multiply_rows.default)]
+    assert sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products)
+    assert all(line.endswith(": rule (nothing was measured)") for line in lines[1:])
+
+    node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
+    product = product_of(node, torch.float32, False)
+    assert product == Product(9, 2, (16, 0), 16, torch.float32, "bias residual")
+    timings.put(product.kind, product.key, 12, "rule", 7.0)
+    timings.put(product.kind, product.key, 12, "library", 4.0)
+    text = explain(program, MASK, CostModel(), timings)
+    assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual" in text
+    assert ": library 4 µs; against rule 7" in text

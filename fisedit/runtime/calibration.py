@@ -130,29 +130,29 @@ class Timings:
         """
         with self._lock:
             names = [str(candidate) for candidate in candidates]
-            known = self._known(kind, key, rows, names)
-            if known is None and measure is not None and self.calibrate == "lazy":
+            known = self.times_near(kind, key, rows, names)
+            if not known and measure is not None and self.calibrate == "lazy":
                 for candidate in candidates:
                     if self.time(kind, key, rows, candidate) is None:
                         self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
                 known = self.times(kind, key, rows)
-            if known is not None:
+            if known:
                 chosen = min(candidates, key=lambda candidate: known[str(candidate)])
             else:
                 chosen = candidates[0] if default is None else default
             if self._collected is not None:
-                costs = {name: known[name] for name in names} if known is not None else {}
+                costs = {name: known[name] for name in names} if known else {}
                 self._collected.append(Choice(kind, key, rows, str(chosen), costs))
             return chosen
 
-    def _known(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str]) -> Mapping[str, float] | None:
-        """The times at the grid point of ``rows``, or at one next to it, where those of all names are known."""
+    def times_near(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str] = ()) -> Mapping[str, float]:
+        """The times at the grid point of ``rows``, or at one next to it, where all of ``names`` are known; or none."""
         place = _grid_step(rows)
         for step in (place, place - 1, place + 1):
             times = self.times(kind, key, max(1, round(2 ** (step / 2))))
-            if all(name in times for name in names):
+            if times and all(name in times for name in names):
                 return times
-        return None
+        return {}
 
     @contextmanager
     def collect(self) -> Iterator[list[Choice]]:

@@ -61,7 +61,7 @@ def explain_choices(choices: Sequence[Choice], unit: str, call: CallChoice | Non
 def _why(choice: Choice, unit: str) -> str:
     """What the chosen candidate costs, and what the next ones would."""
     if not choice.costs:
-        return ", by rule: nothing was measured"
+        return " (nothing was measured)"
     others = sorted((cost, name) for name, cost in choice.costs.items() if name != choice.chosen)
     shown = [f"{name} {_figure(cost)}" for cost, name in others[: SHOWN - 1]]
     rest = f", {len(others) - len(shown)} more" if len(others) > len(shown) else ""

@@ -6,7 +6,7 @@ import atexit
 import inspect
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -54,18 +54,51 @@ def multiply_rows(*arguments: Any) -> Tensor:
     return run(choose_way(given, timings_of(given["rows"].device)), given)
 
 
+@dataclass(frozen=True)
+class Product:
+    """The shape of a product of rows, all but their number: what its timings are kept by.
+
+    Args:
+        taps: rows that an output reads; 0 for a linear layer.
+        channels: of one row, of both sources. outputs: rows of the weight.
+        fused: what else is computed, from :func:`fused_parts`.
+    """
+
+    taps: int
+    batch: int
+    channels: tuple[int, int]
+    outputs: int
+    dtype: torch.dtype
+    fused: str
+
+    @property
+    def kind(self) -> str:
+        return f"convolution of {self.taps} taps" if self.taps else "linear"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        inputs = "+".join(str(channels) for channels in self.channels if channels)
+        return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
+
+
+def fused_parts(given: Mapping[str, Any], full: bool) -> str:
+    """What a ``multiply_rows`` does besides multiplying, by its arguments."""
+    parts = [name for name in ("bias", "column_sum", "affine", "residual") if given[name] is not None]
+    if given["activation"] != "none":
+        parts.append(given["activation"])
+    return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full)
+
+
 def choose_way(given: Mapping[str, Any], timings: Timings) -> str:
     """``"rule"``, a key of ``TILES``, or ``"library"``."""
-    rows, sources, weight = given["rows"], given["sources"], given["weight"]
-    number = rows.shape[1] if sources is None else sources.shape[1]
-    flags = [name for name in ("bias", "column_sum", "affine", "residual") if given[name] is not None]
-    flags += [given["activation"]] + ["gated"] * given["gated"] + ["full"] * given["full"]
-    second = 0 if given["rows2"] is None else given["rows2"].shape[2]
-    kind = "linear" if sources is None else f"convolution of {sources.shape[2]} taps"
-    key = (len(rows), rows.shape[2], second, weight.shape[0], str(rows.dtype), " ".join(flags))
+    rows, rows2, sources = given["rows"], given["rows2"], given["sources"]
+    number, taps = (rows.shape[1], 0) if sources is None else (sources.shape[1], sources.shape[2])
+    channels = (rows.shape[2], 0 if rows2 is None else rows2.shape[2])
+    fused = fused_parts(given, given["full"])
+    product = Product(taps, len(rows), channels, given["weight"].shape[0], rows.dtype, fused)
     capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
     measure = None if capturing else partial(_measure, given)
-    return str(timings.best(kind, key, number, candidates(given), measure, default=RULE))
+    return str(timings.best(product.kind, product.key, number, candidates(given), measure, default=RULE))
 
 
 def candidates(given: Mapping[str, Any]) -> list[str]:

@@ -1,0 +1,80 @@
+"""Why an edit under a mask is computed as it is: what the cost model knows and chooses, layer by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+
+from fisedit.passes.fused import get
+from fisedit.passes.ir import args, fisedit, is_op, rows_of
+from fisedit.program import Program
+from fisedit.runtime.calibration import Choice, Timings
+from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
+from fisedit.runtime.plan import project_mask
+from fisedit.runtime.row_plan import bucket
+
+if TYPE_CHECKING:
+    from fisedit.runtime.tuning import Product  # needs Triton
+
+
+def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
+    """The choices for an edit of one call signature, and what they are expected to cost, as text.
+
+    Args:
+        mask: bool ``[H, W]`` over the latent.
+        timings: of the GPU; by default those that are kept for it.
+    """
+    program.executable("edit")
+    graph = program.graphs["edit"].graph
+    _, _, dtype, device_name = program.captured.signature.tensors[0]
+    device = torch.device(device_name)
+    share = float(mask.float().mean())
+    call = CallChoice(share, cost_model.prefers_dense(share, device))
+    if not program.fused:
+        convolutions = [node for node in graph.nodes if is_op(node, fisedit.sparse_conv.default)]
+        geometries = [args(node)[2].meta["table"].of for node in convolutions]
+        return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
+    from fisedit.runtime import tuning
+
+    choices = list(_products(graph, mask, dtype, timings or tuning.timings_of(device)))
+    return explain_choices(choices, "µs", call)
+
+
+def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
+    """What is known of the products of a fused graph, at the bucket of the mask's rows."""
+    from fisedit.runtime.tuning import RULE
+
+    for node in graph.nodes:
+        rows = rows_of(node)
+        if rows is None or not is_op(node, fisedit.multiply_rows.default):
+            continue
+        active, positions = int(project_mask(mask, rows.level).sum()), math.prod(rows.level)
+        number, product = bucket(active, positions), product_of(node, dtype, active == positions)
+        costs = timings.times_near(product.kind, product.key, number)
+        chosen = min(costs, key=costs.__getitem__) if costs else RULE
+        yield Choice(product.kind, product.key, number, chosen, costs)
+
+
+def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
+    """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
+    from fisedit.runtime.tuning import Product, fused_parts
+
+    names = ("bias", "column_sum", "affine", "residual", "activation", "gated")
+    given = {name: get(node, name) for name in names}
+    sources, second = get(node, "sources"), rows_of(get(node, "rows2"))
+    kind, first = rows_of(node), rows_of(get(node, "rows"))
+    assert kind is not None and first is not None
+    return Product(
+        taps=0 if sources is None else math.prod(sources.meta["table"].of.kernel),
+        batch=kind.batch,
+        channels=(first.channels, 0 if second is None else second.channels),
+        outputs=kind.channels * (2 if given["gated"] else 1),
+        dtype=dtype,
+        fused=fused_parts(given, full and get(node, "full") is not False),
+    )
