@@ -24,7 +24,8 @@ class CompileConfig:
         kv: keys and values of self-attention: ``"cached"`` takes the recorded full map with the active rows rewritten
             (accurate), ``"active"`` the active rows alone (the paper's approximation; nothing to load).
         cost: how convolutions are cut, see :class:`~fisedit.runtime.cost_model.CostModel`.
-        provider: whose kernels run the graph.
+        provider: whose kernels run the edit: ``"triton"`` (fused, in CUDA graphs), ``"reference"`` (plain PyTorch), or
+            ``"auto"``: Triton on a GPU that has it.
         dense: what runs dense on a GPU (calls outside sessions, recording, seeking a mask, edits of most of the image):
             ``"inductor"`` compiles it at the first such call, for a minute or two; ``"eager"`` never does. A CPU never
             compiles.
@@ -35,7 +36,7 @@ class CompileConfig:
 
     kv: Literal["cached", "active"] = "cached"
     cost: Cost = "halo"
-    provider: str = "reference"
+    provider: str = "auto"
     dense: Literal["inductor", "eager"] = "inductor"
 
     def __post_init__(self) -> None:
@@ -43,7 +44,7 @@ class CompileConfig:
 
         _check("kv", self.kv, ("cached", "active"))
         _check("cost", self.cost, COSTS)
-        _check("provider", self.provider, tuple(PROVIDERS))
+        _check("provider", self.provider, ("auto", *PROVIDERS))
         _check("dense", self.dense, ("inductor", "eager"))
 
 

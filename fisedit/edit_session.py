@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -20,6 +21,7 @@ from fisedit.recording import CallCounter, CallKey, RecordedCall
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached, shrink, take_samples
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.cuda_graph import Replay, Replays
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan, Table
 from fisedit.sameness import Copies, Same
@@ -161,6 +163,8 @@ class Group:
     numbers: list[int]
     memo: Memo = field(default_factory=Memo)
     plan: MaskPlan | None = None
+    replays: Replays | None = None
+    replay: Replay | None = None
     _selected: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     _masks: Tensor | None = None
 
@@ -210,6 +214,11 @@ class Group:
         if len(self.lanes) == 1:
             return recorded[id(self.lanes[0])].cache
         return StackedCache([(recorded[id(lane)].cache, number) for lane, number in self.origins()])
+
+    def give_back(self) -> None:
+        if self.replays is not None and self.replay is not None:
+            self.replays.give_back(self.replay)
+        self.replays = self.replay = None
 
     def stack_masks(self, device: torch.device) -> Tensor:
         masks = {id(lane): lane.masks(device) for lane in self.lanes}
@@ -325,6 +334,8 @@ class EditSession:
             detect = program.executable("detect", store)
             inputs = {**call.tensors, **self._control(group, call, key, recorded)}
             return lambda: detect.run(inputs, source=source)
+        if program.fused:
+            return self._replay(group, call, program, source, store)
         sparse = program.executable("edit", store)
         plan = group.plan = group.plan or MaskPlan(group.stack_masks(device), self.cost_model)
 
@@ -336,6 +347,23 @@ class EditSession:
             return result
 
         return compute
+
+    def _replay(
+        self, group: Group, call: Call, program: Program, source: _Loading, store: bool
+    ) -> Callable[[], Computed]:
+        """A sparse call on a GPU: a captured graph for masks of these sizes, which the session keeps until it ends."""
+        if group.replay is None or group.replays is not program.replays(store):
+            group.give_back()
+            group.replays = program.replays(store)
+            masks = group.stack_masks(torch.device("cpu"))
+            group.replay = group.replays.take(masks, call.batch, call.device)
+        replay = group.replay
+        return lambda: replay.run(call.tensors, source, group.memo)
+
+    def close(self) -> None:
+        """Give the captured graphs back."""
+        for group in self.groups.values():
+            group.give_back()
 
     def _control(self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]) -> dict[str, Tensor]:
         """The inputs of cross-attention control: none for samples whose text did not change (the empty prompt)."""
@@ -368,9 +396,9 @@ class EditSession:
         alone = len(group.lanes) == 1
         mine = replace(call, tensors={n: _own(t, call.batch, own) for n, t in call.tensors.items()})
         plan = group.plan
-        if not alone:
+        if not alone or group.replay is not None:
             stored = {store: take_samples(value, call.batch, own) for store, value in stored.items()}
-            if plan is not None:
+            if plan is not None or group.replay is not None:
                 plan = lane.plan(call.tensors[call.sample].device)
                 stored = {store: _unpadded(value, plan, store.rows) for store, value in stored.items()}
         kept = [clone_detached(take_samples(output, call.batch, own)) for output in outputs]
@@ -385,11 +413,20 @@ class _Loading:
     source: StepCache | StackedCache
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor:
-        try:
+        with self._explained():
             return self.source.load(slot, index)
+
+    def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        with self._explained():
+            return self.source.addresses(slots)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except KeyError as error:
             recorded = "the slots of another batch size, for which this model traces to another graph"
-            raise IncompleteRecordingError(missing=[f"the cache slot {slot}"], recorded=recorded) from error
+            raise IncompleteRecordingError(missing=[f"the cache slot {error.args[0]}"], recorded=recorded) from error
 
 
 def whole(batch: int, stored: dict[Store, Tensor]) -> StepCache:

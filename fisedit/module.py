@@ -30,6 +30,7 @@ from fisedit.errors import (
     UnsupportedDtypeError,
     warn,
 )
+from fisedit.explanation import explain
 from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
@@ -37,6 +38,7 @@ from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
+NOT_CAPTURED = "Nothing is captured yet: the first call inside record() or edit() does it."
 MANY_ISLANDS = 20
 """A model of which more ops than this stay dense is reported by a warning."""
 
@@ -47,6 +49,8 @@ class Session(Protocol):
     name: str
 
     def run(self, call: Call) -> Any: ...
+
+    def close(self) -> None: ...
 
 
 # Which session the calls of this thread or task belong to, by the identity of the model. A context variable, not a
@@ -234,6 +238,7 @@ class CompiledUNet(nn.Module):
         finally:
             _sessions.reset(token)
             self._count_sessions(-1)
+            session.close()
         if changes := state.changes(self._weights()):
             raise ModelChangedError(session=session.name, changes=changes)
 
@@ -273,8 +278,21 @@ class CompiledUNet(nn.Module):
         dense = self._live.dense
         lines = [f"compiled by Inductor: {dense.compilation}"] if dense is not None and dense.compilation.used else []
         if not self._live.programs:
-            lines.append("Nothing is captured yet: the first call inside record() or edit() does it.")
+            lines.append(NOT_CAPTURED)
         return "\n\n".join([*lines, *(program.inspect(kind) for program in self._live.programs.values())])
+
+    def explain(self, mask: Any) -> str:
+        """How an edit under ``mask`` is computed, for each call captured so far: sparse or dense, and layer by layer
+        what the cost model chooses and what the candidates cost.
+
+        Raises:
+            InvalidMaskError: see :meth:`edit`.
+        """
+        texts = []
+        for program in self._live.programs.values():
+            height, width = program.captured.signature.tensors[0][1][-2:]
+            texts.append(explain(program, masks.user_mask(mask, (height, width)), self.cost_model))
+        return "\n\n".join(texts) or NOT_CAPTURED
 
     @property
     def model_name(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import GraphModule
 
 from fisedit.capture import Captured
@@ -14,7 +16,9 @@ from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.lower import lower
 from fisedit.passes.slots import Slot
 from fisedit.runtime import dense
+from fisedit.runtime.cuda_graph import Replays
 from fisedit.runtime.executor import Executable
+from fisedit.runtime.kernels import choose_provider
 
 
 @dataclass
@@ -27,6 +31,8 @@ class Program:
     graphs: dict[str, GraphModule] = field(default_factory=dict)
     executables: dict[str, Executable] = field(default_factory=dict)
     compilations: list[dense.Compilation] = field(default_factory=list)
+    _replays: dict[bool, Replays] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def executable(self, kind: str, store: bool = False) -> Executable:
         """``kind`` is ``"record"``, ``"detect"`` or ``"edit"``; ``store``: also keep what a later edit will load.
@@ -41,12 +47,29 @@ class Program:
             passes = {
                 "record": lambda: pipeline.record_passes(self.slots, self._compiles),
                 "detect": lambda: pipeline.detect_passes(self.slots if store else (), self._compiles),
-                "edit": lambda: pipeline.edit_passes(self.config.kv, self.slots if store else ()),
+                "edit": lambda: pipeline.edit_passes(self.config.kv, self.slots if store else (), self.fused),
             }[kind]()
-            self.executables[name] = lower(self._run(name, passes), self.config.provider)
+            self.executables[name] = lower(self._run(name, passes), self.provider if kind == "edit" else "reference")
             if kind != "edit":
                 self._compile(name)
         return self.executables[name]
+
+    @property
+    def provider(self) -> str:
+        """Whose kernels run the edit graph."""
+        device = self.captured.signature.tensors[0][3]
+        return choose_provider(self.config.provider, torch.device(device))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the edit graph is of fused ops over rows of fixed sizes, for a GPU."""
+        return self.provider == "triton"
+
+    def replays(self, store: bool = False) -> Replays:
+        """The captured CUDA graphs of the fused edit graph."""
+        executable = self.executable("edit", store)
+        with self._lock:
+            return self._replays.setdefault(store, Replays(executable))
 
     @property
     def _compiles(self) -> bool:

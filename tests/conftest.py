@@ -8,6 +8,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402  (the environment is read at import)
 from hypothesis import settings  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on a CPU, slowly
+
 pytest_plugins = ["support.plugin", "pytester"]
 
 torch.set_num_threads(1)

@@ -188,6 +188,8 @@ def test_outside_sessions(model: nn.Module, call: dict[str, Any], backend: Overw
         assert backend.compiled == 1
         out = unet(**call, timestep=5)
     assert out["sample"].shape == call["sample"].shape
+    with unet.record():
+        run(unet, call, (900,))  # what the compiler keeps in the model is no change of it
 
 
 def test_calls_that_are_not_compiled(model: nn.Module, call: dict[str, Any], backend: Overwriting) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
+from fisedit.passes.fused import get
 from fisedit.passes.ir import args, aten, bound_arguments, fisedit, rows_of, tensor
 from fisedit.runtime.plan import MaskPlan
 
@@ -22,7 +23,7 @@ def count_macs(graph: Graph, plan: MaskPlan | None = None) -> int:
         graph: a canonical (dense) graph, or an edit graph before it is cut into stages.
         plan: the mask's tables, for an edit graph.
     """
-    return sum(_count(node, plan) for node in graph.nodes if node.meta.get("stage") != "edit")
+    return sum(_count(node, plan) for node in graph.nodes if node.meta.get("stage") not in ("weights", "edit"))
 
 
 def _count(node: Node, plan: MaskPlan | None) -> int:
@@ -32,6 +33,12 @@ def _count(node: Node, plan: MaskPlan | None) -> int:
         return _sparse_conv(node, plan)
     if node.target is fisedit.row_attention.default:
         return _row_attention(node, plan)
+    if node.target is fisedit.multiply_rows.default:
+        rows = rows_of(node)
+        assert plan is not None and rows is not None
+        return rows.batch * plan.rows(rows.level) * math.prod(_weight_shape(get(node, "weight")))
+    if node.target is fisedit.attend_rows.default:
+        return _attend_rows(node, plan)
     if node.target is aten.linear.default:
         weight = _weight_shape(args(node)[1])
         return _leading(node, plan, weight[0]) * weight[0] * weight[1]
@@ -87,3 +94,14 @@ def _row_attention(node: Node, plan: MaskPlan | None) -> int:
     else:
         length = int(tensor(key).shape[-2])
     return rows.batch * plan.rows(rows.level) * length * rows.channels * 2
+
+
+def _attend_rows(node: Node, plan: MaskPlan | None) -> int:
+    rows, (_, key, _, _, _, table, _, key_count, *_) = rows_of(node), args(node)
+    assert plan is not None and rows is not None
+    number = plan.rows(rows.level)
+    if table is not None:
+        length = rows.level[0] * rows.level[1]
+    else:
+        length = number if key_count is not None else int(tensor(key).shape[-2])
+    return rows.batch * number * length * rows.channels * 2

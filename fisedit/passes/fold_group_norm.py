@@ -42,6 +42,7 @@ def _fold(graph: Graph, node: Node) -> None:
         arguments = (packed, *stats, bound["weight"], bound["bias"], shift, bound["eps"], positions,
                      rows.table(graph, Table("count", layout.level)))  # fmt: skip
         folded = rows.call(graph, fisedit.group_norm_rows.default, arguments, rows=Rows.of(layout))
+        folded.meta["groups"] = int(bound["num_groups"])
         rows.replace(graph, node, folded)
 
 

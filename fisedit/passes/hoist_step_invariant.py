@@ -1,6 +1,7 @@
 """Mark what need not be computed in every step: ``meta["stage"]``.
 
-- ``edit``: depends on weights and text only (text keys and values, packed weights): once per edit;
+- ``weights``: depends on weights only (packed and merged weights): once per model;
+- ``edit``: depends on the text too (its keys and values): once per edit;
 - ``timestep``: depends on the timestep too, but on nothing that varies over the image (time embeddings);
 - ``step``: everything else.
 ``lower`` cuts the graph along these marks.
@@ -13,7 +14,7 @@ from torch.fx import GraphModule, Node
 from fisedit.passes.base import PassResult
 from fisedit.passes.ir import aten, fisedit, is_op, layout_of
 
-STAGES = ("edit", "timestep", "step")
+STAGES = ("weights", "edit", "timestep", "step")
 RANDOM = {aten.rand_like.default, aten.randn_like.default, aten.dropout.default}
 """Ops that give something new in every call."""
 
@@ -34,5 +35,6 @@ def _own_stage(node: Node) -> int:
         if node.meta.get("role") == "timestep":
             return STAGES.index("timestep")
         return STAGES.index("step" if layout_of(node) is not None or node.meta.get("role") == "step" else "edit")
-    reads_edit = is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_store.default)
-    return STAGES.index("step" if reads_edit or node.target in RANDOM else "edit")
+    reads_edit = is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_view.default,
+                       fisedit.cache_store.default)  # fmt: skip
+    return STAGES.index("step" if reads_edit or node.target in RANDOM else "weights")

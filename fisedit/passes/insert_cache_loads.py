@@ -41,7 +41,8 @@ def insert_cache_loads(gm: GraphModule, store: Iterable[Slot] = ()) -> PassResul
 
 def loaded_slots(graph: Graph) -> set[Slot]:
     """The slots that a graph reads."""
-    return {Slot.parse(args(node)[0]) for node in graph.nodes if is_op(node, fisedit.cache_load.default)}
+    reads = (fisedit.cache_load.default, fisedit.cache_view.default)
+    return {Slot.parse(args(node)[0]) for node in graph.nodes if is_op(node, *reads)}
 
 
 def _replace(graph: Graph, node: Node, new: Node) -> None:

@@ -6,6 +6,8 @@ drains fixed buffers and the graph itself touches no storage.
 
 from __future__ import annotations
 
+import operator
+
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -24,7 +26,8 @@ def lower(gm: GraphModule, provider: str = "reference") -> Executable:
     for node in gm.graph.nodes:
         node.meta.setdefault("stage", "step")
     present = [stage for stage in STAGES if any(node.meta["stage"] == stage for node in gm.graph.nodes)]
-    return Executable([_cut(gm, stage, provider) for stage in present if stage == "step" or _computes(gm, stage)])
+    stages = [_cut(gm, stage, provider) for stage in present if stage == "step" or _computes(gm, stage)]
+    return Executable(stages, addressed=provider == "triton")
 
 
 def _computes(gm: GraphModule, stage: str) -> bool:
@@ -40,6 +43,7 @@ class _Cutter:
         self.inputs: dict[Input, Node] = {}
         self.mapping: dict[Node, Node] = {}
         self.stores: dict[Store, Node] = {}
+        self.views: list[str] = []
 
     def take(self, node: Node) -> Node:
         if node not in self.mapping:
@@ -55,7 +59,16 @@ class _Cutter:
             index = args(node)[1] if len(node.args) > 1 else None
             table = index.meta["table"] if isinstance(index, Node) else None
             return self.add_input(Input.load(str(args(node)[0]), table))
+        if is_op(node, fisedit.cache_view.default):
+            return self.graph.call_function(operator.getitem, (self.add_input(Input.views()), self.view(node)))
         return self.add_input(Input.user(str(node.target)) if node.op == "placeholder" else Input.value(node.name))
+
+    def view(self, node: Node) -> int:
+        """The number of a recorded value among those that the stage reads in place."""
+        slot = str(args(node)[0])
+        if slot not in self.views:
+            self.views.append(slot)
+        return self.views.index(slot)
 
     def add_input(self, source: Input) -> Node:
         if source not in self.inputs:
@@ -84,19 +97,32 @@ def _cut(gm: GraphModule, stage: str, provider: str) -> Stage:
     cutter.graph.eliminate_dead_code()
     module = GraphModule(gm, cutter.graph, class_name=f"{stage.capitalize()}Stage")
     names = tuple(node.name for node in exported)
-    return Stage(stage, module, tuple(cutter.inputs), len(results), names, tuple(cutter.stores))
+    inputs, stores, views = tuple(cutter.inputs), tuple(cutter.stores), tuple(cutter.views)
+    return Stage(stage, module, inputs, len(results), names, stores, views)
 
 
 def _copy(cutter: _Cutter, node: Node, provider: str) -> None:
-    if is_op(node, fisedit.table.default, fisedit.cache_load.default):
+    if is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_view.default):
         return  # becomes an input where it is used
     if is_op(node, fisedit.cache_store.default):
         store = Store(str(args(node)[1]), node.meta.get("table"))
         cutter.stores[store] = cutter.take(args(node)[0])
+        return
+    if is_op(node, fisedit.fold_group_norms.default):
+        copy = _copy_fold(cutter, node)
     else:
         copy = cutter.graph.node_copy(node, cutter.take)
-        kernel = kernels.find(node.target, provider)
-        if kernel is not None:
-            copy.target = kernel
-            copy.meta["provider"] = node.meta["provider"] = provider
-        cutter.mapping[node] = copy
+    found = kernels.find(node.target, provider)
+    if found is not None:
+        copy.meta["provider"] = node.meta["provider"] = found[0]
+        copy.target = found[1]
+    cutter.mapping[node] = copy
+
+
+def _copy_fold(cutter: _Cutter, node: Node) -> Node:
+    """It takes all recorded statistics by their numbers, instead of one by one."""
+    views, means, rstds, *rest = args(node)
+    slots = [cutter.view(view) for view in views]
+    numbers = [[slots[place] for place in places] for places in (means, rstds)]
+    taken = [cutter.take(value) if isinstance(value, Node) else value for value in rest]
+    return cutter.graph.call_function(node.target, (cutter.add_input(Input.views()), *numbers, *taken))

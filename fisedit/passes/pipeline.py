@@ -13,15 +13,22 @@ from collections.abc import Iterable
 from functools import partial
 
 from fisedit.passes.base import GraphPass
+from fisedit.passes.batch_group_norms import batch_group_norms
 from fisedit.passes.canonicalize_attention import canonicalize_attention
 from fisedit.passes.canonicalize_ops import canonicalize_ops
 from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
+from fisedit.passes.fold_layer_norm import fold_layer_norm
+from fisedit.passes.fuse_attention import fuse_attention
+from fisedit.passes.fuse_epilogues import fuse_epilogues
+from fisedit.passes.fuse_linear import fuse_linear
 from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.read_in_place import read_in_place
+from fisedit.passes.remove_identities import remove_identities
 from fisedit.passes.share_stored_maps import share_stored_maps
 from fisedit.passes.slots import Slot
 from fisedit.passes.sparsify_attention import sparsify_attention
@@ -33,7 +40,8 @@ def canonical_passes() -> list[GraphPass]:
     return [canonicalize_attention, canonicalize_ops, infer_domains]
 
 
-def edit_passes(kv: str, store: Iterable[Slot] = ()) -> list[GraphPass]:
+def edit_passes(kv: str, store: Iterable[Slot] = (), fuse: bool = False) -> list[GraphPass]:
+    """``fuse``: for kernels that gather, multiply and normalize in one (GPUs)."""
     return [
         fold_group_norm,
         sparsify_conv,
@@ -41,7 +49,20 @@ def edit_passes(kv: str, store: Iterable[Slot] = ()) -> list[GraphPass]:
         sparsify_rowwise,
         eliminate_repacking,
         partial(insert_cache_loads, store=store),
+        *(fuse_passes() if fuse else []),
         hoist_step_invariant,
+    ]
+
+
+def fuse_passes() -> list[GraphPass]:
+    return [
+        remove_identities,
+        read_in_place,
+        fuse_attention,
+        fuse_linear,
+        batch_group_norms,
+        fuse_epilogues,
+        fold_layer_norm,
     ]
 
 

@@ -252,15 +252,22 @@ class CompiledModel:
 
     def __call__(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
-            if self._compiled is not None:
-                return _owned(self._compiled(*args, **kwargs))
-            with _compiling, self.compilation.timed():
-                self._owner.thread = threading.get_ident()
-                self._compiled = torch.compile(self.model, **MODEL_OPTIONS)
-                return _owned(self._compiled(*args, **kwargs))
+            if self._compiled is None:
+                return self._compile(args, kwargs)
+            return _owned(self._compiled(*args, **kwargs))
         except Exception as error:
             result = self.model(*args, **kwargs)  # raises what the caller has to know
             self.compilation.give_up(error)
+            return result
+
+    def _compile(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        with _compiling:
+            if self._compiled is not None:  # another thread was first
+                return self.model(*args, **kwargs)
+            with self.compilation.timed():
+                compiled = torch.compile(self.model, **MODEL_OPTIONS)
+                result = _owned(compiled(*args, **kwargs))
+            self._compiled, self._owner.thread = compiled, threading.get_ident()
             return result
 
 

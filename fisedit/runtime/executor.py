@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.plan import Table
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Input:
     """Where an input of a stage comes from.
 
     ``user``: an input of the model by name; ``table``: an index table of the mask; ``load``: a cache slot, whole or
-    the rows of a table; ``value``: a result of an earlier stage.
+    the rows of a table; ``views``: all slots that are read where they lie; ``value``: a result of an earlier stage.
     """
 
-    kind: Literal["user", "table", "load", "value"]
+    kind: Literal["user", "table", "load", "views", "value"]
     name: str = ""
     key: Table | None = None
 
@@ -38,6 +38,10 @@ class Input:
         return Input("load", slot, rows)
 
     @staticmethod
+    def views() -> Input:
+        return Input("views")
+
+    @staticmethod
     def value(name: str) -> Input:
         return Input("value", name)
 
@@ -52,9 +56,9 @@ class Store:
 
 @dataclass
 class Stage:
-    """A part of a graph that is run at one rhythm: once per edit, per timestep, or per call.
+    """A part of a graph that is run at one rhythm: once per model, per edit, per timestep, or per call.
 
-    ``module`` returns ``results`` user outputs, then the ``values`` of later stages, then the ``stores``.
+    ``views`` are the slots that its kernels read in place. ``module`` returns ``results`` user outputs, then the ``values`` of later stages, then the ``stores``.
     """
 
     name: str
@@ -63,12 +67,26 @@ class Stage:
     results: int
     values: tuple[str, ...]
     stores: tuple[Store, ...]
+    views: tuple[str, ...] = ()
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters and buffers of the model that it reads."""
+        return [*self.module.parameters(), *self.module.buffers()]
 
 
 class SlotSource(Protocol):
     """What can be asked for recorded values: a step of a recording."""
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor: ...
+
+    def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]: ...
+
+
+class Plan(Protocol):
+    """The index tables of a mask."""
+
+    def table(self, key: Table) -> Any: ...
 
 
 @dataclass
@@ -77,20 +95,27 @@ class Memo:
 
     values: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, tuple[tuple[Tensor, int], ...]] = field(default_factory=dict)
+    alive: list[Tensor] = field(default_factory=list)  # what kernels under way may still read by its address
     bytes_loaded: int = 0
 
 
 @dataclass
 class Executable:
-    """A lowered graph: its stages in the order they run."""
+    """A lowered graph: its stages in the order they run.
+
+    ``addressed``: its kernels take the addresses of what they read in place, not the tensors.
+    """
 
     stages: list[Stage]
+    addressed: bool = False
+    _constants: dict[str, Any] = field(default_factory=dict)
+    _packed: list[int] = field(default_factory=list)
 
     def run(
         self,
         inputs: Mapping[str, Tensor],
         *,
-        plan: MaskPlan | None = None,
+        plan: Plan | None = None,
         source: SlotSource | None = None,
         memo: Memo | None = None,
     ) -> tuple[list[Tensor], dict[Store, Tensor]]:
@@ -99,36 +124,72 @@ class Executable:
         Args:
             inputs: the model's tensor inputs by name, and the controls of a detect graph.
             plan: the mask's tables, for an edit graph.
-            source: the recorded step that ``load`` inputs come from.
+            source: the recorded step that ``load`` and ``views`` inputs come from.
             memo: kept between the calls of one edit; stages before ``step`` run only when their inputs changed.
         Returns:
             The user outputs, and the stored values.
         """
         memo = memo or Memo()
-
-        def fetch(wanted: Input) -> Any:
-            if wanted.kind == "user":
-                return inputs[wanted.name]
-            if wanted.kind == "value":
-                return memo.values[wanted.name]
-            assert plan is not None or wanted.key is None
-            table = plan.table(wanted.key) if plan is not None and wanted.key is not None else None
-            if wanted.kind == "table":
-                return table
-            assert source is not None
-            loaded = source.load(wanted.name, table)
-            memo.bytes_loaded += loaded.numel() * loaded.element_size()
-            return loaded
-
+        self.prepare(inputs, memo)
         outputs: tuple[Any, ...] = ()
         with torch.no_grad():
             for stage in self.stages:
-                if stage.name == "step" or _is_due(stage, inputs, memo):
-                    outputs = stage.module(*[fetch(wanted) for wanted in stage.inputs])
+                if stage.name == "step" or (stage.name == "timestep" and _is_due(stage, inputs, memo)):
+                    outputs = stage.module(*[self.fetch(w, stage, inputs, plan, source, memo) for w in stage.inputs])
                     memo.values.update(zip(stage.values, outputs[stage.results :], strict=False))
         step = self.stages[-1]
         stored = outputs[step.results + len(step.values) :]
         return list(outputs[: step.results]), dict(zip(step.stores, stored, strict=True))
+
+    def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
+        """Run the stages before the timestep's, where weights or text changed; whether any ran."""
+        ran = False
+        for stage in self.stages:
+            if stage.name == "weights":
+                addresses = [weight.data_ptr() for weight in stage.weights]
+                if addresses != self._packed:  # at first, and after the weights were moved
+                    with torch.no_grad():
+                        self._constants = dict(zip(stage.values, stage.module(), strict=True))
+                    self._packed, ran = addresses, True
+                    memo.inputs.clear()
+                if any(memo.values.get(name) is not value for name, value in self._constants.items()):
+                    memo.values.update(self._constants)
+            elif stage.name == "edit" and _is_due(stage, inputs, memo):
+                with torch.no_grad():
+                    outputs = stage.module(*[self.fetch(w, stage, inputs, None, None, memo) for w in stage.inputs])
+                memo.values.update(zip(stage.values, outputs, strict=True))
+                ran = True
+        return ran
+
+    def fetch(
+        self,
+        wanted: Input,
+        stage: Stage,
+        inputs: Mapping[str, Tensor],
+        plan: Plan | None,
+        source: SlotSource | None,
+        memo: Memo,
+    ) -> Any:
+        """The value of one input of a stage."""
+        if wanted.kind == "user":
+            return inputs[wanted.name]
+        if wanted.kind == "value":
+            return memo.values[wanted.name]
+        table = None
+        if wanted.key is not None:
+            assert plan is not None
+            table = plan.table(wanted.key)
+        if wanted.kind == "table":
+            return table
+        assert source is not None
+        if wanted.kind == "views":
+            if not self.addressed:
+                return [source.load(slot) for slot in stage.views]
+            addresses, memo.alive = source.addresses(stage.views)
+            return addresses
+        loaded = source.load(wanted.name, table)
+        memo.bytes_loaded += loaded.numel() * loaded.element_size()
+        return loaded
 
 
 def _is_due(stage: Stage, inputs: Mapping[str, Tensor], memo: Memo) -> bool:

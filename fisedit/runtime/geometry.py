@@ -69,3 +69,28 @@ class ConvGeometry:
     def __str__(self) -> str:
         name = f"conv{self.kernel[0]}x{self.kernel[1]}_s{self.stride[0]}" + ("_up" if self.upsample else "")
         return f"{name}_{self.source[0]}x{self.source[1]}_to_{self.target[0]}x{self.target[1]}"
+
+
+def block_positions(geometry: ConvGeometry, tile: Tile, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Source positions that tiles of outputs read, and which of them lie inside the map.
+
+    Args:
+        rows, columns: of the tiles, int64 ``[T]``.
+    Returns:
+        int64 and bool ``[T, bh, bw]``.
+    """
+    block, device = geometry.block(tile), rows.device
+    lines, inside = [], []
+    for dim, start in enumerate((rows, columns)):
+        virtual = geometry.upsample.size[dim] if geometry.upsample else geometry.source[dim]
+        line = start[:, None] * (tile[dim] * geometry.stride[dim]) - geometry.padding[dim]
+        line = line + torch.arange(block[dim], device=device)  # [T, b]
+        within = (line >= 0) & (line < virtual)
+        line = line.clamp(0, virtual - 1)
+        if geometry.upsample:
+            line = geometry.upsample.source(dim, geometry.source[dim], device)[line]
+            within &= line >= 0
+        lines.append(line.clamp(min=0))
+        inside.append(within)
+    positions = lines[0][:, :, None] * geometry.source[1] + lines[1][:, None, :]
+    return positions, inside[0][:, :, None] & inside[1][:, None, :]

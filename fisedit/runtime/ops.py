@@ -2,7 +2,7 @@
 
 Passes write graphs in these ops; ``passes/lower.py`` gives each one a provider from ``runtime/kernels``.
 Letters: B batch, M masks (1 when one mask is shared by the batch, else B), N active rows of a level,
-H halo rows, R all rows of a level, C channels, T tiles, L text tokens.
+H halo rows, R all rows of a level, C channels, T tiles, L text tokens, S channels of all norms together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ SCHEMAS = {
     "recorded": "(Tensor dense) -> Tensor",
     "table": "(str key) -> Tensor",
     "cache_load": "(str slot, Tensor? index=None) -> Tensor",
+    "cache_view": "(str slot) -> Tensor",
     "cache_store": "(Tensor value, str slot) -> ()",
     # Computing: each has a reference kernel.
     "gather_rows": "(Tensor rows, Tensor index) -> Tensor",
@@ -34,9 +35,21 @@ SCHEMAS = {
     "Tensor? key_count=None) -> Tensor",
     "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
+    # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
+    "multiply_rows": "(Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, "
+    "Tensor? column_sum, Tensor? affine, bool full, Tensor? residual, Tensor count, Tensor locks, str activation, "
+    "bool gated, float eps) -> Tensor",
+    "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
+    "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
+    "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
+    "normalize_rows": "(Tensor rows, Tensor? rows2, Tensor affine, str activation, Tensor count, bool done) -> Tensor",
+    "renew_affine": "(Tensor rows, Tensor? rows2, Tensor affine, bool full, Tensor? weight, Tensor? bias, "
+    "Tensor? shift, int groups, float eps, Tensor count) -> Tensor",
+    "fold_group_norms": "(Tensor[] recorded, int[] means, int[] rstds, int[] groups, int[] channels, Tensor weight, "
+    "Tensor bias, Tensor? shift) -> Tensor",
 }
 
-STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_store")
+STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_view", "cache_store")
 
 for _name, _schema in SCHEMAS.items():
     library.define(_name + _schema)
@@ -79,3 +92,35 @@ def _(query, key, value, mask, heads, scale, key_count=None):
 @torch.library.register_fake("fisedit::controlled_attention", lib=library)
 def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]
+
+
+@torch.library.register_fake("fisedit::multiply_rows", lib=library)
+def _(rows, rows2, recorded, sources, weight, bias, column_sum, affine, full, residual, count, locks, activation,
+      gated, eps):  # fmt: skip
+    number = rows.shape[1] if sources is None else sources.shape[1]
+    return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
+
+
+@torch.library.register_fake("fisedit::attend_rows", lib=library)
+def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale):
+    return query.new_empty(query.shape)  # [B, N, h*d]
+
+
+@torch.library.register_fake("fisedit::gather_patches", lib=library)
+def _(rows, recorded, sources, count):
+    return rows.new_empty(rows.shape[0], *sources.shape[1:], rows.shape[2])  # [B, N', taps, C]
+
+
+@torch.library.register_fake("fisedit::normalize_rows", lib=library)
+def _(rows, rows2, affine, activation, count, done):
+    return rows.new_empty(*rows.shape[:2], affine.shape[-1])  # [B, N, C]
+
+
+@torch.library.register_fake("fisedit::renew_affine", lib=library)
+def _(rows, rows2, affine, full, weight, bias, shift, groups, eps, count):
+    return torch.empty_like(affine)  # [2, B, C]
+
+
+@torch.library.register_fake("fisedit::fold_group_norms", lib=library)
+def _(recorded, means, rstds, groups, channels, weight, bias, shift):
+    return weight.new_empty(2, recorded[0].shape[0], weight.shape[0])  # [2, B, S]

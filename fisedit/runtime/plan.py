@@ -17,17 +17,26 @@ import torch
 from torch import Tensor
 
 from fisedit.runtime.cost_model import CostModel
-from fisedit.runtime.geometry import ConvGeometry, Level, Tile
+from fisedit.runtime.geometry import ConvGeometry, Level, Tile, block_positions
 
 
 @dataclass(frozen=True)
 class Table:
-    """The key of an index table: ``active`` or ``count`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a
-    convolution."""
+    """The key of an index table.
+
+    ``active`` or ``count`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a convolution. For fused graphs
+    (:class:`~fisedit.runtime.row_plan.RowPlan`): ``active``, ``keys``, ``number``, ``counts``, ``full``, ``partial`` or
+    ``locks`` of a level, ``sources`` of a convolution.
+    """
 
     kind: str
     of: Level | ConvGeometry
     CONV: ClassVar[tuple[str, ...]] = ("halo", "neighbors", "outputs")
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The levels whose active rows it is made from."""
+        return (self.of.source, self.of.target) if isinstance(self.of, ConvGeometry) else (self.of,)
 
     def __str__(self) -> str:
         of = self.of if isinstance(self.of, ConvGeometry) else f"{self.of[0]}x{self.of[1]}"
@@ -127,7 +136,7 @@ class MaskPlan:
         """The halo ``[M, H]`` and the neighbor table ``[M, T, bh, bw]`` into (active, halo, zero) rows."""
         columns = -(-geometry.target[1] // tile[1])
         active = self.active(geometry.source).flatten(1)  # [M, R]
-        read = [self._block_positions(geometry, tile, t // columns, t % columns) for t in tiles]
+        read = [block_positions(geometry, tile, t // columns, t % columns) for t in tiles]
         halos = []
         for own, (positions, inside) in zip(active, read, strict=True):
             wanted = torch.zeros_like(own)
@@ -142,26 +151,6 @@ class MaskPlan:
             place[border] = rows + torch.arange(len(border), device=own.device)
             neighbors.append(torch.where(inside, place[positions.where(inside, border.new_zeros(()))], zero))
         return halo, _pad(neighbors, zero)
-
-    def _block_positions(
-        self, geometry: ConvGeometry, tile: Tile, rows: Tensor, columns: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Source positions that each tile reads, and which of them lie inside the map: both ``[T, bh, bw]``."""
-        block, device = geometry.block(tile), self.masks.device
-        lines, inside = [], []
-        for dim, start in enumerate((rows, columns)):
-            virtual = geometry.upsample.size[dim] if geometry.upsample else geometry.source[dim]
-            line = start[:, None] * (tile[dim] * geometry.stride[dim]) - geometry.padding[dim]
-            line = line + torch.arange(block[dim], device=device)  # [T, b]
-            within = (line >= 0) & (line < virtual)
-            line = line.clamp(0, virtual - 1)
-            if geometry.upsample:
-                line = geometry.upsample.source(dim, geometry.source[dim], device)[line]
-                within &= line >= 0
-            lines.append(line.clamp(min=0))
-            inside.append(within)
-        positions = lines[0][:, :, None] * geometry.source[1] + lines[1][:, None, :]
-        return positions, inside[0][:, :, None] & inside[1][:, None, :]
 
 
 def _cut(target: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:

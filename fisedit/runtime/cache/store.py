@@ -31,6 +31,7 @@ class StepCache:
     batch: int
     values: dict[str, Tensor | Overlay] = field(default_factory=dict)
     base: StepCache | None = None
+    _addresses: dict[tuple[str, ...], Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor:
         """A slot's value, or rows ``index`` (int64 ``[M, H]``) of it.
@@ -47,6 +48,23 @@ class StepCache:
             assert self.base is not None
             value = scatter_rows(self.base.load(slot), value.index, value.rows)  # [B, R, C]
         return value if index is None else gather_rows(value, index)  # [B, H, C]
+
+    def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        """Where each sample's values begin, contiguous from there: int64 ``[slots, batch]`` on the values' device.
+
+        Returns:
+            The table, and tensors that must stay alive while it is used.
+        """
+        if slots in self._addresses:
+            return self._addresses[slots], []
+        values = [self.load(slot) for slot in slots]
+        whole = [value if value[0].is_contiguous() else value.contiguous() for value in values]
+        starts = [[v.data_ptr() + n * v.stride(0) * v.element_size() for n in range(self.batch)] for v in whole]
+        table = torch.tensor(starts, dtype=torch.int64).to(whole[0].device if whole else "cpu", non_blocking=True)
+        if all(value is self.values.get(slot) for value, slot in zip(whole, slots, strict=True)):
+            self._addresses[slots] = table
+            return table, []
+        return table, whole
 
     def samples(self, numbers: Sequence[int]) -> StepCache:
         """Some samples of this call: views where their numbers are evenly spaced, else copies."""
@@ -101,6 +119,13 @@ class StackedCache:
                 value = gather_rows(value, index[number % len(index)][None])  # [1, H, C]
             each.append(value)
         return torch.cat(each)
+
+    def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        """As :meth:`StepCache.addresses`, of every sample of the call."""
+        known = {id(cache): cache.addresses(slots) for cache, _ in self.origins}
+        columns = [known[id(cache)][0][:, sample] for cache, sample in self.origins]
+        alive = [value for _, values in known.values() for value in values]
+        return torch.stack(columns, 1), alive
 
 
 def take_samples(value: Tensor, batch: int, numbers: Sequence[int]) -> Tensor:

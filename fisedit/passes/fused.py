@@ -1,0 +1,60 @@
+"""What the fusion passes share: the arguments of a ``multiply_rows`` by name, and the tables every fused op takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from fisedit.passes import rows
+from fisedit.passes.ir import Rows, fisedit, is_op, rows_of
+from fisedit.passes.layout import Level
+from fisedit.runtime.plan import Table
+
+MULTIPLY = {
+    "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None, "column_sum": None,
+    "affine": None, "full": False, "residual": None, "count": None, "locks": None, "activation": "none",
+    "gated": False, "eps": 0.0,
+}  # fmt: skip
+"""The arguments of ``multiply_rows`` in their order, with what they are where nothing is fused."""
+
+
+def count(graph: Graph, level: Level) -> Node:
+    return rows.table(graph, Table("number", level))
+
+
+def multiply(graph: Graph, kind: Rows, **given: Any) -> Node:
+    """A ``multiply_rows`` that makes rows of ``kind``."""
+    tables = {"count": count(graph, kind.level), "locks": rows.table(graph, Table("locks", kind.level))}
+    arguments = {**MULTIPLY, **tables, **given}
+    return rows.call(graph, fisedit.multiply_rows.default, list(arguments.values()), rows=kind)
+
+
+def get(node: Node, name: str) -> Any:
+    """An argument of a ``multiply_rows``."""
+    return node.args[list(MULTIPLY).index(name)]
+
+
+def update(node: Node, **changes: Any) -> None:
+    """Change arguments of a ``multiply_rows``."""
+    values = dict(zip(MULTIPLY, node.args, strict=True)) | changes
+    node.args = tuple(values.values())
+
+
+def is_bare(node: Any) -> bool:
+    """Whether a node is a ``multiply_rows`` after which nothing is fused yet."""
+    if not is_op(node, fisedit.multiply_rows.default):
+        return False
+    after = ("affine", "residual", "activation", "gated")
+    return all(get(node, name) == MULTIPLY[name] for name in after)
+
+
+def take_over(graph: Graph, old: Node, new: Node) -> None:
+    """Put ``new`` in the place of ``old``, with what is known of it."""
+    for key in ("nn_module_stack", "origin", "val"):
+        if key in old.meta:
+            new.meta[key] = old.meta[key]
+    if (kind := rows_of(old)) is not None:
+        new.meta["rows"] = kind
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+def multiply_rows(
+    rows: Tensor,
+    rows2: Tensor | None,
+    recorded: Tensor | None,
+    sources: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    column_sum: Tensor | None,
+    affine: Tensor | None,
+    full: bool,
+    residual: Tensor | None,
+    count: Tensor,
+    locks: Tensor,
+    activation: str,
+    gated: bool,
+    eps: float,
+) -> Tensor:
+    """A linear layer or a convolution of active rows, and all that follows it row by row.
+
+    ``out = act((patches @ weight.T + bias) * affine[0] + affine[1]) + residual``, where ``patches`` are
+
+    - the rows themselves, or ``cat(rows, rows2)`` along the channels;
+    - with ``sources``, the ``taps`` input rows that each output reads: a convolution (implicit GEMM).
+
+    Args:
+        rows: ``[B, N, C]``. rows2: ``[B, N, C2]``.
+        recorded: ``[B, R, C]``: the recorded map that inactive inputs are read from.
+        sources: int32 ``[M, N', taps]``: v < N is active row v, v >= N recorded position v - N, -1 a row of zeros.
+        weight: ``[Co, taps * C]``, taps outermost. bias: ``[Co]``.
+        column_sum: float32 ``[Co]``, the sums of the weight's rows: the rows are layer-normalized first, whose affine
+            parameters are part of weight and bias. ``eps`` is the normalization's.
+        affine: float32 ``[2, B, Co]``, scale and offset of each sample; not applied, nor the activation, if ``full``.
+        residual: ``[B, N', Co]``, added last.
+        count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
+        activation: a key of ``ACTIVATIONS``.
+        gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
+    Returns:
+        ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
+    """
+    batch = rows.shape[0]
+    if rows2 is not None:
+        rows = torch.cat([rows, rows2], -1)
+    if sources is not None:
+        rows = _patches(rows, recorded, sources)  # [B, N', taps*C]
+    if column_sum is not None:
+        rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
+    out = F.linear(rows, weight, bias)  # [B, N', Co]
+    if gated:
+        value, gate = out.chunk(2, -1)
+        out = value * ACTIVATIONS[activation](gate)
+    elif not full:
+        if affine is not None:
+            out = (out * affine[0][:, None] + affine[1][:, None]).to(rows.dtype)
+        out = ACTIVATIONS[activation](out)
+    assert out.shape[0] == batch
+    return out if residual is None else out + residual
+
+
+def _patches(rows: Tensor, recorded: Tensor | None, sources: Tensor) -> Tensor:
+    batch, number, channels = rows.shape
+    parts = [rows, rows.new_zeros(batch, 1, channels)]
+    if recorded is not None:
+        parts.insert(1, recorded)
+    everything = torch.cat(parts, 1)  # [B, N+R+1, C]
+    index = sources.long().where(sources >= 0, everything.shape[1] - 1).expand(batch, -1, -1)
+    return torch.take_along_dim(everything, index.reshape(batch, -1, 1), 1).view(batch, sources.shape[1], -1)

@@ -1,0 +1,305 @@
+"""One kernel for linear layers and convolutions of active rows.
+
+The rows that an output reads are gathered while they are loaded (implicit GEMM): active ones from the packed input,
+the others from the recorded map in its place. Few rows leave too few tiles to fill the GPU: then the inner dimension is
+split across programs, and the last to arrive adds their partial sums.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+TMA = False
+ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    split: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == 1:
+        x = x * tl.sigmoid(x)
+    elif ACTIVATION == 2:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == 3:
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    return x
+
+
+@triton.jit
+def _load_weight(
+    weight, first, at, column, step, inner, kept, within,
+    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+):  # fmt: skip
+    """The tile ``[BK, BN]``. What a descriptor loads past the channels of a tap meets zeros of the rows."""
+    if TMA:
+        return weight.load([first, at]).T
+    where = weight + column[None, :].to(tl.int64) * inner + (at + step)[:, None]
+    if EVEN_C and EVEN_N:
+        return tl.load(where)
+    if EVEN_C:
+        return tl.load(where, mask=kept[None, :], other=0.0)
+    return tl.load(where, mask=kept[None, :] & within[:, None], other=0.0)
+
+
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
+def _multiply(
+    out, rows, rows2, recorded, sources, weight, bias, column_sum, affine, residual, count, partial, locks,
+    n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, recorded_stride, residual_stride, table_stride,
+    affine_plane, affine_batch, eps, taps, splits,
+    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    per = tl.load(count)
+    total = per * batch
+    tiles_m, tiles_n = tl.cdiv(total, BM), tl.cdiv(co, BN)
+    tile = tl.program_id(0)
+    if tile >= tiles_m * tiles_n:
+        return
+    # Eight row tiles at a time share what they read of the weights in L2.
+    group = tile // (8 * tiles_n)
+    height = min(tiles_m - group * 8, 8)
+    tile_m = group * 8 + (tile % (8 * tiles_n)) % height
+    tile_n = (tile % (8 * tiles_n)) // height
+
+    row = tile_m * BM + tl.arange(0, BM)
+    valid = row < total
+    row = tl.where(valid, row, 0)
+    sample = row // per
+    place = row - sample * per
+    column = tile_n * BN + tl.arange(0, BN)
+    kept = column < co
+    step = tl.arange(0, BK)
+    chunks = tl.cdiv(c1 + c2, BK)
+    steps = chunks * taps
+    first, last = 0, steps
+    if SPLIT:
+        each = tl.cdiv(steps, splits)
+        first = tl.program_id(1) * each
+        last = min(first + each, steps)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    own = (sample * n_in).to(tl.int64)
+    if GATHER:
+        table = sources + sample * table_stride + place * taps
+        if ADDRESSES:
+            shift = (tl.load(recorded + sample) - rows.to(tl.int64)) // ITEM
+        else:
+            shift = (recorded.to(tl.int64) - rows.to(tl.int64)) // ITEM
+            shift = shift + sample.to(tl.int64) * recorded_stride
+        shift = tl.multiple_of(shift, [16 // ITEM])
+    else:
+        offset = (own + place) * rows_stride
+        if TWO:
+            shift = (rows2.to(tl.int64) - rows.to(tl.int64)) // ITEM
+            offset2 = tl.multiple_of(shift, 16 // ITEM) + (own + place) * rows2_stride - c1
+
+    sums = tl.zeros((BM, BN), tl.float32)
+    gates = tl.zeros((BM, BN), tl.float32)
+    total1 = tl.zeros((BM,), tl.float32)
+    total2 = tl.zeros((BM,), tl.float32)
+    for number in tl.range(first, last):
+        tap = number // chunks
+        channel = (number - tap * chunks) * BK + step
+        if GATHER:
+            index = tl.load(table + tap, mask=valid, other=-1)
+            offset = tl.where(index < n_in, (own + index) * rows_stride, shift + (index - n_in).to(tl.int64) * c1)
+            wanted = index >= 0
+        else:
+            wanted = valid
+        if TWO:
+            start = tl.where((number - tap * chunks) * BK < c1, offset, offset2)
+        else:
+            start = offset
+        if EVEN_C:
+            a = tl.load(rows + start[:, None] + channel[None, :], mask=wanted[:, None], other=0.0)
+        else:
+            a = tl.load(
+                rows + start[:, None] + channel[None, :], mask=wanted[:, None] & (channel < c1)[None, :], other=0.0
+            )
+        at = tap * (c1 + c2) + (number - tap * chunks) * BK
+        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N)
+        sums = tl.dot(a, w, sums, input_precision=PRECISION)
+        if GATED:
+            w = _load_weight(
+                weight, co + tile_n * BN, at, co + column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N
+            )
+            gates = tl.dot(a, w, gates, input_precision=PRECISION)
+        if NORM:
+            wide = a.to(tl.float32)
+            total1 += tl.sum(wide, 1)
+            total2 += tl.sum(wide * wide, 1)
+
+    if SPLIT:
+        SIZE: tl.constexpr = BM * BN * (2 if GATED else 1) + (2 * BM if NORM else 0)
+        mine = partial + (tile * splits + tl.program_id(1)).to(tl.int64) * SIZE
+        inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+        tl.store(mine + inside, sums)
+        if GATED:
+            tl.store(mine + BM * BN + inside, gates)
+        if NORM:
+            STATS: tl.constexpr = BM * BN * (2 if GATED else 1)
+            tl.store(mine + STATS + tl.arange(0, BM), total1)
+            tl.store(mine + STATS + BM + tl.arange(0, BM), total2)
+        tl.debug_barrier()
+        if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
+            return
+        tl.store(locks + tile, 0)
+        sums = tl.zeros((BM, BN), tl.float32)
+        gates = tl.zeros((BM, BN), tl.float32)
+        total1 = tl.zeros((BM,), tl.float32)
+        total2 = tl.zeros((BM,), tl.float32)
+        mine = partial + (tile * splits).to(tl.int64) * SIZE
+        for first in range(0, splits, 4):
+            for ahead in tl.static_range(4):  # four loads under way
+                there = first + ahead < splits
+                sums += tl.load(mine + inside, mask=there, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    gates += tl.load(mine + BM * BN + inside, mask=there, other=0.0, cache_modifier=".cg")
+                if NORM:
+                    stats = mine + STATS + tl.arange(0, BM)
+                    total1 += tl.load(stats, mask=there, other=0.0, cache_modifier=".cg")
+                    total2 += tl.load(stats + BM, mask=there, other=0.0, cache_modifier=".cg")
+                mine += SIZE
+
+    if NORM:
+        mean = total1 / inner
+        rstd = tl.rsqrt(tl.maximum(total2 / inner - mean * mean, 0.0) + eps)
+        shift_n = tl.load(column_sum + column, mask=kept, other=0.0)
+        sums = rstd[:, None] * (sums - mean[:, None] * shift_n[None, :])
+        if GATED:
+            shift_n = tl.load(column_sum + co + column, mask=kept, other=0.0)
+            gates = rstd[:, None] * (gates - mean[:, None] * shift_n[None, :])
+    if BIAS:
+        sums += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+        if GATED:
+            gates += tl.load(bias + co + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+    if AFFINE:
+        at = affine + sample[:, None] * affine_batch + column[None, :]
+        scale = tl.load(at, mask=kept[None, :], other=0.0)
+        sums = sums * scale + tl.load(at + affine_plane, mask=kept[None, :], other=0.0)
+    if GATED:
+        sums = sums * _activate(gates, ACTIVATION)
+    else:
+        sums = _activate(sums, ACTIVATION)
+    goal = (sample * n_out + place).to(tl.int64)[:, None]
+    good = valid[:, None] & kept[None, :]
+    if RESIDUAL:
+        sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
+    tl.store(out + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+
+
+def multiply_rows(
+    rows: Tensor,
+    rows2: Tensor | None,
+    recorded: Tensor | None,
+    sources: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    column_sum: Tensor | None,
+    affine: Tensor | None,
+    full: bool,
+    residual: Tensor | None,
+    count: Tensor,
+    locks: Tensor,
+    activation: str,
+    gated: bool,
+    eps: float,
+    config: Config | None = None,
+) -> Tensor:
+    """See the reference."""
+    rows = _plain(rows)
+    batch, n_in, c1 = rows.shape
+    n_out = n_in if sources is None else sources.shape[1]
+    rows2 = None if rows2 is None else _plain(rows2)
+    residual = None if residual is None else _plain(residual)
+    c2 = 0 if rows2 is None else rows2.shape[2]
+    taps = 1 if sources is None else sources.shape[2]
+    inner = weight.shape[1]
+    co = weight.shape[0] // (2 if gated else 1)
+    if config is None:
+        config = choose(batch * n_out, co * (2 if gated else 1), inner, rows.dtype)
+    if full:
+        affine, activation = None, activation if gated else "none"
+    out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
+    tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
+    steps = triton.cdiv(c1 + c2, config.k) * taps
+    splits = min(config.split, steps, locks.numel() // tiles if tiles > locks.numel() else config.split)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 1 else 1  # none without work
+    size = config.m * config.n * (2 if gated else 1) + (2 * config.m if column_sum is not None else 0)
+    partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
+    addresses = recorded is not None and recorded.dtype == torch.int64
+    if recorded is not None and not addresses:
+        recorded = recorded.contiguous()
+    pdl = rows.is_cuda
+    even_c = (c1 % config.k == 0) and (c2 % config.k == 0)
+    assert even_c or rows2 is None, "two sources of rows have whole chunks of channels"
+    tma = rows.is_cuda and TMA and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    if tma:
+        weight = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.n, config.k])
+    _multiply[(tiles, splits)](
+        out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), weight, _or(bias, rows),
+        _or(column_sum, rows), _or(affine, rows), _or(residual, rows), count, partial, locks,
+        n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
+        recorded.stride(0) if recorded is not None and not addresses else 0,
+        0 if residual is None else residual.stride(1),
+        sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
+        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1), eps, taps, splits,
+        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, NORM=column_sum is not None,
+        BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
+        ACTIVATION=ACTIVATIONS[activation], SPLIT=splits > 1, EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma,
+        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl,
+        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _plain(rows: Tensor) -> Tensor:
+    """Rows whose samples follow one another, each row in one piece."""
+    fits = rows.stride(2) == 1 and rows.stride(0) == rows.shape[1] * rows.stride(1)
+    return rows if fits else rows.contiguous()
+
+
+SMALL = Config(16, 32, 32, 4, 2)
+
+
+def choose(rows: int, columns: int, inner: int, dtype: torch.dtype) -> Config:
+    """A tile for a product of ``rows x inner x columns`` by rule."""
+    if dtype == torch.float32 or inner < 64:
+        return SMALL if inner < 64 else Config(32, 64, 32, 4, 3)
+    m = 16 if rows <= 16 else 32 if rows <= 48 else 64 if rows <= 512 else 128
+    n = 64 if rows <= 512 else 128
+    k = 128 if m <= 32 else 64
+    tiles = -(-rows // m) * -(-columns // n)
+    steps = -(-inner // k)
+    split = max(1, min(steps // 4, (132 * (2 if m <= 64 else 1)) // tiles))
+    return Config(m, n, k, 8 if m == 128 and n == 128 else 4, 4 if m <= 64 else 3, split)

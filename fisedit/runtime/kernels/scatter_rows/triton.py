@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit(do_not_specialize=["number", "positions", "index_stride"])
+def _scatter(
+    out, index, rows, number, positions, channels, index_stride, rows_batch, rows_row,
+    PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sample = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    goal = tl.load(index + sample * index_stride + row, mask=row < number, other=positions)
+    good = (goal < positions)[:, None] & (channel < channels)[None, :]
+    values = tl.load(rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :], mask=good)
+    tl.store(out + (sample * positions + goal)[:, None] * channels + channel[None, :], values, mask=good)
+
+
+def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """See the reference. What pads the index writes nothing."""
+    batch, positions, channels = base.shape
+    out = base.clone(memory_format=torch.contiguous_format)
+    number = index.shape[1]
+    block = min(128, triton.next_power_of_2(channels))
+    rows_block = max(1, 2048 // block)
+    pdl = base.is_cuda and torch.cuda.get_device_capability(base.device) >= (9, 0)
+    _scatter[(triton.cdiv(number, rows_block), triton.cdiv(channels, block), batch)](
+        out, index, rows, number, positions, channels, index.stride(0) if index.shape[0] > 1 else 0, rows.stride(0),
+        rows.stride(1), PDL=pdl, BM=rows_block, BC=block, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out

@@ -1,0 +1,151 @@
+"""Index tables in buffers of fixed sizes: what captured CUDA graphs read, refilled for each mask.
+
+Row counts are padded to buckets, so that masks of about one size share a graph. All tables are written by a few
+vectorized ops on the device of the buffers, from the masks alone; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fisedit.runtime.geometry import ConvGeometry, Level, block_positions
+from fisedit.runtime.plan import Table, project_mask
+
+LOCKS = 16384
+"""Counters for kernels that split their work: at least as many as one launch has tiles."""
+SMALLEST = 8
+
+
+def bucket(rows: int, positions: int) -> int:
+    """``rows`` rounded up to 8, 12, 16, 24, 32, 48, ...; at most all ``positions``."""
+    size = SMALLEST
+    while size < rows:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    return min(size, positions)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """What a captured graph is made for: M masks, and of each level the padded rows N and whether all are active."""
+
+    masks: int
+    rows: tuple[tuple[Level, int, bool], ...]
+
+    def __str__(self) -> str:
+        return ", ".join(f"{h}x{w}: {n}{' (all)' if full else ''}" for (h, w), n, full in self.rows)
+
+
+class LevelMasks:
+    """The masks of one call at every level of a graph, on the host.
+
+    Args:
+        masks: bool ``[M, H, W]``; M is 1 if one is shared by the batch.
+    """
+
+    def __init__(self, masks: Tensor, levels: Iterable[Level]) -> None:
+        masks = masks.cpu()
+        masks = masks[:1] if bool((masks == masks[:1]).all()) else masks
+        self.at = {level: torch.stack([project_mask(mask, level) for mask in masks]).flatten(1) for level in levels}
+        self.counts = {level: mask.sum(1).tolist() for level, mask in self.at.items()}
+        sizes = {level: max(counts) for level, counts in self.counts.items()}
+        self.buckets = Buckets(
+            len(masks),
+            tuple(
+                (level, bucket(size, level[0] * level[1]), min(self.counts[level]) == level[0] * level[1])
+                for level, size in sizes.items()
+            ),
+        )
+
+
+@lru_cache(maxsize=256)
+def read_positions(geometry: ConvGeometry, device: torch.device) -> Tensor:
+    """For each output of a convolution, the input positions it reads, -1 outside: int32 ``[R', taps]``."""
+    height, width = geometry.target
+    lines = torch.arange(height * width, device=device)
+    positions, inside = block_positions(geometry, (1, 1), lines // width, lines % width)  # [R', kh, kw]
+    steps = geometry.dilation
+    taps = torch.where(inside, positions, -1)[:, :: steps[0], :: steps[1]]  # [R', kh, kw]
+    return taps.flatten(1).to(torch.int32)
+
+
+class RowPlan:
+    """The tables of one captured graph.
+
+    Args:
+        keys: the tables that the graph reads.
+        buckets: the sizes of its rows.
+        batch: samples in a call.
+    """
+
+    def __init__(self, keys: Iterable[Table], buckets: Buckets, batch: int, device: torch.device) -> None:
+        self.buckets, self.batch, self.device = buckets, batch, device
+        self.sizes = {level: size for level, size, _ in buckets.rows}
+        self.full = {level: full for level, _, full in buckets.rows}
+        self.locks = torch.zeros(LOCKS, dtype=torch.int32, device=device)
+        self._tables: dict[Table, Tensor] = {}
+        for key in sorted(set(keys), key=str):
+            if (shape := self._shape(key)) is not None:
+                dtype = torch.int64 if key.kind == "active" else torch.int32
+                self._tables[key] = torch.zeros(shape, dtype=dtype, device=device)
+
+    def _shape(self, key: Table) -> tuple[int, ...] | None:
+        masks = self.buckets.masks
+        if isinstance(key.of, ConvGeometry):
+            return masks, self.sizes[key.of.target], key.of.kernel[0] * key.of.kernel[1]
+        shapes = {"active": (masks, self.sizes[key.of]), "keys": (masks, key.of[0] * key.of[1]), "number": (1,),
+                  "counts": (self.batch,)}  # fmt: skip
+        return shapes.get(key.kind)
+
+    def rows(self, level: Level) -> int:
+        """N: the rows of each packed sample at ``level``, padding included."""
+        return self.sizes[level]
+
+    def table(self, key: Table) -> Tensor | bool:
+        """A table, or one of the flags ``full`` and ``partial`` of a level.
+
+        Shapes: active int64 ``[M, N]``, padded with R; sources int32 ``[M, N', taps]``; keys int32 ``[M, R]``;
+        number int32 ``[1]``, the rows of the largest sample; counts int32 ``[B]``; locks int32 ``[LOCKS]``, zeros.
+        """
+        if key.kind == "locks":
+            return self.locks
+        if key.kind in ("full", "partial"):
+            assert not isinstance(key.of, ConvGeometry)
+            return self.full[key.of] == (key.kind == "full")
+        return self._tables[key]
+
+    def write(self, masks: LevelMasks) -> None:
+        """Fill the tables for other masks of the same buckets."""
+        assert masks.buckets == self.buckets
+        places: dict[Level, Tensor] = {}
+        active: dict[Level, Tensor] = {}
+        for level, size in self.sizes.items():
+            mask = masks.at[level].to(self.device, non_blocking=True)  # [M, R]
+            positions = torch.arange(mask.shape[1], dtype=torch.int32, device=self.device)
+            rank = mask.cumsum(1, dtype=torch.int32) - 1
+            places[level] = torch.where(mask, rank, positions + size)  # [M, R]
+            padded = torch.full((len(mask), size + 1), mask.shape[1], dtype=torch.int64, device=self.device)
+            goal = torch.where(mask, rank, size).long()
+            active[level] = padded.scatter_(1, goal, positions.long().expand_as(goal))[:, :size]  # [M, N]
+        for key, table in self._tables.items():
+            if isinstance(key.of, ConvGeometry):
+                table.copy_(self._sources(key.of, places[key.of.source], active[key.of.target]))
+            elif key.kind == "active":
+                table.copy_(active[key.of])
+            elif key.kind == "keys":
+                table.copy_(places[key.of])
+            else:
+                counts = masks.counts[key.of]
+                values = [max(counts)] if key.kind == "number" else counts * (self.batch // len(counts))
+                table.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
+
+    def _sources(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:
+        """``[M, N', taps]``: an active row, N + a recorded position, or -1."""
+        reads = read_positions(geometry, self.device)  # [R', taps]
+        wanted = reads[active.clamp_max(len(reads) - 1)].long()  # [M, N', taps]
+        found = torch.take_along_dim(places, wanted.clamp_min(0).flatten(1), 1).view_as(wanted)
+        return torch.where((wanted >= 0) & (active < len(reads))[:, :, None], found, -1)

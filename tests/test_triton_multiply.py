@@ -1,0 +1,97 @@
+"""The Triton kernel of linear layers and convolutions of rows, against float64. Without a GPU it runs interpreted."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Half a unit in the last place of the result, and of what a layer norm rounds."""
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+def check(dtype: torch.dtype, count: int, config: Config | None, **given) -> None:
+    arguments = {
+        "rows2": None, "recorded": None, "sources": None, "bias": None, "column_sum": None, "affine": None,
+        "full": False, "residual": None, "activation": "none", "gated": False, "eps": 1e-5, **given,
+    }  # fmt: skip
+    arguments["count"] = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    arguments["locks"] = torch.zeros(256, dtype=torch.int32, device=DEVICE)
+    wide = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    wanted = reference.multiply_rows(**wide)[:, :count]
+    for _ in range(2):  # the locks are as they were
+        out = multiply_rows(**arguments, config=config)[:, :count]
+        assert (out.double() - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
+
+
+# The interpreter multiplies the bits of bfloat16, not its values.
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("split", [1, 3])
+def test_linear(dtype: torch.dtype, split: int) -> None:
+    rows, weight = random(2, 12, 80, dtype=dtype), random(40, 80, seed=1, dtype=dtype) / 9
+    check(dtype, 9, Config(16, 32, 32, 4, 2, split), rows=rows, weight=weight, bias=random(40, dtype=dtype))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_epilogues(split: int) -> None:
+    rows, weight = random(2, 10, 64), random(32, 64, seed=1) / 8
+    config = Config(16, 16, 32, 4, 2, split)
+    affine, residual = random(2, 2, 48, seed=3)[:, :, 8:40], random(2, 10, 32, seed=4)
+    common = {"rows": rows, "weight": weight, "bias": random(32, seed=2)}
+    check(torch.float32, 10, config, **common, affine=affine, activation="silu")
+    check(torch.float32, 10, config, **common, affine=affine, activation="silu", full=True)
+    check(torch.float32, 10, config, **common, residual=residual, activation="gelu_tanh")
+    check(torch.float32, 10, config, **common, activation="gelu", gated=True)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("split", [1, 2])
+def test_layer_norm_folds_into_the_product(gated: bool, split: int) -> None:
+    rows, weight = 3 + random(2, 10, 64), random(32, 64, seed=1) / 8
+    check(torch.float32, 7, Config(16, 16, 32, 4, 2, split), rows=rows, weight=weight, bias=random(32, seed=2),
+          column_sum=weight.double().sum(1).float(), activation="gelu", gated=gated)  # fmt: skip
+
+
+def test_two_sources_of_channels() -> None:
+    merged = random(2, 10, 3 * 64)
+    check(torch.float32, 10, Config(16, 16, 32, 4, 2), rows=merged[..., 64:128], rows2=random(2, 10, 32, seed=5),
+          weight=random(24, 96, seed=1))  # fmt: skip
+
+
+@pytest.mark.parametrize("addresses", [False, True])
+@pytest.mark.parametrize("masks", [1, 2])
+@pytest.mark.parametrize(("channels", "split"), [(32, 1), (32, 4), (4, 1), (40, 1)])
+def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int, channels: int, split: int) -> None:
+    rows, recorded = random(2, 12, channels), random(2, 30, channels, seed=1)
+    sources = torch.randint(-1, 12 + 30, (masks, 11, 9), generator=torch.Generator().manual_seed(2))
+    weight = random(24, 9 * channels, seed=3) / 12
+    common = {"rows": rows, "sources": sources.int().to(DEVICE), "weight": weight, "bias": random(24, seed=4)}
+    given = recorded
+    config = Config(16, 16, 32, 4, 2, split)
+    if addresses:
+        table = torch.tensor([sample.data_ptr() for sample in recorded], device=DEVICE)
+        count = torch.tensor([11], dtype=torch.int32, device=DEVICE)
+        locks = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+        rest = (None, None, False, None, count, locks, "none", False, 0.0)
+        wanted = reference.multiply_rows(
+            rows.double(), None, recorded.double(), common["sources"], weight.double(), common["bias"].double(), *rest
+        )
+        out = multiply_rows(rows, None, table, common["sources"], weight, common["bias"], *rest, config=config)
+        assert (out.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    else:
+        check(torch.float32, 11, config, **common, recorded=given)
