@@ -13,6 +13,7 @@ An edit repeats the recorded prompt and noise, so that its output must be the de
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -92,8 +93,10 @@ class Results:
             self.path.write_text(json.dumps(self.values, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_edit(subject: Subject, base: Recording, mask: Tensor, ours: fisedit.CompiledUNet | None = None) -> EditLoop:
-    """One session under a mask that is new to it."""
+def measure_edit(
+    subject: Subject, base: Recording, mask: Tensor, ours: fisedit.CompiledUNet | None = None, count: bool = False
+) -> EditLoop:
+    """One session under a mask that is new to it; ``count``: its multiply-accumulates too, which takes a while."""
     ours, device, mask = ours or subject.ours, subject.device, mask.to(subject.device)
     step = subject.step(ours)
     with ours.edit(base, mask) as edit:
@@ -101,7 +104,8 @@ def measure_edit(subject: Subject, base: Recording, mask: Tensor, ours: fisedit.
         timed, out = loop(step, subject.timesteps[WARM:], device)
     assert subject.wanted is not None
     error = relative_error(out, subject.wanted, mask)
-    return EditLoop(timed, sum(first) - WARM * timed.wall, error, edit.report().macs_sparse)
+    macs = edit.report().macs_sparse if count else None
+    return EditLoop(timed, sum(first) - WARM * timed.wall, error, macs)
 
 
 def measure_record(subject: Subject, ours: fisedit.CompiledUNet) -> tuple[Loop, Recording]:
@@ -193,7 +197,7 @@ def measure_masks(
         for _ in range(repeats):
             timed, _ = loop(subject.step(subject.dense), subject.timesteps[WARM:], subject.device)
             dense.append(timed.wall)
-            made.append(measure_edit(subject, base, mask))
+            made.append(measure_edit(subject, base, mask, count=not made))
     times = [median(one.loop.wall for one in made) for made in loops]
     works = [count_work(subject.graph, mask) for mask in masks]
     peak = peak_of(describe_environment(subject.device)["device"])
@@ -313,6 +317,7 @@ def measured(subject: Subject) -> Iterator[None]:
     finally:
         subject.dense = subject.ours = subject.unet = None  # type: ignore[assignment]
         torch._dynamo.reset()
+        gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
