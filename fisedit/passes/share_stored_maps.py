@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import aten, fisedit, is_op, tensor
+from fisedit.passes.ir import aten, fisedit, is_op, layout_of
+from fisedit.passes.layout import Kind, Layout
 
 
 def share_stored_maps(gm: GraphModule) -> PassResult:
@@ -40,5 +40,12 @@ def _stored_map(node: Node) -> Node | None:
     source = cast(Node, node.args[0])
     while is_op(source, aten.reshape.default, aten.permute.default):
         source = cast(Node, source.args[0])
-    value = source.meta.get("val")
-    return source if isinstance(value, Tensor) and tensor(source).dim() == 4 else None
+    return source if _is_map(layout_of(source)) else None
+
+
+def _is_map(layout: Layout | None) -> bool:
+    """Whether the dimensions are batch, channels, y and x; keys of several heads have four, too."""
+    if layout is None or len(layout.dims) != 4:
+        return False
+    kinds = [{atom.kind for atom in dim} for dim in layout.dims]
+    return kinds[0] <= {Kind.BATCH} and kinds[1] <= {Kind.OTHER} and kinds[2:] == [{Kind.Y}, {Kind.X}]
