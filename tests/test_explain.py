@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from models import arguments, one_level
 
 import fisedit
-from fisedit.api import build_program
-from fisedit.capture import bind_call
 from fisedit.config import CompileConfig
 from fisedit.explanation import explain, product_of
 from fisedit.passes.fused import get
 from fisedit.passes.ir import fisedit as ops
 from fisedit.passes.ir import is_op
+from fisedit.program import Program
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
@@ -72,26 +72,29 @@ MASK = torch.zeros(8, 8, dtype=torch.bool)
 MASK[2:5, 3:6] = True
 
 
-def test_a_compiled_model_explains_its_edits() -> None:
-    """Every convolution of the reference graph, none before a capture."""
+@pytest.fixture(scope="module")
+def unet() -> fisedit.CompiledUNet:
+    """A small model, captured by one recorded call."""
     model = one_level()
-    call = arguments(model, (8, 8))
-    unet = fisedit.compile(model)
-    assert unet.explain(MASK).startswith("Nothing is captured yet")
-    with torch.no_grad(), unet.record():
-        unet(**call)
+    compiled = fisedit.compile(model)
+    assert compiled.explain(MASK).startswith("Nothing is captured yet")
+    with torch.no_grad(), compiled.record():
+        compiled(**arguments(model, (8, 8)))
+    return compiled
+
+
+def test_a_compiled_model_explains_its_edits(unet: fisedit.CompiledUNet) -> None:
+    """Every convolution of the reference graph."""
     lines = unet.explain(MASK).splitlines()
     assert lines[0] == "14.1% active: the edit runs sparse"
-    convolutions = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in model.modules())
+    convolutions = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in unet.modules())
     assert lines[-1].startswith(f"all {convolutions} layers: ")
     assert sum(int(line.split(" x ")[0]) for line in lines[1:-1]) == convolutions
 
 
-def test_a_fused_graph_is_explained_by_its_timings(tmp_path: Path) -> None:
+def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, tmp_path: Path) -> None:
     """The shapes that are looked up are those that running products are kept by."""
-    model = one_level()
-    call = bind_call(model, (), arguments(model, (8, 8)))
-    program = build_program(model, call, CompileConfig(provider="triton"))
+    program = Program(next(iter(unet._live.programs.values())).captured, CompileConfig(provider="triton"))
     timings = Timings.load("cpu", tmp_path)
     lines = explain(program, MASK, CostModel(), timings).splitlines()
     products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.multiply_rows.default)]
