@@ -256,10 +256,12 @@ class EditSession:
         results = [self._run_group(group, group.select(call), key, recorded) for group in groups]
         if len(groups) == 1:
             return results[0][1].captured.result(results[0][0])
-        outputs = [
-            torch.cat(pieces)[torch.tensor([n for g in groups for n in g.numbers]).argsort().to(pieces[0].device)]
-            for pieces in zip(*(outputs for outputs, _ in results), strict=True)
-        ]
+        numbers = [number for group in groups for number in group.numbers]
+        order = sorted(range(len(numbers)), key=numbers.__getitem__)
+        outputs = []
+        for pieces in zip(*(outputs for outputs, _ in results), strict=True):
+            samples = [sample for piece in pieces for sample in piece]
+            outputs.append(torch.stack([samples[place] for place in order]))
         return results[0][1].captured.result(outputs)
 
     def _place(self, call: Call, recorded: dict[int, RecordedCall]) -> None:
@@ -283,6 +285,8 @@ class EditSession:
         base = lane.edit.base
         recorded.check(call)
         base.check_order(self.calls, key)
+        if self.calls > 0 and lane.kind != "detect":
+            return
         sample = take_samples(call.tensors[call.sample], call.batch, lane.samples)
         if self.calls == 0 and not (lane.kind == "dense" and lane.whole):
             base.check_noise(recorded.sample, sample)

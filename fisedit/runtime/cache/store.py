@@ -135,7 +135,7 @@ def take_samples(value: Tensor, batch: int, numbers: Sequence[int]) -> Tensor:
     if step > 0 and list(numbers) == list(range(numbers[0], numbers[-1] + 1, step)):
         taken = split[numbers[0] : numbers[-1] + 1 : step]
     else:
-        taken = split[list(numbers)]
+        taken = torch.stack([split[number] for number in numbers])  # an index would be waited for
     return taken.flatten(0, 1) if len(value) != batch else taken
 
 
