@@ -22,10 +22,14 @@ from torch.fx import Graph, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from fisedit.capture import bind_call, capture
+from fisedit.config import CompileConfig
 from fisedit.passes import pipeline
 from fisedit.passes.base import PassLog, run_passes
+from fisedit.passes.count_macs import count_macs
 from fisedit.passes.ir import args, aten, bound_arguments, is_op, layout_of, tensor
-from fisedit.runtime.plan import project_mask
+from fisedit.program import Program
+from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.plan import MaskPlan, project_mask
 
 UPSAMPLES = (aten.upsample_nearest2d.vec, aten.upsample_nearest2d.default)
 
@@ -172,16 +176,23 @@ def _level(value: Tensor) -> tuple[int, int]:
     return int(value.shape[-2]), int(value.shape[-1])
 
 
-def dense_graph(model: Published) -> tuple[Graph, int]:
-    """The canonical graph of a published architecture in half precision, and the multiply-accumulates that PyTorch
-    counts of a call; on the meta device, where nothing is computed."""
+def capture_published(model: Published) -> tuple[Program, int]:
+    """The graphs of a published architecture in half precision, and the multiply-accumulates that PyTorch counts of a
+    dense call; on the meta device, where nothing is computed."""
     unet = build(model, "meta", torch.float16)
     call = arguments(model, model.size, "meta", torch.float16)
     captured = capture(unet, bind_call(unet, (), call))
     run_passes(captured.module, pipeline.canonical_passes(), PassLog("canonical"))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         unet(**call | {"timestep": torch.empty((), device="meta")})
-    return captured.module.graph, counter.get_total_flops() // 2
+    return Program(captured, CompileConfig(provider="reference")), counter.get_total_flops() // 2
+
+
+def check_count(program: Program, mask: Tensor, work: Work) -> None:
+    """Raise unless the package counts the same over its packed graph, each convolution computing its active rows."""
+    program.executable("edit")
+    packed = count_macs(program.graphs["edit"].graph, MaskPlan(mask, CostModel("rows")))
+    assert packed == work.macs, f"{packed} over the packed graph, {work.macs} here"
 
 
 def mean_work(works: list[Work]) -> Work:
@@ -201,11 +212,15 @@ def main(
     print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
     for name in models.split(","):
         published = MODELS[name]
-        graph, counted = dense_graph(published)
+        program, counted = capture_published(published)
+        graph = program.captured.module.graph
         dense = count_work(graph)
         assert dense.macs == counted, f"{dense.macs} here, {counted} by torch.utils.flop_counter"
         works = {"dense": dense}
-        works |= {f"blob {float(s):.0%}": count_work(graph, blob(published.size, float(s))) for s in shares.split(",")}
+        for share in map(float, shares.split(",")):
+            mask = blob(published.size, share)
+            works[f"blob {share:.0%}"] = count_work(graph, mask)
+            check_count(program, mask, works[f"blob {share:.0%}"])
         ragged = [count_work(graph, mask) for mask in family(published.size, ragged_masks)]
         works[f"ragged, {ragged_masks} masks"] = mean_work(ragged)
         for kind, work in works.items():
