@@ -31,7 +31,7 @@ from kernel_table import profile_call
 from masks import blob, family
 from published import MODELS, TINY
 from roofline import Work, count_work, mean_work, peak_of
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -274,27 +274,41 @@ def mask_set(size: tuple[int, int], quick: bool, count: int) -> dict[str, list[T
 
 
 def measure_variants(
-    subject: Subject, masks: dict[str, list[Tensor]], variants: list[str], rows: list[Row], repeats: int
+    subject: Subject,
+    base: Recording,
+    masks: dict[str, list[Tensor]],
+    variants: list[str],
+    rows: list[Row],
+    repeats: int,
 ) -> list[dict[str, Any]]:
     """The same edits under other options, and the regret of the default: its time over the best of all and dense."""
     times: dict[str, dict[str, float]] = {row.mask: {"default": row.ours, "dense": row.dense} for row in rows}
-    for variant in variants:
-        ours = compile_variant(subject.unet, parse_options(variant))
-        _, base = measure_record(subject, ours)
-        for name, family_masks in masks.items():
-            each = [[measure_edit(subject, base, mask, ours) for _ in range(repeats)] for mask in family_masks]
-            times[name][variant] = mean(median(one.loop.wall for one in made) for made in each)
-        base.release()
+    for text in variants:
+        with variant(subject, base, parse_options(text)) as (ours, recorded):
+            for name, of_kind in masks.items():
+                each = [[measure_edit(subject, recorded, mask, ours) for _ in range(repeats)] for mask in of_kind]
+                times[name][text] = mean(median(one.loop.wall for one in made) for made in each)
     return [{"mask": name, "ms": of, "regret": of["default"] / min(of.values())} for name, of in times.items()]
 
 
-def compile_variant(unet: nn.Module, options: dict[str, Any]) -> fisedit.CompiledUNet:
-    """``options`` of ``compile``, and ``dense_above`` of its cost model: the share from which on edits run dense."""
+@contextmanager
+def variant(
+    subject: Subject, base: Recording, options: dict[str, Any]
+) -> Iterator[tuple[fisedit.CompiledUNet, Recording]]:
+    """The model under other ``options`` of ``compile``, recorded anew; or the same model, if all that changes is its
+    cost model's ``dense_above``, the active share from which on edits run dense."""
     threshold = options.pop("dense_above", None)
-    ours = fisedit.compile(copy.copy(unet), **options)
+    ours = fisedit.compile(copy.copy(subject.unet), **options) if options else subject.ours
+    recorded = measure_record(subject, ours)[1] if options else base
+    before = ours.cost_model
     if threshold is not None:
-        ours.cost_model = replace(ours.cost_model, dense_above=threshold)
-    return ours
+        ours.cost_model = replace(before, dense_above=threshold)
+    try:
+        yield ours, recorded
+    finally:
+        ours.cost_model = before
+        if recorded is not base:
+            recorded.release()
 
 
 def parse_options(text: str) -> dict[str, Any]:
@@ -355,9 +369,9 @@ def measure_model(
     for kind in profile:
         results.put(name, f"kernels, {kind}", profile_edit(subject, base, masks[kind][0]))
     results.put(name, "GiB", memory(subject, base))
-    base.release()
     if variants:
-        results.put(name, "variants", measure_variants(subject, masks, variants, rows, max(2, repeats // 2)))
+        results.put(name, "variants", measure_variants(subject, base, masks, variants, rows, max(2, repeats // 2)))
+    base.release()
     print("", *summary(rows, dense), sep="\n", flush=True)
     for kind, value in results.values[name].items():
         if kind in ("dense MACs", "first loop, seconds", "GiB", "variants"):

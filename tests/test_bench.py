@@ -24,7 +24,7 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "unet.json"
     unet.main(
         models="", dtype="float16", steps=3, repeats=1, ragged_masks=1, output=output, ways="compiled,record",
-        profile=[], variant=[], max_autotune=0.0, quick=False, tiny=True,
+        profile=["blob 5%"], variant=["dense_above=0.1"], max_autotune=0.0, quick=False, tiny=True,
     )  # fmt: skip
     found = json.loads(output.read_text())
     assert found["environment"]["dtype"] == "float32" and found["environment"]["date"]
@@ -35,6 +35,10 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in tiny["rows"]:
         assert row["error"] < 1e-5 and row["ratio"] == row["dense"] / row["ours"]
         assert row["work"]["macs"] <= row["macs"] < row["macs_dense"]
+    assert tiny["kernels, blob 5%"][0]["microseconds"] > 0
+    for row, found in zip(tiny["rows"], tiny["variants"], strict=True):
+        assert set(found["ms"]) == {"default", "dense", "dense_above=0.1"} and found["ms"]["default"] == row["ours"]
+        assert found["regret"] == row["ours"] / min(found["ms"].values())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny |")]
     assert len(lines) == 3 and lines[0].startswith("| tiny | blob 5% | 4.9% |")
 
@@ -123,11 +127,6 @@ def test_neighbor_sources_are_a_convolutions() -> None:
     )()  # fmt: skip
     wanted = torch.nn.functional.conv2d(image, weight, padding=1)[..., active].transpose(1, 2)
     torch.testing.assert_close(out, wanted)
-
-
-def test_variants_may_set_when_edits_run_dense() -> None:
-    ours = unet.compile_variant(build(TINY, "cpu", torch.float32), {"dense_above": 0.9, "cost": "rows"})
-    assert (ours.compile_config.cost, ours.cost_model.cost, ours.cost_model.dense_above) == ("rows", "rows", 0.9)
 
 
 def test_regret_of_kernels() -> None:
