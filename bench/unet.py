@@ -356,8 +356,8 @@ def measure_model(
     name = subject.name
     subject.wanted = float32_output(subject)
     dense = measure_dense(subject, results, ways, repeats, autotune)
-    macs_dense = count_macs(subject, results)
     _, base = measure_record(subject, subject.ours)
+    macs_dense = count_macs(subject, results)
     masks, rows = mask_set(subject.published.size, quick, ragged_masks), []
     for kind, of_kind in masks.items():
         rows.append(
