@@ -40,13 +40,15 @@ def _merge(graph: Graph, nodes: list[Node]) -> None:
     widths = [int(tensor(node).shape[-1]) if rows_of(node) is None else _width(node) for node in nodes]
     with graph.inserting_before(nodes[0]):
         weight = graph.call_function(aten.cat.default, ([b["weight"] for b in bound],))  # [sum Co, C]
-        weight.meta["merged"] = True
         bias = None
         if any(b["bias"] is not None for b in bound):
             parts = [b["bias"] if b["bias"] is not None else _zeros(graph, node, width)
                      for b, node, width in zip(bound, nodes, widths, strict=True)]  # fmt: skip
             bias = graph.call_function(aten.cat.default, (parts,))
         merged = graph.call_function(aten.linear.default, (bound[0]["input"], weight, bias))
+    if "val" in bound[0]["input"].meta:
+        source = tensor(bound[0]["input"])
+        merged.meta["val"] = source.new_empty(*source.shape[:-1], sum(widths))
     kind, offset = rows_of(nodes[0]), 0
     if kind is not None:
         merged.meta["rows"] = Rows(kind.level, kind.batch, sum(widths))

@@ -34,7 +34,8 @@ class Replay:
         self._seen: dict[Any, tuple[Tensor, int]] = {}
         self._made = {name for stage in self.stages for name in stage.values}  # handed on within the graph
         self._results: tuple[list[Tensor], dict[Store, Tensor]] = ([], {})
-        self._weights = [weight for stage in self.stages for weight in stage.weights]
+        used = {id(weight): weight for stage in self.stages for weight in stage.weights}
+        self._weights = list(used.values())
         self._frozen: list[int] = []
 
     def run(
@@ -71,6 +72,10 @@ class Replay:
                 if seen is not None and seen[0] is value and seen[1] == version >= 0:
                     continue
                 self._seen[key] = (value, version)
+                if wanted.name in self.executable.constants and wanted.kind == "value":
+                    self._buffers[key] = value  # read where it is
+                    self.graph = None
+                    continue
                 buffer = self._buffers.get(key)
                 if buffer is None or buffer.shape != value.shape:
                     self._buffers[key] = value.clone(memory_format=torch.preserve_format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import torch
@@ -69,7 +70,7 @@ class Stage:
     stores: tuple[Store, ...]
     views: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def weights(self) -> list[Tensor]:
         """The parameters and buffers of the model that it reads."""
         return [*self.module.parameters(), *self.module.buffers()]
@@ -103,12 +104,13 @@ class Memo:
 class Executable:
     """A lowered graph: its stages in the order they run.
 
-    ``addressed``: its kernels take the addresses of what they read in place, not the tensors.
+    ``addressed``: its kernels take the addresses of what they read in place, not the tensors. ``constants``: what is
+    made of the weights alone, once.
     """
 
     stages: list[Stage]
     addressed: bool = False
-    _constants: dict[str, Any] = field(default_factory=dict)
+    constants: dict[str, Any] = field(default_factory=dict)
     _packed: list[int] = field(default_factory=list)
 
     def run(
@@ -149,11 +151,11 @@ class Executable:
                 addresses = [weight.data_ptr() for weight in stage.weights]
                 if addresses != self._packed:  # at first, and after the weights were moved
                     with torch.no_grad():
-                        self._constants = dict(zip(stage.values, stage.module(), strict=True))
+                        self.constants = dict(zip(stage.values, stage.module(), strict=True))
                     self._packed, ran = addresses, True
                     memo.inputs.clear()
-                if any(memo.values.get(name) is not value for name, value in self._constants.items()):
-                    memo.values.update(self._constants)
+                if any(memo.values.get(name) is not value for name, value in self.constants.items()):
+                    memo.values.update(self.constants)
             elif stage.name == "edit" and _is_due(stage, inputs, memo):
                 with torch.no_grad():
                     outputs = stage.module(*[self.fetch(w, stage, inputs, None, None, memo) for w in stage.inputs])

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-TMA = False
+TMA = True
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
@@ -50,15 +50,18 @@ def _load_weight(
     weight, first, at, column, step, inner, kept, within,
     TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
 ):  # fmt: skip
-    """The tile ``[BK, BN]``. What a descriptor loads past the channels of a tap meets zeros of the rows."""
+    """The tile ``[BK, BN]``."""
     if TMA:
-        return weight.load([first, at]).T
-    where = weight + column[None, :].to(tl.int64) * inner + (at + step)[:, None]
-    if EVEN_C and EVEN_N:
-        return tl.load(where)
-    if EVEN_C:
-        return tl.load(where, mask=kept[None, :], other=0.0)
-    return tl.load(where, mask=kept[None, :] & within[:, None], other=0.0)
+        tile = weight.load([first, at]).T  # past the channels of a tap it has the next one's, which meet zeros
+    else:
+        where = weight + column[None, :].to(tl.int64) * inner + (at + step)[:, None]
+        if EVEN_C and EVEN_N:
+            tile = tl.load(where)
+        elif EVEN_C:
+            tile = tl.load(where, mask=kept[None, :], other=0.0)
+        else:
+            tile = tl.load(where, mask=kept[None, :] & within[:, None], other=0.0)
+    return tile
 
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
@@ -122,11 +125,12 @@ def _multiply(
     gates = tl.zeros((BM, BN), tl.float32)
     total1 = tl.zeros((BM,), tl.float32)
     total2 = tl.zeros((BM,), tl.float32)
+    if GATHER:
+        index = tl.load(table + first // chunks, mask=valid, other=-1)
     for number in tl.range(first, last):
         tap = number // chunks
         channel = (number - tap * chunks) * BK + step
         if GATHER:
-            index = tl.load(table + tap, mask=valid, other=-1)
             offset = tl.where(index < n_in, (own + index) * rows_stride, shift + (index - n_in).to(tl.int64) * c1)
             wanted = index >= 0
         else:
@@ -149,6 +153,8 @@ def _multiply(
                 weight, co + tile_n * BN, at, co + column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N
             )
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
+        if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
+            index = tl.load(table + min(number + 1, last - 1) // chunks, mask=valid, other=-1)
         if NORM:
             wide = a.to(tl.float32)
             total1 += tl.sum(wide, 1)
@@ -258,7 +264,7 @@ def multiply_rows(
     pdl = rows.is_cuda
     even_c = (c1 % config.k == 0) and (c2 % config.k == 0)
     assert even_c or rows2 is None, "two sources of rows have whole chunks of channels"
-    tma = rows.is_cuda and TMA and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    tma = TMA and rows.is_cuda and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     if tma:
         weight = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.n, config.k])
     _multiply[(tiles, splits)](
