@@ -1,4 +1,4 @@
-"""The fused edit graph, as a GPU runs it, against the dense model: interpreted without a GPU, in CUDA graphs with one."""
+"""The fused edit graph against the dense model: interpreted without a GPU, in CUDA graphs with one."""
 
 from __future__ import annotations
 

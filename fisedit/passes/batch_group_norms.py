@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
 from fisedit.passes.fuse_linear import two_sources
-from fisedit.passes.fused import count, take_over
+from fisedit.passes.fused import ancestors, count, hoist, take_over
 from fisedit.passes.ir import args, aten, fisedit, is_op, rows_of
 from fisedit.passes.remove_identities import is_flat
 from fisedit.runtime.plan import Table
@@ -28,11 +28,11 @@ def batch_group_norms(gm: GraphModule) -> PassResult:
     first = next(node for node in graph.nodes if rows_of(node) is not None)
     for node in norms:
         _settle_shift(graph, node)
-    _hoist(graph, [args(node)[5] for node in norms if args(node)[5] is not None], first)
+    hoist(graph, [args(node)[5] for node in norms if args(node)[5] is not None], first)
     for node in norms:
         for operand in args(node)[3:5]:
             if operand is not None and operand.op != "get_attr":
-                _hoist(graph, [operand], first)
+                hoist(graph, [operand], first)
     with graph.inserting_before(first):
         affine = _fold(graph, norms)
     offset = 0
@@ -47,39 +47,15 @@ def batch_group_norms(gm: GraphModule) -> PassResult:
     return PassResult(len(norms))
 
 
-def _ancestors(nodes: list[Node]) -> set[Node]:
-    found: set[Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
-            found.add(node)
-            stack += node.all_input_nodes
-    return found
-
-
 def _settle_shift(graph: Graph, node: Node) -> None:
     """A shift that is computed from the image cannot be known beforehand: add it to the rows instead."""
     shift = args(node)[5]
     if shift is None or all(rows_of(a) is None and not is_op(a, fisedit.cache_load.default, fisedit.table.default)
-                            for a in _ancestors([shift])):  # fmt: skip
+                            for a in ancestors([shift])):  # fmt: skip
         return
     with graph.inserting_before(node):
         moved = rows.call(graph, aten.add.Tensor, (args(node)[0], shift), rows=rows_of(node))
     node.args = (moved, *args(node)[1:5], None, *args(node)[6:])
-
-
-def _hoist(graph: Graph, nodes: list[Node], first: Node) -> None:
-    """Move what ``nodes`` are computed from before ``first``."""
-    wanted = _ancestors(nodes)
-    before = set()
-    for node in graph.nodes:
-        if node is first:
-            break
-        before.add(node)
-    for node in list(graph.nodes):
-        if node in wanted and node not in before:
-            first.prepend(node)
 
 
 def _fold(graph: Graph, norms: list[Node]) -> Node:

@@ -92,7 +92,7 @@ def _row_attention(node: Node, plan: MaskPlan | None) -> int:
     elif rows_of(key) is not None:
         length = plan.rows(rows.level)
     else:
-        length = int(tensor(key).shape[-2])
+        length = _text_length(key)
     return rows.batch * plan.rows(rows.level) * length * rows.channels * 2
 
 
@@ -103,5 +103,10 @@ def _attend_rows(node: Node, plan: MaskPlan | None) -> int:
     if table is not None:
         length = rows.level[0] * rows.level[1]
     else:
-        length = number if key_count is not None else int(tensor(key).shape[-2])
+        length = number if key_count is not None else _text_length(key)
     return rows.batch * number * length * rows.channels * 2
+
+
+def _text_length(key: Any) -> int:
+    """Of keys that a pass has reshaped, too."""
+    return int(tensor(key).shape[-2]) if "val" in key.meta else _text_length(args(key)[0])

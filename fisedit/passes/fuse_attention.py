@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.fused import count, take_over
 from fisedit.passes.ir import args, aten, fisedit, is_op, rows_of
 from fisedit.passes.read_in_place import recorded_map
-from fisedit.passes.remove_identities import is_flat
 from fisedit.runtime.plan import Table
 
 
@@ -18,29 +17,45 @@ def fuse_attention(gm: GraphModule) -> PassResult:
     for node in list(graph.nodes):
         if not is_op(node, fisedit.row_attention.default):
             continue
-        query, key, value, mask, heads, scale = args(node)[:6]
-        kind, source = rows_of(node), rows_of(query)
-        assert kind is not None
-        if mask is not None or source is None or source.channels != kind.channels:
-            refused.append(Refusal(node.name, "a mask, or values of another width than keys"))
+        if reason := _refused(node):
+            refused.append(Refusal(node.name, reason))
             continue
         with graph.inserting_before(node):
-            table = locks = key_count = recorded_key = recorded_value = None
-            if (both := [_renewed(operand) for operand in (key, value)]) and all(both):
-                (key, recorded_key), (value, recorded_value) = (
-                    (packed, recorded_map(graph, load)) for load, packed in both
-                )
-                table = rows.table(graph, Table("keys", kind.level))
-            elif all(packed := [_split_rows(operand) for operand in (key, value)]):
-                key, value = packed
-                key_count = rows.table(graph, Table("counts", kind.level))
-            locks = rows.table(graph, Table("locks", kind.level))
-            arguments = (query, key, value, recorded_key, recorded_value, table, count(graph, kind.level), key_count,
-                         locks, heads, scale)  # fmt: skip
-            take_over(graph, node, rows.call(graph, fisedit.attend_rows.default, arguments, rows=kind))
+            take_over(graph, node, _attend(graph, node))
         matched += 1
     graph.eliminate_dead_code()
     return PassResult(matched, tuple(refused))
+
+
+def _refused(node: Node) -> str | None:
+    query, key, value, mask = args(node)[:4]
+    kind, source = rows_of(node), rows_of(query)
+    if mask is not None:
+        return "a mask"
+    if kind is None or source is None or source.channels != kind.channels:
+        return "values of another width than keys"
+    bases = [args(map_)[0] for operand in (key, value) if (map_ := _renewed_map(operand)) is not None]
+    if not all(is_op(base, fisedit.cache_load.default) for base in bases):
+        return "keys or values that are dense, not recorded"
+    return None
+
+
+def _attend(graph: Graph, node: Node) -> Node:
+    query, key, value, _, heads, scale = args(node)[:6]
+    kind = rows_of(node)
+    assert kind is not None
+    table = key_count = recorded_key = recorded_value = None
+    maps = [_renewed_map(operand) for operand in (key, value)]
+    if maps[0] is not None and maps[1] is not None:
+        (recorded_key, _, key), (recorded_value, _, value) = (args(map_) for map_ in maps if map_ is not None)
+        recorded_key, recorded_value = recorded_map(graph, recorded_key), recorded_map(graph, recorded_value)
+        table = rows.table(graph, Table("keys", kind.level))
+    elif len(node.args) > 6:  # active rows alone
+        key, value = (_split_rows(operand) or operand for operand in (key, value))
+        key_count = rows.table(graph, Table("counts", kind.level))
+    number, locks = count(graph, kind.level), rows.table(graph, Table("locks", kind.level))
+    arguments = (query, key, value, recorded_key, recorded_value, table, number, key_count, locks, heads, scale)
+    return rows.call(graph, fisedit.attend_rows.default, arguments, rows=kind)
 
 
 def _split_rows(operand: Node) -> Node | None:
@@ -48,17 +63,10 @@ def _split_rows(operand: Node) -> Node | None:
     if not is_op(operand, aten.permute.default) or not is_op(args(operand)[0], aten.reshape.default):
         return None
     split = args(operand)[0]
-    source = args(split)[0]
-    if not split.meta.get("converts"):
-        return None
-    return source if is_op(source, fisedit.scatter_rows.default) or is_flat(source) else None
+    return args(split)[0] if split.meta.get("converts") else None
 
 
-def _renewed(operand: Node) -> tuple[Node, Node] | None:
-    """The recorded map and the active rows of keys or values of self-attention."""
+def _renewed_map(operand: Node) -> Node | None:
+    """The map ``[B, R, h*d]`` into which the active keys or values of self-attention are written."""
     source = _split_rows(operand)
-    if source is None or not is_op(source, fisedit.scatter_rows.default):
-        return None
-    recorded, _, packed = args(source)
-    whole = is_op(recorded, fisedit.cache_load.default) and (len(recorded.args) < 2 or args(recorded)[1] is None)
-    return (recorded, packed) if whole else None
+    return source if is_op(source, fisedit.scatter_rows.default) else None

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult
-from fisedit.passes.fused import multiply, take_over
+from fisedit.passes.fused import ancestors, hoist, multiply, take_over
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, is_op, rows_of, tensor
 from fisedit.passes.remove_identities import is_flat
 
@@ -21,8 +21,9 @@ def fuse_linear(gm: GraphModule) -> PassResult:
     for node in graph.nodes:
         if is_op(node, aten.linear.default) and (is_flat(node) or rows_of(node) is None):
             by_source.setdefault(args(node)[0], []).append(node)
-    for nodes in by_source.values():
-        if len(nodes) > 1 and all("val" in (n.meta) for n in nodes):
+    for source, alike in by_source.items():
+        nodes = [node for node in alike if "val" in node.meta and _of_weights(node)]
+        if len(nodes) > 1 and (rows_of(source) is not None or "val" in source.meta):
             _merge(graph, nodes)
             matched += len(nodes)
     for node in list(graph.nodes):
@@ -34,10 +35,21 @@ def fuse_linear(gm: GraphModule) -> PassResult:
     return PassResult(matched)
 
 
+def _of_weights(node: Node) -> bool:
+    """Whether a linear layer's weight and bias come from the model's weights alone, and so can be joined beforehand."""
+    return all(before.op != "placeholder" for before in ancestors(_parameters(node)))
+
+
+def _parameters(node: Node) -> list[Node]:
+    bound = bound_arguments(node)
+    return [bound[name] for name in ("weight", "bias") if bound[name] is not None]
+
+
 def _merge(graph: Graph, nodes: list[Node]) -> None:
     """One linear layer for those of one input; each result is a slice of its."""
     bound = [bound_arguments(node) for node in nodes]
     widths = [int(tensor(node).shape[-1]) if rows_of(node) is None else _width(node) for node in nodes]
+    hoist(graph, [value for node in nodes for value in _parameters(node)], nodes[0])
     with graph.inserting_before(nodes[0]):
         weight = graph.call_function(aten.cat.default, ([b["weight"] for b in bound],))  # [sum Co, C]
         bias = None
@@ -46,13 +58,13 @@ def _merge(graph: Graph, nodes: list[Node]) -> None:
                      for b, node, width in zip(bound, nodes, widths, strict=True)]  # fmt: skip
             bias = graph.call_function(aten.cat.default, (parts,))
         merged = graph.call_function(aten.linear.default, (bound[0]["input"], weight, bias))
-    if "val" in bound[0]["input"].meta:
-        source = tensor(bound[0]["input"])
-        merged.meta["val"] = source.new_empty(*source.shape[:-1], sum(widths))
+    source, example = bound[0]["input"], tensor(nodes[0])
+    if "val" in source.meta:
+        merged.meta["val"] = example.new_empty(*tensor(source).shape[:-1], sum(widths))
     kind, offset = rows_of(nodes[0]), 0
     if kind is not None:
         merged.meta["rows"] = Rows(kind.level, kind.batch, sum(widths))
-    weight.meta["val"] = tensor(bound[0]["weight"]).new_empty(sum(widths), _inputs(bound[0]["weight"]))
+    weight.meta["val"] = example.new_empty(sum(widths), _width(source) if kind else tensor(source).shape[-1])
     for node, width in zip(nodes, widths, strict=True):
         with graph.inserting_before(node):
             part = graph.call_function(aten.slice.Tensor, (merged, -1, offset, offset + width))
@@ -64,10 +76,6 @@ def _width(node: Node) -> int:
     kind = rows_of(node)
     assert kind is not None
     return kind.channels
-
-
-def _inputs(weight: Node) -> int:
-    return int(tensor(weight).shape[1])
 
 
 def _zeros(graph: Graph, node: Node, width: int) -> Node:

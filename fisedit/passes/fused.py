@@ -58,3 +58,28 @@ def take_over(graph: Graph, old: Node, new: Node) -> None:
         new.meta["rows"] = kind
     old.replace_all_uses_with(new)
     graph.erase_node(old)
+
+
+def ancestors(nodes: list[Node]) -> set[Node]:
+    """``nodes`` and all that they are computed from."""
+    found: set[Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def hoist(graph: Graph, nodes: list[Node], first: Node) -> None:
+    """Move ``nodes`` and what they are computed from before ``first``, which they must not need."""
+    wanted = ancestors(nodes)
+    before = set()
+    for node in graph.nodes:
+        if node is first:
+            break
+        before.add(node)
+    for node in list(graph.nodes):
+        if node in wanted and node not in before:
+            first.prepend(node)

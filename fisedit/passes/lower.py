@@ -125,4 +125,5 @@ def _copy_fold(cutter: _Cutter, node: Node) -> Node:
     slots = [cutter.view(view) for view in views]
     numbers = [[slots[place] for place in places] for places in (means, rstds)]
     taken = [cutter.take(value) if isinstance(value, Node) else value for value in rest]
-    return cutter.graph.call_function(node.target, (cutter.add_input(Input.views()), *numbers, *taken))
+    arguments = (cutter.add_input(Input.views()), *numbers, *taken)
+    return cutter.graph.call_function(fisedit.fold_group_norms.default, arguments)

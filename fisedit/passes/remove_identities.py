@@ -51,7 +51,7 @@ def is_flat(node: Node) -> bool:
             node.meta["flat"] = len(args(node)[1]) == 3
         else:
             sources = [source for source in node.all_input_nodes if rows_of(source) is not None]
-            node.meta["flat"] = all([is_flat(source) for source in sources])
+            node.meta["flat"] = all(is_flat(source) for source in sources)
     return node.meta["flat"]
 
 

@@ -59,7 +59,8 @@ class Store:
 class Stage:
     """A part of a graph that is run at one rhythm: once per model, per edit, per timestep, or per call.
 
-    ``views`` are the slots that its kernels read in place. ``module`` returns ``results`` user outputs, then the ``values`` of later stages, then the ``stores``.
+    ``views`` are the slots that its kernels read in place. ``module`` returns ``results`` user outputs, then the
+    ``values`` of later stages, then the ``stores``.
     """
 
     name: str

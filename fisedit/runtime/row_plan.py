@@ -90,7 +90,7 @@ class RowPlan:
         self._tables: dict[Table, Tensor] = {}
         for key in sorted(set(keys), key=str):
             if (shape := self._shape(key)) is not None:
-                dtype = torch.int64 if key.kind == "active" else torch.int32
+                dtype = torch.int64 if key.kind in ("active", "count") else torch.int32
                 self._tables[key] = torch.zeros(shape, dtype=dtype, device=device)
 
     def _shape(self, key: Table) -> tuple[int, ...] | None:
@@ -98,7 +98,7 @@ class RowPlan:
         if isinstance(key.of, ConvGeometry):
             return masks, self.sizes[key.of.target], key.of.kernel[0] * key.of.kernel[1]
         shapes = {"active": (masks, self.sizes[key.of]), "keys": (masks, key.of[0] * key.of[1]), "number": (1,),
-                  "counts": (self.batch,)}  # fmt: skip
+                  "count": (masks,), "counts": (self.batch,)}  # fmt: skip
         return shapes.get(key.kind)
 
     def rows(self, level: Level) -> int:
@@ -109,7 +109,8 @@ class RowPlan:
         """A table, or one of the flags ``full`` and ``partial`` of a level.
 
         Shapes: active int64 ``[M, N]``, padded with R; sources int32 ``[M, N', taps]``; keys int32 ``[M, R]``;
-        number int32 ``[1]``, the rows of the largest sample; counts int32 ``[B]``; locks int32 ``[LOCKS]``, zeros.
+        number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``, the rows
+        of each; locks int32 ``[LOCKS]``, zeros.
         """
         if key.kind == "locks":
             return self.locks
@@ -140,8 +141,8 @@ class RowPlan:
                 table.copy_(places[key.of])
             else:
                 counts = masks.counts[key.of]
-                values = [max(counts)] if key.kind == "number" else counts * (self.batch // len(counts))
-                table.copy_(torch.tensor(values, dtype=torch.int32), non_blocking=True)
+                values = [max(counts)] if key.kind == "number" else counts * (len(table) // len(counts))
+                table.copy_(torch.tensor(values, dtype=table.dtype), non_blocking=True)
 
     def _sources(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:
         """``[M, N', taps]``: an active row, N + a recorded position, or -1."""
