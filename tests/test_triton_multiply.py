@@ -95,3 +95,21 @@ def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int
         assert (out.double() - wanted).abs().max() <= 1e-5 * wanted.abs().max()
     else:
         check(torch.float32, 11, config, **common, recorded=given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:] if DEVICE == "cuda" else [torch.float32])
+def test_sizes_of_real_models(dtype: torch.dtype) -> None:
+    """What the rule chooses for large products, with all that can follow them; on a GPU also its race conditions."""
+    sizes = [(30, 1280, 1280), (84, 1280, 640), (461, 320, 320), (1382, 320, 320)] if DEVICE == "cuda" else [(9, 64, 32)]
+    for number, channels, outputs in sizes:
+        rows, recorded = random(2, number, channels, dtype=dtype), random(2, number + 50, channels, seed=1, dtype=dtype)
+        sources = torch.randint(-1, 2 * number + 50, (1, number, 9), generator=torch.Generator().manual_seed(2))
+        affine, residual = random(2, 2, outputs, seed=3), random(2, number, outputs, seed=4, dtype=dtype)
+        weight = random(outputs, 9 * channels, seed=5, dtype=dtype) / 50
+        common = {"bias": random(outputs, seed=6, dtype=dtype)}
+        table = sources.int().to(DEVICE)
+        check(dtype, number, None, rows=rows, recorded=recorded, sources=table, weight=weight, affine=affine,
+              activation="silu", **common)  # fmt: skip
+        linear = weight[:, :channels].contiguous()
+        check(dtype, number, None, rows=rows, weight=linear, residual=residual, **common)
+        check(dtype, number, None, rows=rows, weight=linear, activation="gelu", gated=True, **common)

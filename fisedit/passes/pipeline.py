@@ -19,9 +19,9 @@ from fisedit.passes.canonicalize_ops import canonicalize_ops
 from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
-from fisedit.passes.fold_layer_norm import fold_layer_norm
 from fisedit.passes.fuse_attention import fuse_attention
 from fisedit.passes.fuse_epilogues import fuse_epilogues
+from fisedit.passes.fuse_layer_norm import fuse_layer_norm
 from fisedit.passes.fuse_linear import fuse_linear
 from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
@@ -62,7 +62,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_linear,
         batch_group_norms,
         fuse_epilogues,
-        fold_layer_norm,
+        fuse_layer_norm,
     ]
 
 

@@ -33,6 +33,11 @@ class Replay:
         self._buffers: dict[Any, Tensor] = {}
         self._seen: dict[Any, tuple[Tensor, int]] = {}
         self._made = {name for stage in self.stages for name in stage.values}  # handed on within the graph
+        self._changing = {
+            id(stage): [i for i in stage.inputs if i.kind != "table" and i.name not in self._made or i.kind == "views"]
+            for stage in self.stages
+        }
+        self._memo: Memo | None = None
         self._results: tuple[list[Tensor], dict[Store, Tensor]] = ([], {})
         used = {id(weight): weight for stage in self.stages for weight in stage.weights}
         self._weights = list(used.values())
@@ -42,8 +47,9 @@ class Replay:
         self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo
     ) -> tuple[list[Tensor], dict[Store, Tensor]]:
         """One call, as :meth:`Executable.run`."""
-        self.executable.prepare(inputs, memo)
-        self._fill(inputs, source, memo)
+        ran = self.executable.prepare(inputs, memo)
+        self._fill(inputs, source, memo, values=ran or memo is not self._memo)
+        self._memo = memo
         if self.plan.device.type != "cuda":
             with torch.no_grad():
                 return self._call()
@@ -56,12 +62,16 @@ class Replay:
         outputs, stored = self._results
         return [output.clone() for output in outputs], {store: value.clone() for store, value in stored.items()}
 
-    def _fill(self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo) -> None:
-        """Bring the buffers up to date; what is the same as in the last call is not copied again."""
+    def _fill(self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, values: bool) -> None:
+        """Bring the buffers up to date; what is the same as in the last call is not copied again.
+
+        Args:
+            values: whether results of the stages before may have changed.
+        """
         changed: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for stage in self.stages:
-            for wanted in stage.inputs:
-                if wanted.kind == "table" or (wanted.kind == "value" and wanted.name in self._made):
+            for wanted in self._changing[id(stage)]:
+                if wanted.kind == "value" and not values:
                     continue
                 key = (id(stage), wanted) if wanted.kind == "views" else wanted
                 value = self.executable.fetch(wanted, stage, inputs, self.plan, source, memo)

@@ -42,6 +42,7 @@ SCHEMAS = {
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
+    "layer_norm_rows": "(Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor count) -> Tensor",
     "normalize_rows": "(Tensor rows, Tensor? rows2, Tensor affine, str activation, Tensor count, bool done) -> Tensor",
     "renew_affine": "(Tensor rows, Tensor? rows2, Tensor affine, bool full, Tensor? weight, Tensor? bias, "
     "Tensor? shift, int groups, float eps, Tensor count) -> Tensor",
@@ -109,6 +110,11 @@ def _(query, key, value, recorded_key, recorded_value, table, count, key_count, 
 @torch.library.register_fake("fisedit::gather_patches", lib=library)
 def _(rows, recorded, sources, count):
     return rows.new_empty(rows.shape[0], *sources.shape[1:], rows.shape[2])  # [B, N', taps, C]
+
+
+@torch.library.register_fake("fisedit::layer_norm_rows", lib=library)
+def _(rows, weight, bias, eps, count):
+    return rows.new_empty(rows.shape)  # [B, N, C]
 
 
 @torch.library.register_fake("fisedit::normalize_rows", lib=library)

@@ -19,15 +19,19 @@ from fisedit.runtime import ops
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "reference": tuple(name for name in ops.SCHEMAS if name not in ops.STRUCTURAL),
     "triton": (
-        "attend_rows", "fold_group_norms", "gather_patches", "gather_rows", "multiply_rows", "normalize_rows",
-        "renew_affine", "scatter_rows",
+        "attend_rows", "fold_group_norms", "gather_patches", "gather_rows", "layer_norm_rows", "multiply_rows",
+        "normalize_rows", "renew_affine", "scatter_rows",
     ),
 }  # fmt: skip
+
+TUNED = {("multiply_rows", "triton"): "fisedit.runtime.tuning"}
+"""Where an op is that chooses among kernels."""
 
 
 @cache
 def _load(op: str, provider: str) -> Callable[..., Any]:
-    return getattr(importlib.import_module(f"fisedit.runtime.kernels.{op}.{provider}"), op)
+    module = TUNED.get((op, provider), f"fisedit.runtime.kernels.{op}.{provider}")
+    return getattr(importlib.import_module(module), op)
 
 
 for _name in PROVIDERS["reference"]:

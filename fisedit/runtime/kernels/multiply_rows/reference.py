@@ -40,7 +40,7 @@ def multiply_rows(
         rows: ``[B, N, C]``. rows2: ``[B, N, C2]``.
         recorded: ``[B, R, C]``: the recorded map that inactive inputs are read from.
         sources: int32 ``[M, N', taps]``: v < N is active row v, v >= N recorded position v - N, -1 a row of zeros.
-        weight: ``[Co, taps * C]``, taps outermost. bias: ``[Co]``.
+        weight: ``[Co, taps * C]``, taps outermost. bias: ``[Co]``, in any dtype.
         column_sum: float32 ``[Co]``, the sums of the weight's rows: the rows are layer-normalized first, whose affine
             parameters are part of weight and bias. ``eps`` is the normalization's.
         affine: float32 ``[2, B, Co]``, scale and offset of each sample; not applied, nor the activation, if ``full``.
@@ -51,23 +51,23 @@ def multiply_rows(
     Returns:
         ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
-    batch = rows.shape[0]
     if rows2 is not None:
         rows = torch.cat([rows, rows2], -1)
     if sources is not None:
         rows = _patches(rows, recorded, sources)  # [B, N', taps*C]
     if column_sum is not None:
         rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
-    out = F.linear(rows, weight, bias)  # [B, N', Co]
+    same = bias is None or bias.dtype == weight.dtype
+    out = F.linear(rows, weight, bias if same else None)  # [B, N', Co]
+    out = out if same else out + bias
     if gated:
         value, gate = out.chunk(2, -1)
         out = value * ACTIVATIONS[activation](gate)
     elif not full:
         if affine is not None:
-            out = (out * affine[0][:, None] + affine[1][:, None]).to(rows.dtype)
+            out = out * affine[0][:, None] + affine[1][:, None]
         out = ACTIVATIONS[activation](out)
-    assert out.shape[0] == batch
-    return out if residual is None else out + residual
+    return (out if residual is None else out + residual).to(rows.dtype)
 
 
 def _patches(rows: Tensor, recorded: Tensor | None, sources: Tensor) -> Tensor:

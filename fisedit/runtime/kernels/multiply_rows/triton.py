@@ -7,7 +7,8 @@ split across programs, and the last to arrive adds their partial sums.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -248,7 +249,8 @@ def multiply_rows(
     inner = weight.shape[1]
     co = weight.shape[0] // (2 if gated else 1)
     if config is None:
-        config = choose(batch * n_out, co * (2 if gated else 1), inner, rows.dtype)
+        chunk = math.gcd(c1, c2)
+        config = choose(batch * n_out, co, inner, chunk, gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
@@ -296,16 +298,31 @@ def _plain(rows: Tensor) -> Tensor:
 
 
 SMALL = Config(16, 32, 32, 4, 2)
+PROCESSORS = 132
+"""Multiprocessors of the GPU that the rule was made on (H100)."""
 
 
-def choose(rows: int, columns: int, inner: int, dtype: torch.dtype) -> Config:
-    """A tile for a product of ``rows x inner x columns`` by rule."""
+def choose(rows: int, columns: int, inner: int, chunk: int, gated: bool, gathered: bool, dtype: torch.dtype) -> Config:
+    """A tile for a product of ``rows x inner x columns`` by rule.
+
+    Args:
+        rows, columns, inner: of the product. chunk: channels that are read in one piece.
+    """
     if dtype == torch.float32 or inner < 64:
         return SMALL if inner < 64 else Config(32, 64, 32, 4, 3)
-    m = 16 if rows <= 16 else 32 if rows <= 48 else 64 if rows <= 512 else 128
-    n = 64 if rows <= 512 else 128
-    k = 128 if m <= 32 else 64
-    tiles = -(-rows // m) * -(-columns // n)
-    steps = -(-inner // k)
-    split = max(1, min(steps // 4, (132 * (2 if m <= 64 else 1)) // tiles))
-    return Config(m, n, k, 8 if m == 128 and n == 128 else 4, 4 if m <= 64 else 3, split)
+    if gated:
+        tile = Config(32, 128, 64, 4, 6) if rows <= 128 else Config(128, 64, 64, 8, 6)
+        return tile if rows <= 512 else Config(128, 128, 64, 8, 4)
+    if rows <= 48:
+        tile = Config(32, 64, 128, 4, 6) if chunk % 128 == 0 else Config(32, 64, 64, 4, 6)
+    elif not gathered and rows <= 512:
+        tile = Config(64, 64, 128, 4, 4) if chunk % 128 == 0 else Config(64, 64, 64, 4, 7)
+    elif chunk % 128 == 0 and gathered:
+        tile = Config(128, 64, 128, 4, 4)
+    elif gathered and rows <= 3072:
+        tile = Config(128, 64, 64, 4, 6) if rows <= 1536 else Config(64, 128, 64, 4, 6)
+    else:
+        tile = Config(128, 128, 64, 8, 4)
+    tiles = -(-rows // tile.m) * -(-columns // tile.n)
+    splits = PROCESSORS // tiles if tiles <= PROCESSORS // 2 else 2 * PROCESSORS // tiles if tiles < 100 else 1
+    return replace(tile, split=max(1, min(splits, inner // tile.k // 6)))
