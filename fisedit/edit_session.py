@@ -15,6 +15,7 @@ from fisedit.alignment import align_embeddings
 from fisedit.capture import Call
 from fisedit.edit import Edit, Edits
 from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
+from fisedit.passes.count_loads import count_loads, levels
 from fisedit.passes.count_macs import count_macs
 from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall
@@ -143,14 +144,16 @@ class Lane:
         report = replace(report, macs_dense=round(macs * own), islands=program.islands)
         if edit.masks is None or "edit" not in program.graphs or self.kind != "sparse":
             return report
-        plan = self.plan(torch.device("cpu"))
-        macs = count_macs(program.graphs["edit"].graph, plan)
-        levels = dict.fromkeys(level for geometry in plan.tiles for level in (geometry.source, geometry.target))
+        graph, plan, loaded = program.graphs["edit"].graph, self.plan(torch.device("cpu")), self.bytes_loaded
+        if program.fused:
+            plan = MaskPlan(self.masks(torch.device("cpu")), CostModel("rows"))
+            loaded = [round(count_loads(graph, plan) * own)] * len(edit.timings["sparse"])
+        macs = count_macs(graph, plan)
         return replace(
             report,
             macs_sparse=round(macs * own),
-            bytes_loaded=self.bytes_loaded,
-            levels={f"{h}x{w}": plan.share((h, w)) for h, w in levels},
+            bytes_loaded=loaded,
+            levels={f"{h}x{w}": plan.share((h, w)) for h, w in levels(graph)},
             tiles={str(geometry): tile for geometry, tile in plan.tiles.items()},
         )
 
