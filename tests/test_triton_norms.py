@@ -1,7 +1,11 @@
-"""Normalization of active rows, references and Triton kernels, against PyTorch in float64, interpreted or on a GPU."""
+"""Normalization of active rows and what follows a product of them, references and Triton kernels, against float64.
+
+Without a GPU the kernels run interpreted.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -13,6 +17,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fisedit.runtime.kernels.finish_rows import reference as finish_reference  # noqa: E402
+from fisedit.runtime.kernels.finish_rows.triton import finish_rows  # noqa: E402
 from fisedit.runtime.kernels.fold_group_norms import reference as fold_reference  # noqa: E402
 from fisedit.runtime.kernels.fold_group_norms.triton import fold_group_norms  # noqa: E402
 from fisedit.runtime.kernels.layer_norm_rows import reference as layer_reference  # noqa: E402
@@ -104,3 +110,47 @@ def test_layer_norm_rows(dtype: torch.dtype, channels: int, parts: str) -> None:
     out = layer_norm_rows(rows, weight, bias, 0.1, limit)
     assert out.dtype == dtype
     check(out[:, :6], wanted[:, :6], dtype)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """Activations as their papers write them."""
+    if name == "silu":
+        return x / (1 + torch.exp(-x))
+    if name == "gelu":
+        return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+    if name == "gelu_tanh":
+        return x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    return x
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("parts", "activation"),
+    [
+        ("bias affine", "silu"), ("bias gated", "gelu"), ("wide bias, residual", "none"), ("affine residual", "gelu"),
+        ("gated residual", "gelu_tanh"), ("wide bias, gated", "gelu"),
+    ],
+)  # fmt: skip
+def test_finish_rows(dtype: torch.dtype, parts: str, activation: str) -> None:
+    """Slices of wider buffers; rows past the count are left alone; the bias may be more exact than the product."""
+    number, count, channels = 11, 6, 136
+    width = 2 * channels if "gated" in parts else channels
+    product = random(2, number, width + 24, seed=0, dtype=dtype)[..., 8 : 8 + width]
+    bias = random(width, seed=1, dtype=torch.float32 if "wide" in parts else dtype) if "bias" in parts else None
+    affine = random(2, 2, 200, seed=2)[..., 24 : 24 + channels] if "affine" in parts else None
+    residual = random(2, number, 160, seed=3, dtype=dtype)[..., 16 : 16 + channels] if "residual" in parts else None
+    wanted = product.double() if bias is None else product.double() + bias.double()
+    if affine is not None:
+        wanted = wanted * affine[0].double().unsqueeze(1) + affine[1].double().unsqueeze(1)
+    if "gated" in parts:
+        wanted = wanted[..., :channels] * activate(wanted[..., channels:], activation)
+    else:
+        wanted = activate(wanted, activation)
+    if residual is not None:
+        wanted = wanted + residual.double()
+    limit = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    rest = (bias, affine, residual, limit, activation, "gated" in parts)
+    check(finish_reference.finish_rows(product, *rest), wanted, dtype)
+    out = finish_rows(product, *rest)
+    assert out.shape == wanted.shape and out.dtype == dtype
+    check(out[:, :count], wanted[:, :count], dtype)

@@ -1,18 +1,23 @@
-"""Every way to compute a product gives the product, and the fastest one is taken."""
+"""Every way to compute a product gives the product, and the fastest one is taken. Without a GPU, interpreted."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from fisedit.runtime import tuning
-from fisedit.runtime.calibration import Timings
-from fisedit.runtime.kernels.multiply_rows import reference
-
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fisedit.runtime import tuning  # noqa: E402
+from fisedit.runtime.calibration import Timings  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
+
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 
 
@@ -36,53 +41,125 @@ def arguments(taps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("taps", [1, 9])
-def test_every_way_gives_the_product(taps: int) -> None:
-    given = arguments(taps)
+def check(out: torch.Tensor, given: dict[str, Any]) -> None:
     wide: dict[str, Any] = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()
     }
     wanted = reference.multiply_rows(**wide)
-    ways = tuning.candidates(given)
-    assert ways[0] == tuning.RULE and ways[-1] == tuning.LIBRARY and len(ways) == len(tuning.TILES) + 2
-    for way in ways if DEVICE == "cuda" else (ways[0], ways[1], ways[-1]):  # interpreted: slowly
-        out = tuning.run(way, given)
-        assert (out.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max(), way
+    assert out.dtype == torch.float16 and out.shape == wanted.shape
+    assert (out.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()
 
 
-def test_the_fastest_way_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("taps", [1, 9])
+def test_every_way_gives_the_product(taps: int) -> None:
+    given = arguments(taps)
+    ways = tuning.candidates(tuning.Product.of(given), ACTIVE)
+    assert ways[0] == tuning.RULE and ways[-1] == tuning.LIBRARY and 3 <= len(ways) <= 10
+    for way in ways:
+        check(tuning.run(way, given), given)
+
+
+FUSED: dict[str, dict[str, Any]] = {
+    "a bias in float32": {"bias": random(OUTPUTS, seed=5).float()},
+    "a normalization": {"affine": random(2, 2, OUTPUTS, seed=7).float(), "residual": None},
+    "a normalization for later": {"affine": random(2, 2, OUTPUTS, seed=7).float(), "full": True, "residual": None},
+    "a bias alone": {"activation": "none", "residual": None},
+    "a gate": {"gated": True, "activation": "gelu", "residual": None},
+    "a gate, all rows active": {"gated": True, "activation": "gelu", "full": True, "residual": None},
+    "two sources": {"rows2": random(2, ACTIVE, 192, seed=8), "weight": random(OUTPUTS, 256, seed=9) * 0.05},
+    "a layer norm": {
+        "column_sum": (random(OUTPUTS, CHANNELS, seed=4) * 0.05).float().sum(1), "bias": random(OUTPUTS, seed=5).float()
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(FUSED))
+def test_the_library_is_followed_by_all_that_is_fused(name: str) -> None:
+    given = arguments(1) | FUSED[name]
+    check(tuning.run(tuning.LIBRARY, given), given)
+    check(tuning.run(tuning.RULE, given), given)
+
+
+def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
     timings, asked = Timings.load(DEVICE, tmp_path), []
 
-    def measure(given: dict[str, Any], way: str, rows: int) -> float:
-        asked.append((way, rows))
+    def measure(way: Any, rows: int) -> float:
+        asked.append((str(way), rows))
         return 1.0 if way == tuning.LIBRARY else 2.0
 
-    monkeypatch.setattr(tuning, "_measure", measure)
-    monkeypatch.setattr(tuning, "timings_of", lambda device: timings)
     linear, conv = arguments(1), arguments(9)
     with timings.collect() as choices:
-        out = tuning.multiply_rows(*linear.values())
-        tuning.multiply_rows(*linear.values())
-        tuning.choose_way(conv, timings)
-    assert torch.equal(out, reference.multiply_rows(**linear))
-    assert len(asked) == 2 * len(tuning.candidates(linear)) and {rows for _, rows in asked} == {6}
-    assert [(choice.kind, choice.chosen) for choice in choices] == [
-        ("linear", "library"), ("linear", "library"), ("convolution of 9 taps", "library"),
-    ]  # fmt: skip
+        for given in (linear, linear, conv):
+            assert tuning.choose_way(given, timings, measure) == tuning.LIBRARY
+    assert [choice.kind for choice in choices] == ["linear", "linear", "convolution of 9 taps"]
+    linears = sum(len(tuning.candidates(tuning.Product.of(linear), rows)) for rows in (3, 4, 6, 8, 11))  # around 5
+    assert len(set(asked[:linears])) == linears and {rows for _, rows in asked} == {3, 4, 6, 8, 11}
+    assert len(asked) == linears + len(set(asked[linears:]))
+
+    near = linear | {"rows": random(2, 10, CHANNELS, seed=1)}
+    before = len(asked)
+    assert tuning.choose_way(near, timings, measure) == tuning.LIBRARY and len(asked) == before
+    timings.calibrate = "off"
+    far = linear | {"rows": random(2, 100, CHANNELS, seed=1)}
+    assert tuning.choose_way(far, timings, measure) == tuning.RULE and len(asked) == before
 
 
-def test_channels_of_two_sources_come_in_whole_chunks() -> None:
-    given = arguments(1) | {"rows2": random(2, ACTIVE, 192, seed=7), "weight": random(OUTPUTS, 256, seed=8)}
-    tiles = [way for way in tuning.candidates(given) if way in tuning.TILES]
-    assert tiles == [name for name, tile in tuning.TILES.items() if tile.k == 64]
-    narrow = arguments(1) | {"weight": random(OUTPUTS, 32, seed=9)}
-    assert tuning.candidates(narrow) == [tuning.RULE, tuning.LIBRARY]
+def test_nothing_is_timed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "run", lambda way, given: way)
+    given = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments(1).items()}
+    monkeypatch.setattr(tuning, "timings_of", None)
+    assert tuning.multiply_rows(*given.values()) == tuning.RULE
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+def test_arguments_are_timed_for_other_numbers_of_rows(taps: int) -> None:
+    """What one program computes for rows of its own, it computes for their repetitions."""
+    given = arguments(taps)
+    given["count"].fill_(ACTIVE - 1)  # the last row is padding
+    wanted = reference.multiply_rows(**given)
+    sized = tuning.Stopwatch(given).with_rows(11)
+    assert int(sized["count"]) == 11
+    out = reference.multiply_rows(**sized)
+    for row in range(11):
+        torch.testing.assert_close(out[:, row], wanted[:, row % (ACTIVE - 1)], atol=1e-2, rtol=0)
+
+
+def product(taps: int, channels: tuple[int, int], outputs: int, fused: str = "") -> tuning.Product:
+    return tuning.Product(taps, 2, channels, outputs, torch.float16, fused)
+
+
+def tiles(shape: tuning.Product, rows: int) -> set[tuple[int, int, int]]:
+    ways = tuning.candidates(shape, rows)
+    return {(way.m, way.n, way.k) for way in ways if isinstance(way, Config)}
+
+
+def test_channels_come_in_whole_chunks_where_a_tile_can_take_them() -> None:
+    assert {k for _, _, k in tiles(product(0, (1280, 1280), 1280), 100)} == {64, 128}
+    assert {k for _, _, k in tiles(product(0, (640, 320), 320), 100)} == {64}
+    assert {k for _, _, k in tiles(product(9, (320, 0), 320), 100)} == {64}
+    assert tuning.candidates(product(0, (32, 0), 320), 100) == [tuning.RULE, tuning.LIBRARY]
+
+
+def test_ways_are_few_and_run_on_the_gpu() -> None:
+    """Tiles of about the rows' number; a gated product holds two tiles of the weight."""
+    for shape in (product(9, (1280, 0), 1280), product(0, (1280, 0), 10240, "bias gelu gated"),
+                  product(0, (320, 0), 320), product(9, (960, 0), 320)):  # fmt: skip
+        for rows in (8, 24, 96, 200, 800, 3000, 9216):
+            ways = [way for way in tuning.candidates(shape, rows) if isinstance(way, Config)]
+            assert 1 <= len(ways) <= 9
+            for way in ways:
+                assert way.m <= 4 * rows and way.stages >= 3
+                assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * way.stages <= 227 * 1024
+    assert 256 not in {n for _, n, _ in tiles(product(0, (1280, 0), 10240, "gated"), 3000)}
+    assert 256 in {n for _, n, _ in tiles(product(0, (1280, 0), 10240), 3000)}
 
 
 def test_work_is_split_where_tiles_are_few() -> None:
-    given, tile = arguments(9), tuning.TILES["16x64x128 w4 s6 /1"]
-    assert tuning._split(tile, given).split == 1  # four steps and a half: nothing to split
-    deep = given | {"weight": random(OUTPUTS, 9 * 640, seed=8)}
-    assert tuning._split(tile, deep).split == 11
-    many = deep | {"sources": given["sources"].expand(1, ACTIVE, 9).repeat(1, 1000, 1)}
-    assert tuning._split(tile, many).split == 1
+    def splits(shape: tuning.Product, rows: int) -> set[int]:
+        return {way.split for way in tuning.candidates(shape, rows) if isinstance(way, Config)}
+
+    assert splits(product(9, (1280, 0), 1280), 8) == {6, 12}
+    assert splits(product(9, (1280, 0), 1280), 96) <= {3, 6}
+    assert splits(product(0, (5120, 0), 1280), 8) == {7, 10}  # 40 steps, four a program
+    assert splits(product(0, (320, 0), 320), 8) == {1}
+    assert splits(product(0, (5120, 0), 1280), 3000) == {1}

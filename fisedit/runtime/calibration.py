@@ -131,10 +131,8 @@ class Timings:
         with self._lock:
             names = [str(candidate) for candidate in candidates]
             known = self.times_near(kind, key, rows, names)
-            if not known and measure is not None and self.calibrate == "lazy":
-                for candidate in candidates:
-                    if self.time(kind, key, rows, candidate) is None:
-                        self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
+            if not known and measure is not None:
+                self.fill(kind, key, {rows: candidates}, measure)
                 known = self.times(kind, key, rows)
             if known:
                 chosen = min(candidates, key=lambda candidate: known[str(candidate)])
@@ -144,6 +142,18 @@ class Timings:
                 costs = {name: known[name] for name in names} if known else {}
                 self._collected.append(Choice(kind, key, rows, str(chosen), costs))
             return chosen
+
+    def fill(
+        self, kind: str, key: tuple[Any, ...], wanted: Mapping[int, Sequence[Candidate]], measure: Measure
+    ) -> None:
+        """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off."""
+        if self.calibrate == "off":
+            return
+        with self._lock:
+            for rows, candidates in wanted.items():
+                for candidate in candidates:
+                    if self.time(kind, key, rows, candidate) is None:
+                        self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
 
     def times_near(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str] = ()) -> Mapping[str, float]:
         """The times at the grid point of ``rows``, or at one next to it, where all of ``names`` are known; or none."""
@@ -253,23 +263,27 @@ def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int 
     return median(times)
 
 
-_captured: dict[int, torch.cuda.CUDAGraph] = {}
-"""The last timed graph of each device: it keeps the memory pool that the next one takes over."""
+_captured: dict[int, tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]] = {}
+"""Of each device the last timed graph, which keeps the memory pool that the next one takes over, and its stream: on
+another one, a library would take memory for its workspace again."""
 
 
 def _capture(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     """The calls as a graph. ``torch.cuda.graph`` would also give all unused memory back, hundreds of times in a row."""
     device, graph = torch.cuda.current_device(), torch.cuda.CUDAGraph()
-    pool = _captured[device].pool() if device in _captured else None
+    pool, stream = None, torch.cuda.Stream()
+    if device in _captured:
+        last, stream = _captured[device]
+        pool = last.pool()
     torch.cuda.synchronize()
-    with torch.cuda.stream(torch.cuda.Stream()):
+    with torch.cuda.stream(stream):
         graph.capture_begin(pool, capture_error_mode="thread_local")
         try:
             for call in calls:
                 call()
         finally:
             graph.capture_end()
-    _captured[device] = graph
+    _captured[device] = graph, stream
     return graph
 
 

@@ -11,29 +11,43 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fisedit.runtime.calibration import Timings, copies_beyond_l2, time_on_gpu
+from fisedit.runtime.calibration import Measure, Timings, copies_beyond_l2, grid, time_on_gpu
+from fisedit.runtime.kernels.finish_rows.triton import finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
+from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 
 RULE, LIBRARY = "rule", "library"
-TILES = {
-    str(tile): tile
-    for tile in (
-        kernel.Config(16, 64, 128, 4, 6),
-        kernel.Config(32, 64, 128, 4, 6),
-        kernel.Config(64, 64, 128, 4, 5),
-        kernel.Config(64, 128, 64, 4, 6),
-        kernel.Config(128, 64, 64, 4, 6),
-        kernel.Config(128, 128, 64, 8, 4),
-        kernel.Config(128, 256, 64, 8, 3),
-    )
-}
-"""Tiles that are timed besides the kernel's own rule; how often work is split follows from the number of tiles."""
+Way = str | kernel.Config
+"""The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
+TILES = (
+    kernel.Config(16, 64, 128, 4, 6),
+    kernel.Config(32, 64, 128, 4, 6),
+    kernel.Config(64, 64, 128, 4, 4),
+    kernel.Config(64, 64, 64, 4, 7),
+    kernel.Config(64, 128, 64, 8, 6),
+    kernel.Config(128, 64, 64, 8, 6),
+    kernel.Config(128, 64, 128, 4, 4),
+    kernel.Config(128, 128, 64, 8, 4),
+    kernel.Config(128, 256, 64, 8, 3),
+)
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program can have on a GPU of compute capability 9.0."""
+MULTIPROCESSORS = 132
+TAP_SPLITS = (1, 3, 6, 9, 12)
+"""How often the work of a convolution may be split: by whole taps, or halves of three."""
+LEAST_STEPS = 4
+"""Of the inner dimension, for a program of a split product."""
+NEAR = (-2, -1, 0, 1, 2)
+"""What is timed when rows are met: their number times these powers of the square root of 2."""
+MANY = 8192
+"""No more rows than these are timed, unless they are met."""
 ARGUMENTS = tuple(inspect.signature(reference.multiply_rows).parameters)
 
 
@@ -49,9 +63,11 @@ def multiply_rows(*arguments: Any) -> Tensor:
     """The kernel of this name, in the fastest known way; see its reference.
 
     A shape that is met for the first time is timed, except while a CUDA graph is captured: run it once before.
+    Interpreted on a CPU, nothing is timed.
     """
     given = dict(zip(ARGUMENTS, arguments, strict=True))
-    return run(choose_way(given, timings_of(given["rows"].device)), given)
+    device = given["rows"].device
+    return run(choose_way(given, timings_of(device)) if device.type == "cuda" else RULE, given)
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,15 @@ class Product:
     dtype: torch.dtype
     fused: str
 
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Product:
+        """That of the arguments of a ``multiply_rows``."""
+        rows, rows2, sources = given["rows"], given["rows2"], given["sources"]
+        channels = (rows.shape[2], 0 if rows2 is None else rows2.shape[2])
+        fused = fused_parts(given, given["full"])
+        taps = 0 if sources is None else sources.shape[2]
+        return Product(taps, len(rows), channels, given["weight"].shape[0], rows.dtype, fused)
+
     @property
     def kind(self) -> str:
         return f"convolution of {self.taps} taps" if self.taps else "linear"
@@ -79,6 +104,15 @@ class Product:
     def key(self) -> tuple[str, ...]:
         inputs = "+".join(str(channels) for channels in self.channels if channels)
         return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
+
+    @property
+    def columns(self) -> int:
+        """Channels of the result."""
+        return self.outputs // 2 if self.gated else self.outputs
+
+    @property
+    def gated(self) -> bool:
+        return "gated" in self.fused.split()
 
 
 def fused_parts(given: Mapping[str, Any], full: bool) -> str:
@@ -89,56 +123,123 @@ def fused_parts(given: Mapping[str, Any], full: bool) -> str:
     return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full)
 
 
-def choose_way(given: Mapping[str, Any], timings: Timings) -> str:
-    """``"rule"``, a key of ``TILES``, or ``"library"``."""
-    rows, rows2, sources = given["rows"], given["rows2"], given["sources"]
-    number, taps = (rows.shape[1], 0) if sources is None else (sources.shape[1], sources.shape[2])
-    channels = (rows.shape[2], 0 if rows2 is None else rows2.shape[2])
-    fused = fused_parts(given, given["full"])
-    product = Product(taps, len(rows), channels, given["weight"].shape[0], rows.dtype, fused)
-    capturing = rows.is_cuda and torch.cuda.is_current_stream_capturing()
-    measure = None if capturing else partial(_measure, given)
-    return str(timings.best(product.kind, product.key, number, candidates(given), measure, default=RULE))
+def choose_way(given: Mapping[str, Any], timings: Timings, measure: Measure | None = None) -> Way:
+    """The fastest way for the arguments of a ``multiply_rows``; the rule where nothing is known and can be timed.
+
+    What is not known is timed for other numbers of rows too, so that few masks meet anything new.
+
+    Args:
+        measure: instead of a :class:`Stopwatch`.
+    """
+    product, number = Product.of(given), (given["rows"] if given["sources"] is None else given["sources"]).shape[1]
+    ways = candidates(product, number)
+    known = timings.times(product.kind, product.key, number)
+    capturing = given["rows"].is_cuda and torch.cuda.is_current_stream_capturing()
+    if not capturing and timings.calibrate == "lazy" and any(str(way) not in known for way in ways):
+        near = {grid(round(grid(number) * 2 ** (step / 2))) for step in NEAR}
+        wanted = {n: candidates(product, n) for n in sorted(near) if n <= max(MANY, grid(number))}
+        timings.fill(product.kind, product.key, wanted, measure or Stopwatch(given))
+    chosen = timings.best(product.kind, product.key, number, ways, None, default=RULE)
+    assert isinstance(chosen, Way)
+    return chosen
 
 
-def candidates(given: Mapping[str, Any]) -> list[str]:
-    """The ways that are worth timing."""
-    rows, rows2, weight = given["rows"], given["rows2"], given["weight"]
-    if rows.dtype == torch.float32 or weight.shape[1] < 64:
+def candidates(product: Product, number: int) -> list[Way]:
+    """The ways that are worth timing for about ``number`` rows of each sample."""
+    inner = sum(product.channels) * max(product.taps, 1)
+    if product.dtype == torch.float32 or inner < 64:
         return [RULE, LIBRARY]
-    channels = (rows.shape[2], 0 if rows2 is None else rows2.shape[2])
-    fitting = [name for name, tile in TILES.items() if rows2 is None or all(c % tile.k == 0 for c in channels)]
-    return [RULE, *fitting, LIBRARY]
+    ways: list[Way] = []
+    for tile in TILES:
+        if _makes_sense(tile, product, product.batch * grid(number)):
+            stages = min(tile.stages, SHARED_MEMORY // _stage_bytes(tile, product))
+            ways += [replace(tile, stages=stages, split=split) for split in _splits(tile, product, number)]
+    return [RULE, *ways, LIBRARY]
 
 
-def run(way: str, given: Mapping[str, Any]) -> Tensor:
+def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
+    """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
+    if tile.m > max(16, triton.next_power_of_2(rows)) or (tile.m < 64 and rows > 3 * tile.m):
+        return False
+    if tile.m == 64 and triton.cdiv(rows, 128) * triton.cdiv(product.columns, 64) >= 2 * MULTIPROCESSORS:
+        return False  # tiles of 128 rows are many enough, and read less
+    if _tiles(tile, product, rows) * 2**17 < MULTIPROCESSORS * tile.m * tile.n:
+        return False  # too few to fill the GPU, however the work is split
+    if any(channels % tile.k for channels in product.channels):
+        alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
+        if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
+            return False
+    return SHARED_MEMORY // _stage_bytes(tile, product) >= 3
+
+
+def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
+    return triton.cdiv(rows, tile.m) * triton.cdiv(product.columns, tile.n)
+
+
+def _stage_bytes(tile: kernel.Config, product: Product) -> int:
+    return (tile.m + tile.n * (2 if product.gated else 1)) * tile.k * product.dtype.itemsize
+
+
+def _splits(tile: kernel.Config, product: Product, number: int) -> list[int]:
+    """How often the work is split for about one program a multiprocessor and, if they are small, about two."""
+    tiles = _tiles(tile, product, product.batch * grid(number))
+    steps = sum(triton.cdiv(channels, tile.k) for channels in product.channels) * max(product.taps, 1)
+    found = set()
+    for programs in (MULTIPROCESSORS, 2 * MULTIPROCESSORS)[: 1 if tile.m * tile.n > 64 * 64 else 2]:
+        split = max(1, round(programs / tiles))
+        if product.taps > 1:
+            split = min(TAP_SPLITS, key=lambda each: abs(math.log(each * tiles / programs)))
+        found.add(max(1, min(split, steps // LEAST_STEPS)))
+    return sorted(found)
+
+
+def run(way: Way, given: Mapping[str, Any]) -> Tensor:
     if way == LIBRARY:
-        return _library(given)
-    return kernel.multiply_rows(**given, config=None if way == RULE else _split(TILES[way], given))
+        return _library(**given)
+    return kernel.multiply_rows(**given, config=way if isinstance(way, kernel.Config) else None)
 
 
-def _split(tile: kernel.Config, given: Mapping[str, Any]) -> kernel.Config:
-    """``tile`` with work split so often that two programs come to each multiprocessor, four steps each at least."""
-    rows, sources, weight = given["rows"], given["sources"], given["weight"]
-    number = len(rows) * (rows.shape[1] if sources is None else sources.shape[1])
-    tiles = triton.cdiv(number, tile.m) * triton.cdiv(weight.shape[0], tile.n)
-    return replace(tile, split=max(1, min(weight.shape[1] // tile.k // 4, 264 // tiles)))
+def _library(
+    rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
+    bias: Tensor | None, column_sum: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
+    count: Tensor, locks: Tensor, activation: str, gated: bool, eps: float,
+) -> Tensor:  # fmt: skip
+    """One kernel before PyTorch's product, and one after it, where there is something to do."""
+    if rows2 is not None:
+        rows = torch.cat([rows, rows2], -1)  # [B, N, C+C2]
+    if sources is not None:
+        rows = gather_patches(rows, recorded, sources, count).flatten(2)  # [B, N', taps*C]
+    if column_sum is not None:
+        rows = layer_norm_rows(rows, None, None, eps, count)
+    if full:
+        affine, activation = None, activation if gated else "none"
+    bare = affine is None and residual is None and activation == "none" and not gated
+    if bare and (bias is None or bias.dtype == weight.dtype):
+        return F.linear(rows, weight, bias)  # [B, N', Co]
+    return finish_rows(F.linear(rows, weight), bias, affine, residual, count, activation, gated)
 
 
-def _library(given: Mapping[str, Any]) -> Tensor:
-    """Gathered patches, PyTorch's product, and what follows it one by one."""
-    rest = dict(given)
-    if given["sources"] is not None:
-        patches = gather_patches(given["rows"], given["recorded"], given["sources"], given["count"])
-        rest |= {"rows": patches.flatten(2), "recorded": None, "sources": None}  # [B, N', taps*C]
-    return reference.multiply_rows(**rest)
+class Stopwatch:
+    """Times the ways of a product on its very arguments, their rows repeated, weights coming from memory."""
 
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, self.real = given, max(1, int(given["count"]))
+        self.weights = copies_beyond_l2(given["weight"], most=16)
+        self.sized: tuple[int, dict[str, Any]] = (0, {})
 
-def _measure(given: Mapping[str, Any], way: Any, rows: int) -> float:
-    """µs of a way on the very arguments, weights coming from memory; infinite where the GPU has too little for it."""
-    weights = copies_beyond_l2(given["weight"], most=16)
-    runs = [partial(run, str(way), {**given, "weight": weight}) for (weight,) in weights]
-    try:
-        return time_on_gpu(*runs)
-    except OutOfResources:
-        return math.inf
+    def __call__(self, way: Any, number: int) -> float:
+        """µs for ``number`` rows of each sample; infinite where the GPU has too little for it."""
+        if self.sized[0] != number:
+            self.sized = (number, self.with_rows(number))
+        runs = [partial(run, way, {**self.sized[1], "weight": weight}) for (weight,) in self.weights]
+        try:
+            return time_on_gpu(*runs, calls=6, replays=3)
+        except (OutOfResources, torch.OutOfMemoryError):
+            return math.inf
+
+    def with_rows(self, number: int) -> dict[str, Any]:
+        """The arguments for ``number`` rows: the real ones over and over."""
+        place = torch.arange(number, device=self.given["rows"].device) % self.real
+        names = ("rows", "rows2", "residual") if self.given["sources"] is None else ("sources", "residual")
+        changes = {name: self.given[name][:, place] for name in names if self.given[name] is not None}
+        return {**self.given, **changes, "count": torch.full_like(self.given["count"], number)}

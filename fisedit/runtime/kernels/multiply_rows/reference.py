@@ -57,9 +57,10 @@ def multiply_rows(
         rows = _patches(rows, recorded, sources)  # [B, N', taps*C]
     if column_sum is not None:
         rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
-    same = bias is None or bias.dtype == weight.dtype
-    out = F.linear(rows, weight, bias if same else None)  # [B, N', Co]
-    out = out if same else out + bias
+    if bias is None or bias.dtype == weight.dtype:
+        out = F.linear(rows, weight, bias)  # [B, N', Co]
+    else:
+        out = F.linear(rows, weight) + bias
     if gated:
         value, gate = out.chunk(2, -1)
         out = value * ACTIVATIONS[activation](gate)
