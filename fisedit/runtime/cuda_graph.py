@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisedit.runtime.executor import Executable, Input, Memo, SlotSource, Stage, Store
+from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import Buckets, LevelMasks, RowPlan
 
@@ -118,7 +119,12 @@ class Replay:
 
     def _capture(self) -> None:
         with torch.no_grad():
-            self._call()  # compiles kernels, lets libraries choose theirs
+            with rehearse() as rehearsal:
+                self._call()
+            if rehearsal.news:
+                with rehearse(decide=True):
+                    self._call()
+            self._call()  # libraries load their kernels
             self.graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):

@@ -261,7 +261,7 @@ def attend_rows(
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
     launch = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
-    _attend[tiles, splits, batch * heads](
+    launch(_attend, (tiles, splits, batch * heads),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
         number, keys, splits, heads, (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.launch import launch
+
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "table_stride"])
 def _gather(
@@ -50,7 +52,7 @@ def gather_patches(rows: Tensor, recorded: Tensor | None, sources: Tensor, count
     if recorded is not None and not addresses:
         recorded = recorded.contiguous()
     pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    _gather[(triton.cdiv(n_out * taps, rows_block), triton.cdiv(channels, block), batch)](
+    launch(_gather, (triton.cdiv(n_out * taps, rows_block), triton.cdiv(channels, block), batch),
         out, rows, rows if recorded is None else recorded, sources, count, n_in, n_out, channels, rows.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
         sources.stride(0) if sources.shape[0] > 1 else 0, taps,

@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fisedit.runtime.kernels.launch import launch
+
 TMA = True
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
@@ -269,7 +271,7 @@ def multiply_rows(
     tma = TMA and rows.is_cuda and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     if tma:
         weight = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.n, config.k])
-    _multiply[(tiles, splits)](
+    launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), weight, _or(bias, rows),
         _or(column_sum, rows), _or(affine, rows), _or(residual, rows), count, partial, locks,
         n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),

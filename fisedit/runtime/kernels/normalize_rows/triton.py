@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.launch import launch
+
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
 
@@ -61,7 +63,7 @@ def normalize_rows(
     pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
     blocks = triton.cdiv(c1, CHANNELS) + triton.cdiv(c2, CHANNELS)
     block = 8 if batch * number <= 2048 else 32
-    _normalize_both[triton.cdiv(number, block), blocks, batch](
+    launch(_normalize_both, (triton.cdiv(number, block), blocks, batch),
         out, rows, rows2, affine, count, number, c1, c2, rows.stride(0), rows.stride(1),
         rows2.stride(0) if rows2 is not None else 0, rows2.stride(1) if rows2 is not None else 0,
         affine.stride(0), affine.stride(1), SILU=activation == "silu", BM=block, BC=CHANNELS, PDL=pdl,

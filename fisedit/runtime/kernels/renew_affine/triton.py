@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.launch import launch
+
 
 @triton.jit(do_not_specialize=["number"])
 def _renew(
@@ -77,7 +79,7 @@ def renew_affine(
     moved = None if shift is None else shift.expand(batch, 1, c1 + c2)
     columns = triton.next_power_of_2(size)
     pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
-    _renew[(groups, batch)](
+    launch(_renew, (groups, batch),
         out, rows, other, rows if weight is None else weight, rows if bias is None else bias,
         rows if moved is None else moved, number, c1, c2, size, eps, rows.stride(0), rows.stride(1), other.stride(0),
         other.stride(1), 0 if moved is None else moved.stride(0), 0 if moved is None else moved.stride(2),

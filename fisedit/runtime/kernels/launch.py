@@ -1,0 +1,65 @@
+"""Launch Triton kernels, or only compile them: all that a graph needs, side by side, before its first run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Rehearsal:
+    """A call of a graph that runs none of its kernels, but has them compiled.
+
+    Attributes:
+        decide: whether what can be done in several ways is timed now; else the ways to time are compiled.
+        news: whether anything was compiled, or is left to be decided.
+    """
+
+    decide: bool
+    news: bool = False
+
+
+_rehearsal: ContextVar[Rehearsal | None] = ContextVar("fisedit_rehearsal", default=None)
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
+    """Run ``kernel`` for a ``grid``; in a rehearsal, have it compiled instead."""
+    if _rehearsal.get() is None:
+        kernel[tuple(grid)](*args, **kwargs)
+    else:
+        kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+
+def current() -> Rehearsal | None:
+    """The rehearsal that this call belongs to."""
+    return _rehearsal.get()
+
+
+@contextmanager
+def rehearse(decide: bool = False) -> Iterator[Rehearsal]:
+    """Launches inside compile on all processors at once and run nothing; done when the block ends."""
+    from triton import AsyncCompileMode
+
+    rehearsal = Rehearsal(decide)
+    token = _rehearsal.set(rehearsal)
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+            yield rehearsal
+            rehearsal.news |= bool(mode.raw_futures)
+    finally:
+        _rehearsal.reset(token)
+
+
+@contextmanager
+def for_real() -> Iterator[None]:
+    """Launches inside run, in the middle of a rehearsal; what they need is compiled already."""
+    token = _rehearsal.set(None)
+    try:
+        yield
+    finally:
+        _rehearsal.reset(token)
