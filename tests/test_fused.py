@@ -3,39 +3,184 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+import models  # noqa: E402
+from equivalence import other_inputs  # noqa: E402
 from harness import Harness, masks, relative_error  # noqa: E402
-from models import arguments, one_level  # noqa: E402
+from other_unets import FunctionalUNet, LinearAttentionUNet, SongStyleUNet, TutorialUNet, built  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
+import fisedit  # noqa: E402
+from fisedit.passes.count_macs import count_macs  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
 
+SIZE = (6, 8)
+TOLERANCE = 1e-5
 
-def to_device(call: dict[str, Any]) -> dict[str, Any]:
-    return torch.utils._pytree.tree_map(lambda v: v.to(DEVICE) if isinstance(v, torch.Tensor) else v, call)
+
+def to_device(arguments: dict[str, Any]) -> dict[str, Any]:
+    return torch.utils._pytree.tree_map(lambda v: v.to(DEVICE) if isinstance(v, Tensor) else v, arguments)
 
 
-def run(harness: Harness, mask: torch.Tensor) -> torch.Tensor:
-    call = harness.call
-    replay = harness.program.replays().take(mask.expand(call.batch, -1, -1), call.batch, call.device)
-    cache = harness.poisoned(MaskPlan(mask, CostModel()))
-    outputs, _ = replay.run(call.tensors, cache, Memo())
+def small() -> tuple[nn.Module, dict[str, Any]]:
+    """Two levels, six norms, one transformer: the least that has every fused op."""
+    torch.manual_seed(0)
+    model = models.OpenAIStyleUNet().eval().requires_grad_(False).to(DEVICE)
+    x, context = torch.randn(2, 4, *SIZE), torch.randn(2, 5, models.TEXT)
+    return model, to_device({"x": x, "timesteps": torch.tensor([7, 7]), "context": context})
+
+
+@cache
+def harness(provider: str, kv: str = "cached") -> Harness:
+    return Harness(*small(), provider=provider, kv=kv)
+
+
+def mask_of(name: str, size: tuple[int, int] = SIZE) -> Tensor:
+    return masks(size)[name].to(DEVICE)
+
+
+def fused(h: Harness, mask: Tensor, tensors: dict[str, Tensor] | None = None) -> Tensor:
+    """The output under ``mask`` (bool ``[H, W]`` or ``[B, H, W]``), active rows of the cache NaN."""
+    call = h.call
+    replays = h.program.replays()
+    replay = replays.take(mask.expand(call.batch, -1, -1), call.batch, call.device)
+    outputs, _ = replay.run(tensors or call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
+    replays.give_back(replay)
     return outputs[0]
 
 
-def test_the_fused_graph_equals_the_dense_model() -> None:
-    model = one_level().to(DEVICE)
-    harness = Harness(model, to_device(arguments(model, (8, 12))), provider="triton")
-    for name in ("blob", "corners"):
-        mask = masks(tuple(harness.recorded.shape[-2:]))[name].to(DEVICE)
-        out = run(harness, mask)
-        assert relative_error(out, harness.dense) < 1e-5
-        assert torch.equal(out[..., ~mask], harness.recorded[..., ~mask])
+def check(h: Harness, mask: Tensor) -> None:
+    """Dense where the mask is, recorded where it is not, for the inputs of the recording."""
+    out = fused(h, mask)
+    inside = mask.expand(len(out), *mask.shape[-2:])[:, None].expand_as(out)
+    assert relative_error(out[inside], h.dense[inside]) <= TOLERANCE
+    assert torch.equal(out[~inside], h.recorded[~inside])
+
+
+@pytest.mark.parametrize("name", ["blob", "corners", "pixel"])
+def test_the_fused_graph_equals_the_dense_model(name: str) -> None:
+    """Masks of one bucket in turn share a graph; its tables are written anew."""
+    check(harness("triton"), mask_of(name))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("build", [models.one_level, models.sd1, models.sdxl])
+def test_the_fused_graph_of_diffusers(build: Callable[[], nn.Module]) -> None:
+    model = build().to(DEVICE)
+    h = Harness(model, to_device(models.arguments(model, (8, 12))), provider="triton")
+    for name in ("blob", "all but one"):
+        check(h, mask_of(name, (8, 12)))
+
+
+def test_a_mask_for_each_sample() -> None:
+    """Rows padded to the larger mask's, tables of their own."""
+    check(harness("triton"), torch.stack([mask_of("pixel"), mask_of("blob")]))
+
+
+def test_a_full_level_has_its_own_statistics() -> None:
+    """Other inputs than recorded: the lower level is all active, and normalizes what is there now."""
+    h, reference = harness("triton"), harness("reference")
+    mask = torch.zeros(SIZE, dtype=torch.bool, device=DEVICE)
+    mask[::2, ::2] = True
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    wanted = reference.edit(mask, tensors=tensors)
+    assert relative_error(fused(h, mask, tensors), wanted) <= TOLERANCE
+    assert relative_error(reference.edit(mask), wanted) > 0.01  # the other inputs do tell
+
+
+def test_all_active_is_the_dense_model_of_other_inputs() -> None:
+    h = harness("triton")
+    mask = torch.ones(SIZE, dtype=torch.bool, device=DEVICE)
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    with torch.no_grad():
+        wanted = h.model(**h.call.arguments(tensors))
+    assert relative_error(fused(h, mask, tensors), wanted) <= TOLERANCE
+
+
+def test_active_keys_alone() -> None:
+    """``kv="active"``: keys that pad the rows of one sample to another's are left out."""
+    mask = torch.stack([mask_of("blob"), mask_of("corners")])
+    wanted = harness("reference", "active").edit(mask)
+    assert relative_error(fused(harness("triton", "active"), mask), wanted) <= TOLERANCE
+    assert relative_error(harness("reference").edit(mask), wanted) > TOLERANCE
+
+
+def test_rounds_as_the_reference() -> None:
+    """An edit that is recorded and edited again, through the public interface."""
+    model, arguments = small()
+    sample, timesteps, text = arguments.values()
+    outputs = {}
+    for provider in ("reference", "triton"):
+        unet = fisedit.compile(model, provider=provider)
+        with unet.record() as base:
+            first = unet(sample, timesteps, text)
+        with unet.edit(base, mask_of("blob"), record=True) as edit:
+            second = unet(sample, timesteps, -text)
+        assert edit.recording is not None
+        with unet.edit(edit.recording, mask_of("corners")):
+            outputs[provider] = unet(sample, timesteps, 2 * text)
+    assert relative_error(outputs["triton"], outputs["reference"]) <= TOLERANCE
+    inside = mask_of("blob")
+    assert relative_error(outputs["triton"][..., inside], second[..., inside]) <= TOLERANCE
+    assert relative_error(second[..., inside], first[..., inside]) > 0.01
+    assert relative_error(outputs["triton"], second) > 0.01
+
+
+def test_macs_are_those_of_the_reference() -> None:
+    """Fused or not, the same products: counted over both graphs, with keys of text that are split by heads."""
+    plan = MaskPlan(masks(SIZE)["blob"], CostModel("rows"))
+    counted = []
+    for provider in ("reference", "triton"):
+        program = harness(provider).program
+        program.executable("edit")
+        counted.append(count_macs(program.graphs["edit"].graph, plan))
+    assert counted[0] == counted[1] > 0
+
+
+class Upsampled(nn.Module):
+    """An upsampling that no convolution reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Upsample(scale_factor=2)
+        self.last = nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.last(self.up(self.down(x)).sigmoid() * t.cos()[:, None, None, None])
+
+
+OTHERS: dict[str, Callable[[], nn.Module]] = {
+    "max pooling and transposed convolutions": lambda: TutorialUNet(bilinear=False),
+    "an upsampling by itself": Upsampled,
+    "grouped filters": SongStyleUNet,
+    "linear attention": lambda: LinearAttentionUNet(linear=True),
+    "bilinear": lambda: TutorialUNet(bilinear=True),
+    "functional": FunctionalUNet,
+}
+SLOW = {"linear attention", "bilinear", "functional"}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        pytest.param(build, id=name, marks=[pytest.mark.nightly] if name in SLOW else [])
+        for name, build in OTHERS.items()
+    ],
+)
+def test_other_unets(build: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, arguments = built(build(), 4 if build is FunctionalUNet else 3, SIZE)
+    h = Harness(model.to(DEVICE), to_device(arguments), provider="triton")
+    check(h, mask_of("corners"))

@@ -100,7 +100,8 @@ def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int
 @pytest.mark.parametrize("dtype", DTYPES[1:] if DEVICE == "cuda" else [torch.float32])
 def test_sizes_of_real_models(dtype: torch.dtype) -> None:
     """What the rule chooses for large products, with all that can follow them; on a GPU also its race conditions."""
-    sizes = [(30, 1280, 1280), (84, 1280, 640), (461, 320, 320), (1382, 320, 320)] if DEVICE == "cuda" else [(9, 64, 32)]
+    large = [(30, 1280, 1280), (84, 1280, 640), (461, 320, 320), (1382, 320, 320)]
+    sizes = large if DEVICE == "cuda" else [(9, 64, 32)]
     for number, channels, outputs in sizes:
         rows, recorded = random(2, number, channels, dtype=dtype), random(2, number + 50, channels, seed=1, dtype=dtype)
         sources = torch.randint(-1, 2 * number + 50, (1, number, 9), generator=torch.Generator().manual_seed(2))

@@ -116,7 +116,8 @@ def _takes_dense(node: Node) -> bool:
 
 
 def _changes_level(node: Node) -> bool:
-    return is_op(node, fisedit.sparse_conv.default, fisedit.gather_rows.default)
+    return is_op(node, fisedit.sparse_conv.default, fisedit.gather_rows.default, fisedit.gather_patches.default,
+                 fisedit.multiply_rows.default)  # fmt: skip
 
 
 def print_graph(graph: Graph) -> str:

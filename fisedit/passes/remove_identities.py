@@ -50,9 +50,15 @@ def is_flat(node: Node) -> bool:
         if is_op(node, aten.reshape.default, aten.view.default):
             node.meta["flat"] = len(args(node)[1]) == 3
         else:
-            sources = [source for source in node.all_input_nodes if rows_of(source) is not None]
-            node.meta["flat"] = all(is_flat(source) for source in sources)
+            node.meta["flat"] = all(_is_flat_operand(source) for source in node.all_input_nodes)
     return node.meta["flat"]
+
+
+def _is_flat_operand(value: Node) -> bool:
+    """Rows whose channels a pass has split for one op are a reshape that is not typed as rows."""
+    if is_op(value, aten.reshape.default) and rows_of(value) is None and rows_of(args(value)[0]) is not None:
+        return len(args(value)[1]) == 3
+    return rows_of(value) is None or is_flat(value)
 
 
 def _merge_equal(graph: Graph) -> int:

@@ -153,7 +153,8 @@ def _pool(graph: Graph, node: Node) -> Node:
     assert layout is not None
     windows.meta["rows"] = Rows(layout.level, layout.batch, channels * size)
     split = rows.reshape(graph, windows, [layout.batch, -1, channels, size])
-    return rows.call(graph, aten.amax.default, (split, [-1]))  # [B, N, C]
+    largest = rows.call(graph, aten.amax.default, (split, [-1]))
+    return rows.reshape(graph, largest, [layout.batch, -1, channels])  # [B, N, C]
 
 
 def _sparsify_upsample(graph: Graph, node: Node) -> None:

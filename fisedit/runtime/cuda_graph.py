@@ -95,8 +95,8 @@ class Replay:
                     pair = changed.setdefault(value.dtype, ([], []))
                     pair[0].append(buffer)
                     pair[1].append(value)
-        for buffers, values in changed.values():
-            torch._foreach_copy_(buffers, values)
+        for buffers, given in changed.values():
+            torch._foreach_copy_(buffers, given)
 
     def _call(self) -> tuple[list[Tensor], dict[Store, Tensor]]:
         values: dict[str, Any] = {}

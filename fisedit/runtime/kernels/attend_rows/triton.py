@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.launch import launch
+
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
 """Of an H100 or H200, for which ``choose_config`` was measured."""
@@ -249,6 +251,7 @@ def attend_rows(
     Args:
         config: tile sizes; ``None`` chooses them. A split is given up where ``locks`` are too few for it.
     """
+    query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     batch, number, width = query.shape
     head_dim = width // heads
     keys = table.shape[1] if table is not None else key.shape[-2]
@@ -260,7 +263,7 @@ def attend_rows(
     size = tiles * batch * heads * splits * config.m * (padded + 2) if splits > 1 else 0
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
-    launch = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
+    pdl = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
     launch(_attend, (tiles, splits, batch * heads),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
         number, keys, splits, heads, (head_dim**-0.5 if scale is None else scale) * LOG2_E,
@@ -270,8 +273,8 @@ def attend_rows(
         HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, ADDRESSES=addresses,
         COUNTED=key_count is not None, SPLIT=splits > 1, EVEN=key_count is None and keys % config.n == 0,
         ALIGN=_alignment(head_dim, query, key, value, recorded_key, recorded_value),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(launch),
-        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **launch,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(pdl),
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **pdl,
     )  # fmt: skip
     return out
 

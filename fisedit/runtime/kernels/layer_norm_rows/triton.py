@@ -40,6 +40,7 @@ def _layer_norm(
 
 def layer_norm_rows(rows: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, count: Tensor) -> Tensor:
     """The reference's contract."""
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
     batch, number, channels = rows.shape
     padded = triton.next_power_of_2(channels)
     block = max(1, ELEMENTS // padded)

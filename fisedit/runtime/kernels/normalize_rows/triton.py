@@ -57,6 +57,8 @@ def normalize_rows(
     """The reference's contract."""
     if done:
         return rows
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    rows2 = rows2 if rows2 is None or rows2.stride(2) == 1 else rows2.contiguous()
     batch, number, c1 = rows.shape
     c2 = rows2.shape[2] if rows2 is not None else 0
     out = rows.new_empty(batch, number, c1 + c2)  # [B, N, C1+C2]

@@ -71,6 +71,8 @@ def renew_affine(
     """See the reference; the last dimension of ``rows`` and ``rows2`` is contiguous."""
     if not full:
         return affine
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    rows2 = rows2 if rows2 is None or rows2.stride(2) == 1 else rows2.contiguous()
     batch, number, c1 = rows.shape
     c2 = 0 if rows2 is None else rows2.shape[2]
     size = (c1 + c2) // groups

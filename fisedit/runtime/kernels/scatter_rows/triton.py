@@ -27,6 +27,7 @@ def _scatter(
 
 def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """See the reference. What pads the index writes nothing."""
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
     batch, positions, channels = base.shape
     out = base.clone(memory_format=torch.contiguous_format)
     number = index.shape[1]
