@@ -15,6 +15,7 @@ if DEVICE == "cpu":
 
 from fisedit.runtime import tuning  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
+from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 
@@ -109,6 +110,33 @@ def test_nothing_is_timed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments(1).items()}
     monkeypatch.setattr(tuning, "timings_of", None)
     assert tuning.multiply_rows(*given.values()) == tuning.RULE
+
+
+def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timings, given = Timings.load(DEVICE, tmp_path), arguments(9)
+    ran: list[tuning.Way] = []
+    timed: list[tuning.Way] = []
+
+    def run(way: tuning.Way, given: dict[str, Any]) -> torch.Tensor:
+        assert current() is not None  # compiles only
+        ran.append(way)
+        return given["rows"]
+
+    def measure(way: Any, rows: int) -> float:
+        assert current() is None
+        timed.append(way)
+        return 1.0 if way == tuning.LIBRARY else 2.0
+
+    monkeypatch.setattr(tuning, "run", run)
+    with rehearse() as first:
+        tuning.run_fastest(given, timings, measure)
+    assert first.news and not timed and len(ran) == len(set(ran)) > 3
+    with rehearse(decide=True):
+        tuning.run_fastest(given, timings, measure)
+    assert set(timed) == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
+    with rehearse() as again:
+        tuning.run_fastest(given, timings, measure)
+    assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 
 @pytest.mark.parametrize("taps", [1, 9])

@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 from fisedit.runtime.calibration import Measure, Timings, copies_beyond_l2, grid, time_on_gpu
 from fisedit.runtime.kernels.finish_rows.triton import finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
+from fisedit.runtime.kernels.launch import current, for_real
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
@@ -48,7 +49,7 @@ NEAR = (-2, -1, 0, 1, 2)
 """What is timed when rows are met: their number times these powers of the square root of 2."""
 MANY = 8192
 """No more rows than these are timed, unless they are met."""
-ARGUMENTS = tuple(inspect.signature(reference.multiply_rows).parameters)
+SIGNATURE = inspect.signature(reference.multiply_rows)
 
 
 @cache
@@ -59,15 +60,29 @@ def timings_of(device: torch.device) -> Timings:
     return timings
 
 
-def multiply_rows(*arguments: Any) -> Tensor:
+def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
     """The kernel of this name, in the fastest known way; see its reference.
 
-    A shape that is met for the first time is timed, except while a CUDA graph is captured: run it once before.
     Interpreted on a CPU, nothing is timed.
     """
-    given = dict(zip(ARGUMENTS, arguments, strict=True))
+    given = SIGNATURE.bind(*arguments, **named).arguments
     device = given["rows"].device
-    return run(choose_way(given, timings_of(device)) if device.type == "cuda" else RULE, given)
+    return run_fastest(given, timings_of(device)) if device.type == "cuda" else run(RULE, given)
+
+
+def run_fastest(given: Mapping[str, Any], timings: Timings, measure: Measure | None = None) -> Tensor:
+    """Compute a product; a shape that is met for the first time is timed before, as :func:`choose_way` says.
+
+    In a rehearsal that decides nothing, all its ways are compiled instead.
+    """
+    rehearsal = current()
+    if rehearsal is not None and not rehearsal.decide and (unknown := unknown_ways(given, timings)):
+        rehearsal.news = True
+        ways = dict.fromkeys(way for near in unknown.values() for way in near)
+        return [run(way, given) for way in ways][0]
+    with for_real():
+        way = choose_way(given, timings, measure)
+    return run(way, given)
 
 
 @dataclass(frozen=True)
@@ -126,22 +141,38 @@ def fused_parts(given: Mapping[str, Any], full: bool) -> str:
 def choose_way(given: Mapping[str, Any], timings: Timings, measure: Measure | None = None) -> Way:
     """The fastest way for the arguments of a ``multiply_rows``; the rule where nothing is known and can be timed.
 
-    What is not known is timed for other numbers of rows too, so that few masks meet anything new.
+    What is not known is timed, except while a CUDA graph is captured: run it once before.
 
     Args:
         measure: instead of a :class:`Stopwatch`.
     """
-    product, number = Product.of(given), (given["rows"] if given["sources"] is None else given["sources"]).shape[1]
-    ways = candidates(product, number)
-    known = timings.times(product.kind, product.key, number)
-    capturing = given["rows"].is_cuda and torch.cuda.is_current_stream_capturing()
-    if not capturing and timings.calibrate == "lazy" and any(str(way) not in known for way in ways):
-        near = {grid(round(grid(number) * 2 ** (step / 2))) for step in NEAR}
-        wanted = {n: candidates(product, n) for n in sorted(near) if n <= max(MANY, grid(number))}
-        timings.fill(product.kind, product.key, wanted, measure or Stopwatch(given))
-    chosen = timings.best(product.kind, product.key, number, ways, None, default=RULE)
+    product, number = Product.of(given), rows_of(given)
+    if ways := unknown_ways(given, timings):
+        timings.fill(product.kind, product.key, ways, measure or Stopwatch(given))
+    ways_here = candidates(product, number)
+    chosen = timings.best(product.kind, product.key, number, ways_here, None, default=RULE)
     assert isinstance(chosen, Way)
     return chosen
+
+
+def unknown_ways(given: Mapping[str, Any], timings: Timings) -> dict[int, list[Way]]:
+    """What is to be timed before a product is computed: ways by numbers of rows; nothing if they are known.
+
+    Other numbers of rows than the present are among them, so that few masks meet anything new.
+    """
+    if timings.calibrate == "off" or (given["rows"].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return {}
+    product, number = Product.of(given), grid(rows_of(given))
+    known = timings.times(product.kind, product.key, number)
+    if all(str(way) in known for way in candidates(product, number)):
+        return {}
+    near = {grid(round(number * 2 ** (step / 2))) for step in NEAR}
+    return {n: candidates(product, n) for n in sorted(near) if n <= max(MANY, number)}
+
+
+def rows_of(given: Mapping[str, Any]) -> int:
+    """The rows of each sample that a ``multiply_rows`` makes, padding included."""
+    return int((given["rows"] if given["sources"] is None else given["sources"]).shape[1])
 
 
 def candidates(product: Product, number: int) -> list[Way]:
