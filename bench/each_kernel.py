@@ -2,6 +2,7 @@
 
     python bench/each_kernel.py --output kernels.json
     python bench/each_kernel.py --regret                 also other tile sizes: is the chosen one the fastest?
+    python bench/each_kernel.py --tuned                  products in the measured way; the first time, it is measured
     python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
@@ -14,6 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -29,7 +31,8 @@ from roofline import Peak, peak_of
 from torch import Tensor
 
 from fisedit.environment import describe_environment, environment_line
-from fisedit.runtime.calibration import copies_beyond_l2, time_on_gpu
+from fisedit.runtime.calibration import Choice, copies_beyond_l2, time_on_gpu
+from fisedit.runtime.explain import explain_choices
 from fisedit.runtime.plan import project_mask
 
 BATCH, TEXT, HEAD = 2, 77, 64
@@ -347,18 +350,23 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     tiny: Annotated[bool, typer.Option(help="Small shapes; the reference kernels on a CPU.")] = False,
     regret: Annotated[bool, typer.Option(help="Also time other configurations; on a GPU, some minutes.")] = False,
+    tuned: Annotated[bool, typer.Option(help="Products in the measured way, as in an edit; on a GPU.")] = False,
 ) -> None:
     """Measure kernels one by one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = describe_environment(device)
     levels, peak = TINY_LEVELS if tiny else LEVELS, peak_of(environment["device"])
     kernels = load_kernels("triton" if device.type == "cuda" else "reference")
+    tuning = import_module("fisedit.runtime.tuning") if tuned and device.type == "cuda" else None
+    if tuning is not None:
+        kernels["multiply_rows"] = tuning.multiply_rows
     size = (levels[0].side, levels[0].side)
     masks = {f"blob {float(share):.0%}": blob(size, float(share)) for share in shares.split(",")}
     if ragged_share:
         masks[f"ragged {ragged_share:.0%}"] = ragged(size, 0, ragged_share)
     timed: list[Timed] = []
-    with torch.no_grad():
+    choices: list[Choice] = []
+    with torch.no_grad(), tuning.timings_of(device).collect() if tuning else nullcontext(choices) as choices:
         for name, mask in masks.items():
             for level in levels:
                 cases = Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32")
@@ -370,7 +378,8 @@ def main(
     if output is not None:
         kept = {"environment": environment, "kernels": [asdict(one) for one in timed]}
         output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
-    print(table(timed), "", *regrets(timed), environment_line(environment), sep="\n")
+    why = explain_choices(list({(one.kind, one.key, one.rows): one for one in choices}.values()), "µs")
+    print(table(timed), "", *regrets(timed), why, environment_line(environment), sep="\n")
 
 
 if __name__ == "__main__":

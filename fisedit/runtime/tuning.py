@@ -52,9 +52,15 @@ MANY = 8192
 SIGNATURE = inspect.signature(reference.multiply_rows)
 
 
-@cache
 def timings_of(device: torch.device) -> Timings:
     """The timings of a device, which are saved when the process ends."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return _loaded(device)
+
+
+@cache
+def _loaded(device: torch.device) -> Timings:
     timings = Timings.load(device)
     atexit.register(timings.save)
     return timings
