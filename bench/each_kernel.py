@@ -36,7 +36,7 @@ from fisedit.runtime.explain import explain_choices
 from fisedit.runtime.plan import project_mask
 
 BATCH, TEXT, HEAD = 2, 77, 64
-OPS = ("multiply_rows", "gather_patches", "attend_rows", "normalize_rows", "fold_group_norms")
+OPS = ("multiply_rows", "gather_patches", "finish_rows", "attend_rows", "normalize_rows", "fold_group_norms")
 Run = Callable[..., object]
 
 
@@ -129,6 +129,7 @@ class Cases:
         yield self.convolution(c, c)
         yield self.convolution(2 * c, c)
         yield self.patches(c)
+        yield self.finish(c)
         yield self.linear(c, 3 * c, norm=True)
         yield self.linear(c, c, residual=True)
         yield self.linear(c, 4 * c, norm=True, gated=True)
@@ -161,6 +162,13 @@ class Cases:
         runs = [partial(self.kernels["gather_patches"], rows, maps, sources, self.count) for maps in recorded]
         moved = [rows, self.halo(sources, channels), self.make(BATCH, self.number, 9 * channels), sources]
         return self.case("gather_patches", f"3x3 of {channels}", 0, moved, runs, [])
+
+    def finish(self, channels: int) -> Case:
+        """What follows the library's product: bias and residual."""
+        product, bias, residual = self.rows(channels), self.make(channels), self.rows(channels)
+        run = partial(self.kernels["finish_rows"], product, bias, None, residual, self.count, "none", False)
+        moved = [product, residual, product, bias]
+        return self.case("finish_rows", f"{channels} channels, bias, residual", 0, moved, [run], [])
 
     def halo(self, sources: Tensor, channels: int) -> Tensor:
         """As many recorded rows as a table reads."""
