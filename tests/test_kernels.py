@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -178,6 +180,25 @@ def test_controlled_attention(masked: bool) -> None:
     torch.testing.assert_close(out, maps @ value[:, 0, :length])
 
 
+def fused_calls() -> dict[str, tuple[Any, ...]]:
+    """Arguments of the fused ops: 2 samples, 3 of 6 rows, 8 channels."""
+    rows, recorded, affine = torch.randn(2, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 2, 8)
+    count, counts = torch.tensor([3], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
+    places, locks = torch.tensor([[0, 4, 1, 6, 2, 8]], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    sources = torch.tensor([[[0, 5], [-1, 1], [2, 8], [7, 0]]], dtype=torch.int32)  # [M, N', taps]
+    channels, stats = torch.randn(8), [torch.rand(2, 4), torch.rand(2, 4)]
+    after = (None, affine, False, torch.randn(2, 4, 8), count, locks, "silu", False, 0.0)
+    return {
+        "multiply_rows": (rows, None, recorded, sources, torch.randn(8, 16), channels, *after),
+        "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
+        "gather_patches": (rows, recorded, sources, count),
+        "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
+        "layer_norm_rows": (rows, channels, channels, 1e-5, count),
+        "renew_affine": (rows, None, affine, True, channels, channels, None, 4, 1e-5, count),
+        "fold_group_norms": (stats, [0], [1], [4], [8], channels, channels, None),
+    }
+
+
 def test_every_op_passes_opcheck() -> None:
     """Schema, fake and eager implementation agree."""
     rows, index, x = torch.randn(2, 7, 8), torch.tensor([[4, 0, 6]]), torch.randn(2, 8, 3, 5)
@@ -192,6 +213,7 @@ def test_every_op_passes_opcheck() -> None:
         "row_attention": (rows, heads, heads, None, 2, None),
         "controlled_attention": (rows, heads, heads, None, rows, heads, torch.zeros(2, 5, dtype=torch.long),
                                  torch.ones(2, 5), 2, None),
+        **fused_calls(),
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
     for name, arguments in calls.items():

@@ -251,28 +251,23 @@ def multiply_rows(
     inner = weight.shape[1]
     co = weight.shape[0] // (2 if gated else 1)
     if config is None:
-        chunk = math.gcd(c1, c2)
-        config = choose(batch * n_out, co, inner, chunk, gated, sources is not None, rows.dtype)
+        config = choose(batch * n_out, co, inner, math.gcd(c1, c2), gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
-    steps = triton.cdiv(c1 + c2, config.k) * taps
-    splits = min(config.split, steps, locks.numel() // tiles if tiles > locks.numel() else config.split)
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 1 else 1  # none without work
+    splits = _splits(config.split, triton.cdiv(c1 + c2, config.k) * taps, tiles, locks.numel())
     size = config.m * config.n * (2 if gated else 1) + (2 * config.m if column_sum is not None else 0)
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
-    if recorded is not None and not addresses:
-        recorded = recorded.contiguous()
+    recorded = recorded if recorded is None or addresses else recorded.contiguous()
     pdl = rows.is_cuda
     even_c = (c1 % config.k == 0) and (c2 % config.k == 0)
     assert even_c or rows2 is None, "two sources of rows have whole chunks of channels"
     tma = TMA and rows.is_cuda and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    if tma:
-        weight = TensorDescriptor(weight, list(weight.shape), list(weight.stride()), [config.n, config.k])
+    packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles, splits),
-        out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), weight, _or(bias, rows),
+        out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows),
         _or(column_sum, rows), _or(affine, rows), _or(residual, rows), count, partial, locks,
         n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
@@ -287,6 +282,12 @@ def multiply_rows(
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
+
+
+def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
+    """How many programs share a tile: none without work, and none without a lock."""
+    splits = min(wanted, steps, locks // tiles if tiles > locks else wanted)
+    return triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 1 else 1
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

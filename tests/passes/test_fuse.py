@@ -1,0 +1,308 @@
+"""The passes that fuse an edit graph for GPUs: counts, ops before and after, numerics, refusals, idempotence."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from pass_harness import SIZE, Toy, captured, inputs, ops
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from fisedit.capture import bind_call, capture
+from fisedit.passes import ir, pipeline
+from fisedit.passes.base import PassLog, PassResult, run_passes
+from fisedit.passes.fused import get
+from fisedit.passes.insert_cache_loads import loaded_slots
+from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.ir import fisedit, is_op
+from fisedit.passes.lower import lower
+from fisedit.runtime.cache.store import StepCache
+from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.cuda_graph import table_keys
+from fisedit.runtime.plan import MaskPlan
+from fisedit.runtime.row_plan import LevelMasks, RowPlan
+
+Step = tuple[PassResult, Counter[str], Counter[str], PassResult]
+"""The result of a pass, the ops before and after it, and its result when it runs again."""
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Step]:
+    """Each fusion pass on a small U-Net of diffusers: 21 norms, 20 wide convolutions, 4 transformers."""
+    model = models.one_level()
+    gm = capture(model, bind_call(model, (), models.arguments(model, (8, 8)))).module
+    run_passes(gm, pipeline.canonical_passes(), PassLog("canonical"))
+    gm = GraphModule(gm, ir.copy_graph(gm.graph))
+    run_passes(gm, pipeline.edit_passes("cached")[:-1], PassLog("edit"))
+    found = {}
+    for graph_pass in pipeline.fuse_passes():
+        log, before = PassLog("test"), Counter(ops(gm))
+        run_passes(gm, [graph_pass], log)
+        after = Counter(ops(gm))
+        run_passes(gm, [graph_pass], log)
+        assert Counter(ops(gm)) == after
+        found[log.records[0].name] = (log.records[0].result, before, after, log.records[1].result)
+    return found
+
+
+# Pass: places, the op that is gone, and how often the new op is there.
+MATCHED = {
+    "remove_identities": (39, None, None, 0),
+    "read_in_place": (20, "fisedit.sparse_conv", "fisedit.multiply_rows", 20),
+    "fuse_attention": (8, "fisedit.row_attention", "fisedit.attend_rows", 8),
+    "fuse_linear": (65, None, "fisedit.multiply_rows", 20 + 37),
+    "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
+    "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
+    "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
+}
+
+
+@pytest.mark.parametrize("name", MATCHED)
+def test_what_is_fused(name: str, steps: dict[str, Step]) -> None:
+    result, before, after, again = steps[name]
+    matched, gone, made, times = MATCHED[name]
+    assert result.matched == matched and not result.refused
+    assert gone is None or before[gone] > after[gone] == 0
+    assert made is None or after[made] == times
+    assert not again.modified
+
+
+def test_all_fusion_passes_are_here(steps: dict[str, Step]) -> None:
+    assert set(steps) == set(MATCHED)
+
+
+def test_identities_are_removed(steps: dict[str, Step]) -> None:
+    """Of 9 residual blocks' and 8 attentions' divisions by 1; of equal SiLUs of the time."""
+    _, before, after, _ = steps["remove_identities"]
+    assert before - after == {"aten.div.Tensor": 16, "aten.reshape": 8, "aten.to.dtype": 8, "aten.silu": 7}
+
+
+def test_layers_of_one_input_are_one(steps: dict[str, Step]) -> None:
+    """Queries, keys and values of each self-attention; all keys and values of the text; all time embeddings."""
+    _, before, after, _ = steps["fuse_linear"]
+    assert after["aten.slice.Tensor"] - before["aten.slice.Tensor"] == 4 * 3 + 4 * 2 + 8
+    assert before["aten.linear"] == 63 and after["aten.linear"] == 2 + 1 + 1  # of the time, of the text
+
+
+def test_one_launch_folds_all_norms(steps: dict[str, Step]) -> None:
+    _, before, after, _ = steps["batch_group_norms"]
+    assert after["fisedit.fold_group_norms"] == 1 and after["fisedit.renew_affine"] == 21
+    assert before["fisedit.cache_load"] - after["fisedit.cache_load"] == 42  # a mean and a deviation each
+
+
+def fused(model: nn.Module, kv: str = "cached") -> tuple[GraphModule, dict[str, PassResult]]:
+    gm, log = captured(model, *pipeline.edit_passes(kv, fuse=True))
+    return gm, {record.name: record.result for record in log.records}
+
+
+def error(model: nn.Module, gm: GraphModule) -> float:
+    """Max error on the active rows of a fused graph, by reference kernels, active rows of the cache NaN."""
+    dense, _ = captured(model)
+    insert_cache_stores(dense, loaded_slots(gm.graph))
+    call = bind_call(model, (), inputs())
+    _, stored = lower(dense).run(call.tensors)
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[1:4, 2:5] = mask[-1, 0] = mask[0, -2:] = True  # 12 rows: a bucket without padding
+    values = {}
+    for store, value in stored.items():
+        index = MaskPlan(mask, CostModel()).table(store.rows) if store.rows else None
+        values[store.slot] = value if index is None else value.index_fill(1, index[0], float("nan"))
+    executable = lower(gm)
+    masks = LevelMasks(mask[None], {level for key in table_keys(executable) for level in key.levels})
+    plan = RowPlan(table_keys(executable), masks.buckets, call.batch, call.device)
+    plan.write(masks)
+    (out,), _ = executable.run(call.tensors, plan=plan, source=StepCache(call.batch, values))
+    with torch.no_grad():
+        wanted = model(**call.arguments(call.tensors))
+    return float((out - wanted)[..., mask].abs().max())
+
+
+class Block(Toy):
+    """Tokens in and out; subclasses say what is done to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        tokens = self.first(sample).flatten(2).transpose(1, 2)
+        return self.tokens(tokens, sample, text).transpose(1, 2).reshape(sample.shape)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        split = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v)]
+        return F.scaled_dot_product_attention(*split, mask).transpose(1, 2).flatten(2)
+
+
+class Convolved(Block):
+    """Queries, keys and values by 1x1 convolutions, as in autoencoders: their weights are views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv2d(8, 8, 1, bias=bias) for bias in (True, False, True))
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = self.first(sample)
+        q, k, v = (layer(x).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return x + self.attend(q, k, v).transpose(1, 2).reshape(sample.shape)
+
+
+def test_computed_weights_are_joined() -> None:
+    gm, results = fused(Convolved().eval())
+    assert results["fuse_linear"].matched == 4  # three, and the one made of them
+    assert ops(gm).count("fisedit.multiply_rows") == 2 and ops(gm).count("fisedit.attend_rows") == 1
+    assert error(Convolved().eval(), gm) < 1e-5
+
+
+class Modulated(Block):
+    """Weights made of the text: not known beforehand."""
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        return self.q(tokens) * F.linear(tokens, self.k.weight * text.mean())
+
+
+def test_weights_made_of_inputs_are_not_joined() -> None:
+    gm, results = fused(Modulated().eval())
+    assert results["fuse_linear"].matched == 2
+    assert ops(gm).count("fisedit.multiply_rows") == 3 and "aten.cat" not in ops(gm)
+    assert error(Modulated().eval(), gm) < 1e-5
+
+
+class PerHead(Block):
+    """A norm and a layer of each head's channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.each = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        return self.each(self.norm(tokens.unflatten(2, (2, 4)))).flatten(2)
+
+
+def test_parts_of_the_channels_are_left_alone() -> None:
+    gm, results = fused(PerHead().eval())
+    assert [r.reason for r in results["fuse_layer_norm"].refused] == ["it normalizes over a part of the channels"]
+    assert results["fuse_linear"].matched == results["fuse_layer_norm"].matched == 0
+    assert {"aten.linear", "aten.layer_norm"} <= set(ops(gm))
+    assert error(PerHead().eval(), gm) < 1e-5
+
+
+class Masked(Block):
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        mask = torch.ones(text.shape[1]).cumsum(0)[None, None, None]
+        return self.attend(self.q(tokens), self.k(text), self.v(text), mask)
+
+
+class WideValues(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.v, self.out = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        return self.out(self.attend(self.q(tokens), self.k(tokens), self.v(tokens)))
+
+
+class DenseKeys(Block):
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        split = [x.unflatten(2, (2, 4)).transpose(1, 2) for x in (self.q(tokens), self.k(tokens), self.v(tokens))]
+        split[1] = split[1].softmax(2)  # over the positions
+        return F.scaled_dot_product_attention(*split).transpose(1, 2).flatten(2)
+
+
+REFUSED = {
+    Masked: "a mask",
+    WideValues: "values of another width than keys",
+    DenseKeys: "keys or values that are dense, not recorded",
+}
+
+
+@pytest.mark.parametrize("build", REFUSED)
+def test_attention_that_is_left_alone(build: type[Block]) -> None:
+    gm, results = fused(build().eval())
+    assert [refusal.reason for refusal in results["fuse_attention"].refused] == [REFUSED[build]]
+    assert ops(gm).count("fisedit.row_attention") == 1 and "fisedit.attend_rows" not in ops(gm)
+    assert error(build().eval(), gm) < 1e-5
+
+
+def test_keys_of_active_rows_are_counted() -> None:
+    """``kv="active"``: the fused and the unfused attention know how many rows are real."""
+    for build, op, kind in ((Convolved, "attend_rows", "counts"), (WideValues, "row_attention", "count")):
+        gm, _ = fused(build().eval(), "active")
+        (attention,) = gm.graph.find_nodes(op="call_function", target=getattr(fisedit, op).default)
+        tables = [node.meta["table"].kind for node in attention.all_input_nodes if "table" in node.meta]
+        assert kind in tables
+
+
+class Gated(Block):
+    """GEGLU between a norm and a residual; ``swapped``: the first half is the gate."""
+
+    def __init__(self, swapped: bool) -> None:
+        super().__init__()
+        self.swapped, self.wide, self.back = swapped, nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        value, gate = self.wide(tokens).chunk(2, -1)
+        if self.swapped:
+            value, gate = gate, value
+        return tokens + self.back(value * F.gelu(gate))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_gates(swapped: bool) -> None:
+    model = Gated(swapped).eval()
+    gm, results = fused(model)
+    products = [node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default)]
+    assert [get(node, "gated") for node in products].count(True) == (not swapped)
+    assert ("aten.gelu" in ops(gm)) == swapped
+    assert [get(node, "residual") is not None for node in products] == [False, False, True]
+    assert results["fuse_epilogues"].matched == (1 if swapped else 2)
+    assert error(model, gm) < 1e-5
+
+
+class Shared(Block):
+    """A product that is read twice cannot take what follows it."""
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        q = self.q(tokens)
+        return F.silu(q) + 2 * q
+
+
+def test_products_that_are_read_twice_are_left_alone() -> None:
+    gm, results = fused(Shared().eval())
+    assert results["fuse_epilogues"].matched == 0 and "aten.silu" in ops(gm)
+    assert error(Shared().eval(), gm) < 1e-5
+
+
+class Norms(Toy):
+    """Two norms: one moved by the time, one by what the image is on average; an identity and a halving between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norms = nn.ModuleList([nn.GroupNorm(2, 8), nn.GroupNorm(4, 8, affine=False)])
+        self.time = nn.Linear(1, 8)
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        h = self.first(sample) + self.time(timestep.reshape(-1, 1))[:, :, None, None]
+        h = F.silu(self.norms[0](h) / 1.0)
+        return self.norms[1](self.last(h / 2) + h.mean((2, 3), keepdim=True))
+
+
+def test_norms() -> None:
+    """What the time adds folds into the offset; what the image adds stays an addition."""
+    model = Norms().eval()
+    gm, results = fused(model)
+    assert results["remove_identities"].matched == 1 and results["batch_group_norms"].matched == 2
+    (fold,) = gm.graph.find_nodes(op="call_function", target=fisedit.fold_group_norms.default)
+    assert len(ir.args(fold)[0]) == 4 and ir.args(fold)[3:5] == ([2, 4], [8, 8])
+    products = [node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default)]
+    assert [get(node, "activation") for node in products] == ["silu", "none"]
+    assert [get(node, "affine") is not None for node in products] == [True, False]
+    assert ops(gm).count("aten.div.Tensor") == 1
+    assert error(model, gm) < 1e-5
