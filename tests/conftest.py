@@ -11,6 +11,12 @@ from hypothesis import settings  # noqa: E402
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: kernels then run on a CPU, slowly
 
+from fisedit.runtime import dense  # noqa: E402
+
+if torch.cuda.is_available():
+    dense.DEVICES = ()  # Inductor would take a minute for each small model; tests of it name the device
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
 pytest_plugins = ["support.plugin", "pytester"]
 
 torch.set_num_threads(1)

@@ -19,7 +19,6 @@ from fisedit.errors import UnsupportedDtypeError
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 TARGETS = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
 if torch.cuda.is_available():
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     TARGETS += [("cuda", dtype) for dtype in TOLERANCES]
 DEVICES = list(dict.fromkeys(device for device, _ in TARGETS))
 
