@@ -100,6 +100,19 @@ def test_a_full_level_has_its_own_statistics() -> None:
     assert relative_error(reference.edit(mask), wanted) > 0.01  # the other inputs do tell
 
 
+def test_each_sample_has_its_own_statistics() -> None:
+    """In one call a sample whose lower level is all active, and one whose is not: each as by itself."""
+    h, reference = harness("triton"), harness("reference")
+    full = torch.zeros(SIZE, dtype=torch.bool, device=DEVICE)
+    full[::2, ::2] = True
+    mask = torch.stack([mask_of("pixel"), full])
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    wanted = reference.edit(mask, tensors=tensors)
+    assert relative_error(fused(h, mask, tensors), wanted) <= TOLERANCE
+    assert relative_error(fused(h, mask[:1], tensors)[0], wanted[0]) <= TOLERANCE
+    assert relative_error(fused(h, mask[1:], tensors)[1], wanted[1]) <= TOLERANCE
+
+
 def test_all_active_is_the_dense_model_of_other_inputs() -> None:
     h = harness("triton")
     mask = torch.ones(SIZE, dtype=torch.bool, device=DEVICE)

@@ -194,7 +194,7 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
         "layer_norm_rows": (rows, channels, channels, 1e-5, count),
-        "renew_affine": (rows, None, affine, True, channels, channels, None, 4, 1e-5, count),
+        "renew_affine": (rows, None, affine, True, channels, channels, None, 4, 1e-5, counts),
         "fold_group_norms": (stats, [0], [1], [4], [8], channels, channels, None),
     }
 

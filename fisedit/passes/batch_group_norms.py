@@ -1,7 +1,7 @@
 """All group normalizations' scales and offsets in one launch, for they depend on the recording and the time only.
 
 What is left of each normalization is a multiply-add per row, which ``fuse_epilogues`` puts behind the product that
-makes the rows. Levels whose rows are all active renew scale and offset from their own statistics (``renew_affine``).
+makes the rows. Samples whose rows of a level are all active renew both from their own statistics (``renew_affine``).
 """
 
 from __future__ import annotations
@@ -104,8 +104,9 @@ def _normalize(graph: Graph, node: Node, affine: Node) -> Node:
     kind = rows_of(node)
     assert kind is not None
     source, second = two_sources(packed)
-    full, number = rows.table(graph, Table("full", kind.level)), count(graph, kind.level)
-    arguments: tuple[Any, ...] = (source, second, affine, full, weight, bias, shift, node.meta["groups"], eps, number)
+    full, counts = rows.table(graph, Table("full", kind.level)), rows.table(graph, Table("counts", kind.level))
+    arguments: tuple[Any, ...] = (source, second, affine, full, weight, bias, shift, node.meta["groups"], eps, counts)
     renewed = graph.call_function(fisedit.renew_affine.default, arguments)  # [2, B, C]
     renewed.meta["converts"] = True
+    number = count(graph, kind.level)
     return rows.call(graph, fisedit.normalize_rows.default, (source, second, renewed, "none", number, False), rows=kind)

@@ -45,7 +45,7 @@ SCHEMAS = {
     "layer_norm_rows": "(Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor count) -> Tensor",
     "normalize_rows": "(Tensor rows, Tensor? rows2, Tensor affine, str activation, Tensor count, bool done) -> Tensor",
     "renew_affine": "(Tensor rows, Tensor? rows2, Tensor affine, bool full, Tensor? weight, Tensor? bias, "
-    "Tensor? shift, int groups, float eps, Tensor count) -> Tensor",
+    "Tensor? shift, int groups, float eps, Tensor counts) -> Tensor",
     "fold_group_norms": "(Tensor[] recorded, int[] means, int[] rstds, int[] groups, int[] channels, Tensor weight, "
     "Tensor bias, Tensor? shift) -> Tensor",
 }
@@ -123,7 +123,7 @@ def _(rows, rows2, affine, activation, count, done):
 
 
 @torch.library.register_fake("fisedit::renew_affine", lib=library)
-def _(rows, rows2, affine, full, weight, bias, shift, groups, eps, count):
+def _(rows, rows2, affine, full, weight, bias, shift, groups, eps, counts):
     return torch.empty_like(affine)  # [2, B, C]
 
 

@@ -31,7 +31,7 @@ def bucket(rows: int, positions: int) -> int:
 
 @dataclass(frozen=True)
 class Buckets:
-    """What a captured graph is made for: M masks, and of each level the padded rows N and whether all are active."""
+    """What a captured graph is made for: M masks, and of each level the padded rows N and whether any mask is full."""
 
     masks: int
     rows: tuple[tuple[Level, int, bool], ...]
@@ -56,8 +56,7 @@ class LevelMasks:
         self.buckets = Buckets(
             len(masks),
             tuple(
-                (level, bucket(size, level[0] * level[1]), min(self.counts[level]) == level[0] * level[1])
-                for level, size in sizes.items()
+                (level, bucket(size, level[0] * level[1]), size == level[0] * level[1]) for level, size in sizes.items()
             ),
         )
 

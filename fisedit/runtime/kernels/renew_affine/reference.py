@@ -14,15 +14,17 @@ def renew_affine(
     shift: Tensor | None,
     groups: int,
     eps: float,
-    count: Tensor,
+    counts: Tensor,
 ) -> Tensor:
-    """Scale and offset of a group normalization from the rows' own statistics, where all rows of a level are active.
+    """Scale and offset of a group normalization from the rows' own statistics, where all of a sample's are active.
 
     Args:
         rows, rows2: ``[B, N, C1]``, ``[B, N, C2]``: N is all rows of the level.
-        affine: what the recorded statistics gave, float32 ``[2, B, C]``; the result unless ``full``.
+        affine: what the recorded statistics gave, float32 ``[2, B, C]``; the result of samples that are
+            not whole.
+        full: whether any sample is whole.
         weight, bias: ``[C]``. shift: added to the rows before normalizing, ``[B or 1, 1, C or 1]``.
-        count: int32 ``[1]``, not read: all rows are real.
+        counts: int32 ``[B]``: the rows of each sample that are real.
     Returns:
         float32 ``[2, B, C]``.
     """
@@ -41,4 +43,4 @@ def renew_affine(
     if weight is not None:
         scale = scale * weight.to(affine.dtype)
     offset = center * scale if bias is None else center * scale + bias.to(affine.dtype)
-    return torch.stack([scale, offset])
+    return torch.where(counts.eq(number)[None, :, None], torch.stack([scale, offset]), affine)

@@ -10,17 +10,25 @@ from fisedit.runtime.kernels.launch import launch
 
 @triton.jit(do_not_specialize=["number"])
 def _renew(
-    out, rows, rows2, weight, bias, shift, number, c1, c2, size, eps, rows_batch, rows_row, rows2_batch, rows2_row,
-    shift_batch, shift_channel, TWO: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr,
-    PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    out, rows, rows2, affine, counts, weight, bias, shift, number, c1, c2, size, eps, rows_batch, rows_row,
+    rows2_batch, rows2_row, affine_plane, affine_batch, shift_batch, shift_channel,
+    TWO: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, SHIFT: tl.constexpr, PDL: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One group of one sample. Two passes over its rows: means, then squares of what differs from them."""
+    """One group of one whole sample. Two passes over its rows: means, then squares of what differs from them."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     sample = tl.program_id(1).to(tl.int64)
     channel = tl.program_id(0) * size + tl.arange(0, BC)
     good = tl.arange(0, BC) < size
+    at = out + sample * (c1 + c2) + channel
+    plane = tl.num_programs(1) * (c1 + c2)
+    if tl.load(counts + sample) < number:
+        known = affine + sample * affine_batch + channel
+        tl.store(at, tl.load(known, mask=good), mask=good)
+        tl.store(at + plane, tl.load(known + affine_plane, mask=good), mask=good)
+        return
     start = rows + sample * rows_batch + channel
     step = tl.zeros((BC,), tl.int64) + rows_row
     if TWO:
@@ -51,9 +59,8 @@ def _renew(
     offset = (move - mean) * scale
     if BIAS:
         offset += tl.load(bias + channel, mask=good, other=0.0).to(tl.float32)
-    at = out + sample * (c1 + c2) + channel
     tl.store(at, scale, mask=good)
-    tl.store(at + tl.num_programs(1) * (c1 + c2), offset, mask=good)
+    tl.store(at + plane, offset, mask=good)
 
 
 def renew_affine(
@@ -66,7 +73,7 @@ def renew_affine(
     shift: Tensor | None,
     groups: int,
     eps: float,
-    count: Tensor,
+    counts: Tensor,
 ) -> Tensor:
     """See the reference; the last dimension of ``rows`` and ``rows2`` is contiguous."""
     if not full:
@@ -82,9 +89,10 @@ def renew_affine(
     columns = triton.next_power_of_2(size)
     pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
     launch(_renew, (groups, batch),
-        out, rows, other, rows if weight is None else weight, rows if bias is None else bias,
+        out, rows, other, affine, counts, rows if weight is None else weight, rows if bias is None else bias,
         rows if moved is None else moved, number, c1, c2, size, eps, rows.stride(0), rows.stride(1), other.stride(0),
-        other.stride(1), 0 if moved is None else moved.stride(0), 0 if moved is None else moved.stride(2),
+        other.stride(1), affine.stride(0), affine.stride(1), 0 if moved is None else moved.stride(0),
+        0 if moved is None else moved.stride(2),
         TWO=rows2 is not None, WEIGHT=weight is not None, BIAS=bias is not None, SHIFT=moved is not None, PDL=pdl,
         BM=max(1, 4096 // columns), BC=columns, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
