@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fisedit
 
 
+@pytest.mark.nightly
 def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model on a CPU: every figure is there, three counters agree, an edit gives the dense output."""
     output = tmp_path / "unet.json"
@@ -43,6 +44,7 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 3 and lines[0].startswith("| tiny | blob 5% | 4.9% |")
 
 
+@pytest.mark.nightly
 def test_masked_work_is_what_a_packed_call_executes() -> None:
     """Convolutions as rows: the count from the dense graph, the package's, and PyTorch's counter around a call."""
     ours = fisedit.compile(build(TINY, "cpu", torch.float32), cost="rows")

@@ -73,9 +73,10 @@ def test_two_sources_of_channels() -> None:
           weight=random(24, 96, seed=1))  # fmt: skip
 
 
-@pytest.mark.parametrize("addresses", [False, True])
-@pytest.mark.parametrize("masks", [1, 2])
-@pytest.mark.parametrize(("channels", "split"), [(32, 1), (32, 4), (4, 1), (40, 1)])
+@pytest.mark.parametrize(
+    ("addresses", "masks", "channels", "split"),
+    [(False, 1, 32, 1), (True, 2, 32, 4), (True, 1, 4, 1), (False, 2, 40, 1), (True, 1, 40, 4)],
+)
 def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int, channels: int, split: int) -> None:
     rows, recorded = random(2, 12, channels), random(2, 30, channels, seed=1)
     sources = torch.randint(-1, 12 + 30, (masks, 11, 9), generator=torch.Generator().manual_seed(2))
