@@ -130,9 +130,9 @@ class Cases:
         yield self.convolution(2 * c, c)
         yield self.patches(c)
         yield self.finish(c)
-        yield self.linear(c, 3 * c, norm=True)
+        yield self.linear(c, 3 * c)
         yield self.linear(c, c, residual=True)
-        yield self.linear(c, 4 * c, norm=True, gated=True)
+        yield self.linear(c, 4 * c, gated=True)
         yield self.linear(4 * c, c, residual=True)
         yield self.self_attention()
         yield self.text_attention()
@@ -174,27 +174,31 @@ class Cases:
         """As many recorded rows as a table reads."""
         return self.make(BATCH, len(sources[sources >= self.number].unique()), channels)
 
-    def linear(
-        self, inputs: int, outputs: int, *, norm: bool = False, residual: bool = False, gated: bool = False
-    ) -> Case:
-        """A linear layer, layer-normalized before or with a residual after it, or GEGLU."""
+    def linear(self, inputs: int, outputs: int, *, residual: bool = False, gated: bool = False) -> Case:
+        """A linear layer, with a residual after it, or GEGLU."""
         width = outputs * (2 if gated else 1)
         rows, added = self.rows(inputs), self.rows(outputs) if residual else None
         weights = [weight for (weight,) in copies_beyond_l2(self.make(width, inputs))]
-        sums = torch.zeros(width, device=self.device) if norm else None
-        options = {"bias": self.make(width), "residual": added, "column_sum": sums, "gated": gated,
+        options = {"bias": self.make(width), "residual": added, "gated": gated,
                    "activation": "gelu" if gated else "none"}  # fmt: skip
         runs = [self.multiply(rows, weight, **options) for weight in weights]
         library = [partial(F.linear, rows, weight) for weight in weights]
         moved = [rows, weights[0], self.rows(outputs), *([added] if added is not None else [])]
         note = ", GEGLU" if gated else ", residual" if residual else ""
-        name = f"linear {inputs} to {outputs}{', LayerNorm' if norm else ''}{note}"
+        name = f"linear {inputs} to {outputs}{note}"
         macs = BATCH * self.number * inputs * width
         return self.case("multiply_rows", name, macs, moved, runs, library)
 
     def multiply(self, rows: Tensor, weight: Tensor, **options: Any) -> Run:
-        nothing = dict.fromkeys(("rows2", "recorded", "sources", "bias", "column_sum", "affine", "residual"))
-        given = {**nothing, "full": False, "activation": "none", "gated": False, "eps": 1e-5, **options}
+        nothing = dict.fromkeys(("rows2", "recorded", "sources", "bias", "affine", "residual"))
+        given = {
+            **nothing,
+            "full": False,
+            "activation": "none",
+            "gated": False,
+            "positions": self.active.numel(),
+            **options,
+        }
         multiply_rows = self.kernels["multiply_rows"]
         return partial(multiply_rows, rows, weight=weight, count=self.count, locks=self.locks, **given)
 

@@ -65,7 +65,7 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
     from fisedit.runtime.tuning import Product, fused_parts
 
-    names = ("bias", "column_sum", "affine", "residual", "activation", "gated")
+    names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}
     sources, second = get(node, "sources"), rows_of(get(node, "rows2"))
     kind, first = rows_of(node), rows_of(get(node, "rows"))

@@ -187,7 +187,7 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
     places, locks = torch.tensor([[0, 4, 1, 6, 2, 8]], dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
     sources = torch.tensor([[[0, 5], [-1, 1], [2, 8], [7, 0]]], dtype=torch.int32)  # [M, N', taps]
     channels, stats = torch.randn(8), [torch.rand(2, 4), torch.rand(2, 4)]
-    after = (None, affine, False, torch.randn(2, 4, 8), count, locks, "silu", False, 0.0)
+    after = (affine, False, torch.randn(2, 4, 8), count, locks, "silu", False, 15)
     return {
         "multiply_rows": (rows, None, recorded, sources, torch.randn(8, 16), channels, *after),
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),

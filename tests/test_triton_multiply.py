@@ -24,8 +24,8 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 
 def check(dtype: torch.dtype, count: int, config: Config | None, **given) -> None:
     arguments = {
-        "rows2": None, "recorded": None, "sources": None, "bias": None, "column_sum": None, "affine": None,
-        "full": False, "residual": None, "activation": "none", "gated": False, "eps": 1e-5, **given,
+        "rows2": None, "recorded": None, "sources": None, "bias": None, "affine": None,
+        "full": False, "residual": None, "activation": "none", "gated": False, "positions": 0, **given,
     }  # fmt: skip
     arguments["count"] = torch.tensor([count], dtype=torch.int32, device=DEVICE)
     arguments["locks"] = torch.zeros(256, dtype=torch.int32, device=DEVICE)
@@ -59,14 +59,6 @@ def test_epilogues(split: int) -> None:
     check(torch.float32, 10, config, **common, activation="gelu", gated=True)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("split", [1, 2])
-def test_layer_norm_folds_into_the_product(gated: bool, split: int) -> None:
-    rows, weight = 3 + random(2, 10, 64), random(32, 64, seed=1) / 8
-    check(torch.float32, 7, Config(16, 16, 32, 4, 2, split), rows=rows, weight=weight, bias=random(32, seed=2),
-          column_sum=weight.double().sum(1).float(), activation="gelu", gated=gated)  # fmt: skip
-
-
 def test_two_sources_of_channels() -> None:
     merged = random(2, 10, 3 * 64)
     check(torch.float32, 10, Config(16, 16, 32, 4, 2), rows=merged[..., 64:128], rows2=random(2, 10, 32, seed=5),
@@ -88,7 +80,7 @@ def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int
         table = torch.tensor([sample.data_ptr() for sample in recorded], device=DEVICE)
         count = torch.tensor([11], dtype=torch.int32, device=DEVICE)
         locks = torch.zeros(64, dtype=torch.int32, device=DEVICE)
-        rest = (None, None, False, None, count, locks, "none", False, 0.0)
+        rest = (None, False, None, count, locks, "none", False, 0)
         wanted = reference.multiply_rows(
             rows.double(), None, recorded.double(), common["sources"], weight.double(), common["bias"].double(), *rest
         )

@@ -12,9 +12,9 @@ from fisedit.passes.layout import Level
 from fisedit.runtime.plan import Table
 
 MULTIPLY = {
-    "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None, "column_sum": None,
+    "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None,
     "affine": None, "full": False, "residual": None, "count": None, "locks": None, "activation": "none",
-    "gated": False, "eps": 0.0,
+    "gated": False, "positions": 0,
 }  # fmt: skip
 """The arguments of ``multiply_rows`` in their order, with what they are where nothing is fused."""
 
@@ -25,6 +25,7 @@ def count(graph: Graph, level: Level) -> Node:
 
 def multiply(graph: Graph, kind: Rows, **given: Any) -> Node:
     """A ``multiply_rows`` that makes rows of ``kind``."""
+    given.setdefault("positions", kind.level[0] * kind.level[1])
     tables = {"count": count(graph, kind.level), "locks": rows.table(graph, Table("locks", kind.level))}
     arguments = {**MULTIPLY, **tables, **given}
     return rows.call(graph, fisedit.multiply_rows.default, list(arguments.values()), rows=kind)

@@ -37,8 +37,8 @@ SCHEMAS = {
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
     "multiply_rows": "(Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, "
-    "Tensor? column_sum, Tensor? affine, bool full, Tensor? residual, Tensor count, Tensor locks, str activation, "
-    "bool gated, float eps) -> Tensor",
+    "Tensor? affine, bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, "
+    "int positions) -> Tensor",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
@@ -96,8 +96,8 @@ def _(query, key, value, mask, query_recorded, key_recorded, index, weight, head
 
 
 @torch.library.register_fake("fisedit::multiply_rows", lib=library)
-def _(rows, rows2, recorded, sources, weight, bias, column_sum, affine, full, residual, count, locks, activation,
-      gated, eps):  # fmt: skip
+def _(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation, gated,
+      positions):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 

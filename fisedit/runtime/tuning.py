@@ -16,13 +16,13 @@ import triton
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
-from fisedit.runtime.calibration import Measure, Timings, copies_beyond_l2, grid, time_on_gpu
+from fisedit.runtime.calibration import Measure, Timings, copies_beyond_l2, grid, points, time_on_gpu
 from fisedit.runtime.kernels.finish_rows.triton import finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
 from fisedit.runtime.kernels.launch import current, for_real
-from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from fisedit.runtime.row_plan import SMALLEST
 
 RULE, LIBRARY = "rule", "library"
 Way = str | kernel.Config
@@ -45,10 +45,8 @@ TAP_SPLITS = (1, 3, 6, 9, 12)
 """How often the work of a convolution may be split: by whole taps, or halves of three."""
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-NEAR = (-2, -1, 0, 1, 2)
-"""What is timed when rows are met: their number times these powers of the square root of 2."""
-MANY = 8192
-"""No more rows than these are timed, unless they are met."""
+LARGEST_SHARE = 0.7
+"""Of a level's positions: with more active rows, a call is expected to run dense."""
 SIGNATURE = inspect.signature(reference.multiply_rows)
 
 
@@ -88,7 +86,24 @@ def run_fastest(given: Mapping[str, Any], timings: Timings, measure: Measure | N
         return {way: run(way, bare(given, way)) for way in ways}[LIBRARY]
     with for_real():
         way = choose_way(given, timings, measure)
+    if rehearsal is not None and rehearsal.decide:
+        for other in others(given, timings):
+            run(other, given)  # compiled now: other masks will not wait for it
     return run(way, given)
+
+
+def others(given: Mapping[str, Any], timings: Timings) -> set[Way]:
+    """The fastest ways for other numbers of rows."""
+    product = Product.of(given)
+    return {fastest(product, number, timings) for number in numbers(given)}
+
+
+def fastest(product: Product, number: int, timings: Timings) -> Way:
+    """The fastest known way; the rule where nothing is known."""
+    ways = candidates(product, number)
+    chosen = timings.best(product.kind, product.key, number, ways, None, default=RULE)
+    assert isinstance(chosen, Way)
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -138,7 +153,7 @@ class Product:
 
 def fused_parts(given: Mapping[str, Any], full: bool) -> str:
     """What a ``multiply_rows`` does besides multiplying, by its arguments."""
-    parts = [name for name in ("bias", "column_sum", "affine", "residual") if given[name] is not None]
+    parts = [name for name in ("bias", "affine", "residual") if given[name] is not None]
     if given["activation"] != "none":
         parts.append(given["activation"])
     return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full)
@@ -155,16 +170,14 @@ def choose_way(given: Mapping[str, Any], timings: Timings, measure: Measure | No
     product, number = Product.of(given), rows_of(given)
     if ways := unknown_ways(given, timings):
         timings.fill(product.kind, product.key, ways, measure or Stopwatch(given))
-    ways_here = candidates(product, number)
-    chosen = timings.best(product.kind, product.key, number, ways_here, None, default=RULE)
-    assert isinstance(chosen, Way)
-    return chosen
+        timings.save()  # a process that is killed keeps them
+    return fastest(product, number, timings)
 
 
 def unknown_ways(given: Mapping[str, Any], timings: Timings) -> dict[int, list[Way]]:
     """What is to be timed before a product is computed: ways by numbers of rows; nothing if they are known.
 
-    Other numbers of rows than the present are among them, so that few masks meet anything new.
+    All numbers of rows that its level can have are among them, so that no other mask meets anything new.
     """
     if timings.calibrate == "off" or (given["rows"].is_cuda and torch.cuda.is_current_stream_capturing()):
         return {}
@@ -172,8 +185,13 @@ def unknown_ways(given: Mapping[str, Any], timings: Timings) -> dict[int, list[W
     known = timings.times(product.kind, product.key, number)
     if all(str(way) in known for way in candidates(product, number)):
         return {}
-    near = {grid(round(number * 2 ** (step / 2))) for step in NEAR}
-    return {n: candidates(product, n) for n in sorted(near) if n <= max(MANY, number)}
+    return {n: candidates(product, n) for n in numbers(given)}
+
+
+def numbers(given: Mapping[str, Any]) -> list[int]:
+    """The numbers of rows that are timed: the present, and those of masks for which an edit is sparse."""
+    largest = round(LARGEST_SHARE * given["positions"])
+    return sorted({grid(rows_of(given)), *(n for n in points(largest) if n >= SMALLEST)})
 
 
 def rows_of(given: Mapping[str, Any]) -> int:
@@ -238,16 +256,14 @@ def run(way: Way, given: Mapping[str, Any]) -> Tensor:
 
 def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
-    bias: Tensor | None, column_sum: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
-    count: Tensor, locks: Tensor, activation: str, gated: bool, eps: float,
+    bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
+    count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
 ) -> Tensor:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
     if rows2 is not None:
         rows = torch.cat([rows, rows2], -1)  # [B, N, C+C2]
     if sources is not None:
         rows = gather_patches(rows, recorded, sources, count).flatten(2)  # [B, N', taps*C]
-    if column_sum is not None:
-        rows = layer_norm_rows(rows, None, None, eps, count)
     if full:
         affine, activation = None, activation if gated else "none"
     bare = affine is None and residual is None and activation == "none" and not gated

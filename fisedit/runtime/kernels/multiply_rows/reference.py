@@ -19,7 +19,6 @@ def multiply_rows(
     sources: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    column_sum: Tensor | None,
     affine: Tensor | None,
     full: bool,
     residual: Tensor | None,
@@ -27,7 +26,7 @@ def multiply_rows(
     locks: Tensor,
     activation: str,
     gated: bool,
-    eps: float,
+    positions: int,
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
@@ -41,12 +40,11 @@ def multiply_rows(
         recorded: ``[B, R, C]``: the recorded map that inactive inputs are read from.
         sources: int32 ``[M, N', taps]``: v < N is active row v, v >= N recorded position v - N, -1 a row of zeros.
         weight: ``[Co, taps * C]``, taps outermost. bias: ``[Co]``, in any dtype.
-        column_sum: float32 ``[Co]``, the sums of the weight's rows: the rows are layer-normalized first, whose affine
-            parameters are part of weight and bias. ``eps`` is the normalization's.
         affine: float32 ``[2, B, Co]``, scale and offset of each sample; not applied, nor the activation, if ``full``.
         residual: ``[B, N', Co]``, added last.
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
         activation: a key of ``ACTIVATIONS``.
+        positions: all rows of the outputs' level; not read here. Who chooses kernels by timing prepares for so many.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
     Returns:
         ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
@@ -55,8 +53,6 @@ def multiply_rows(
         rows = torch.cat([rows, rows2], -1)
     if sources is not None:
         rows = _patches(rows, recorded, sources)  # [B, N', taps*C]
-    if column_sum is not None:
-        rows = F.layer_norm(rows, rows.shape[-1:], eps=eps)
     if bias is None or bias.dtype == weight.dtype:
         out = F.linear(rows, weight, bias)  # [B, N', Co]
     else:

@@ -69,10 +69,10 @@ def _load_weight(
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
 def _multiply(
-    out, rows, rows2, recorded, sources, weight, bias, column_sum, affine, residual, count, partial, locks,
+    out, rows, rows2, recorded, sources, weight, bias, affine, residual, count, partial, locks,
     n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, recorded_stride, residual_stride, table_stride,
-    affine_plane, affine_batch, eps, taps, splits,
-    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr,
+    affine_plane, affine_batch, taps, splits,
+    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -126,8 +126,6 @@ def _multiply(
 
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
-    total1 = tl.zeros((BM,), tl.float32)
-    total2 = tl.zeros((BM,), tl.float32)
     if GATHER:
         index = tl.load(table + first // chunks, mask=valid, other=-1)
     for number in tl.range(first, last):
@@ -158,30 +156,20 @@ def _multiply(
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
             index = tl.load(table + min(number + 1, last - 1) // chunks, mask=valid, other=-1)
-        if NORM:
-            wide = a.to(tl.float32)
-            total1 += tl.sum(wide, 1)
-            total2 += tl.sum(wide * wide, 1)
 
     if SPLIT:
-        SIZE: tl.constexpr = BM * BN * (2 if GATED else 1) + (2 * BM if NORM else 0)
+        SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
         mine = partial + (tile * splits + tl.program_id(1)).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         tl.store(mine + inside, sums)
         if GATED:
             tl.store(mine + BM * BN + inside, gates)
-        if NORM:
-            STATS: tl.constexpr = BM * BN * (2 if GATED else 1)
-            tl.store(mine + STATS + tl.arange(0, BM), total1)
-            tl.store(mine + STATS + BM + tl.arange(0, BM), total2)
         tl.debug_barrier()
         if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
             return
         tl.store(locks + tile, 0)
         sums = tl.zeros((BM, BN), tl.float32)
         gates = tl.zeros((BM, BN), tl.float32)
-        total1 = tl.zeros((BM,), tl.float32)
-        total2 = tl.zeros((BM,), tl.float32)
         mine = partial + (tile * splits).to(tl.int64) * SIZE
         for first in range(0, splits, 4):
             for ahead in tl.static_range(4):  # four loads under way
@@ -189,20 +177,8 @@ def _multiply(
                 sums += tl.load(mine + inside, mask=there, other=0.0, cache_modifier=".cg")
                 if GATED:
                     gates += tl.load(mine + BM * BN + inside, mask=there, other=0.0, cache_modifier=".cg")
-                if NORM:
-                    stats = mine + STATS + tl.arange(0, BM)
-                    total1 += tl.load(stats, mask=there, other=0.0, cache_modifier=".cg")
-                    total2 += tl.load(stats + BM, mask=there, other=0.0, cache_modifier=".cg")
                 mine += SIZE
 
-    if NORM:
-        mean = total1 / inner
-        rstd = tl.rsqrt(tl.maximum(total2 / inner - mean * mean, 0.0) + eps)
-        shift_n = tl.load(column_sum + column, mask=kept, other=0.0)
-        sums = rstd[:, None] * (sums - mean[:, None] * shift_n[None, :])
-        if GATED:
-            shift_n = tl.load(column_sum + co + column, mask=kept, other=0.0)
-            gates = rstd[:, None] * (gates - mean[:, None] * shift_n[None, :])
     if BIAS:
         sums += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
         if GATED:
@@ -229,7 +205,6 @@ def multiply_rows(
     sources: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    column_sum: Tensor | None,
     affine: Tensor | None,
     full: bool,
     residual: Tensor | None,
@@ -237,7 +212,7 @@ def multiply_rows(
     locks: Tensor,
     activation: str,
     gated: bool,
-    eps: float,
+    positions: int,
     config: Config | None = None,
 ) -> Tensor:
     """See the reference."""
@@ -257,7 +232,7 @@ def multiply_rows(
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
     splits = _splits(config.split, triton.cdiv(c1 + c2, config.k) * taps, tiles, locks.numel())
-    size = config.m * config.n * (2 if gated else 1) + (2 * config.m if column_sum is not None else 0)
+    size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
@@ -268,13 +243,13 @@ def multiply_rows(
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows),
-        _or(column_sum, rows), _or(affine, rows), _or(residual, rows), count, partial, locks,
+        _or(affine, rows), _or(residual, rows), count, partial, locks,
         n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if residual is None else residual.stride(1),
         sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
-        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1), eps, taps, splits,
-        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, NORM=column_sum is not None,
+        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1), taps, splits,
+        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], SPLIT=splits > 1, EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl,
