@@ -76,11 +76,11 @@ def test_the_fused_graph_equals_the_dense_model(name: str) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("build", [models.one_level, models.sd1, models.sdxl])
+@pytest.mark.parametrize("build", [models.one_level, *([models.sd1, models.sdxl] if DEVICE == "cuda" else [])])
 def test_the_fused_graph_of_diffusers(build: Callable[[], nn.Module]) -> None:
     model = build().to(DEVICE)
     h = Harness(model, to_device(models.arguments(model, (8, 12))), provider="triton")
-    for name in ("blob", "all but one"):
+    for name in ("blob", "all but one") if DEVICE == "cuda" else ("blob",):
         check(h, mask_of(name, (8, 12)))
 
 
