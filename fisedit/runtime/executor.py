@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from fisedit.runtime.packed_weights import pack_weights
 from fisedit.runtime.plan import Table
 
 
@@ -151,8 +152,7 @@ class Executable:
             if stage.name == "weights":
                 addresses = [weight.data_ptr() for weight in stage.weights]
                 if addresses != self._packed:  # at first, and after the weights were moved
-                    with torch.no_grad():
-                        self.constants = dict(zip(stage.values, stage.module(), strict=True))
+                    self.constants = dict(zip(stage.values, pack_weights(stage.module), strict=True))
                     self._packed, ran = addresses, True
                     memo.inputs.clear()
                 if any(memo.values.get(name) is not value for name, value in self.constants.items()):

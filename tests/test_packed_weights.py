@@ -1,0 +1,48 @@
+"""Packed weights are made once, and again when what they are made of changes."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import nn
+from torch.fx import symbolic_trace
+
+from fisedit.runtime import packed_weights
+from fisedit.runtime.packed_weights import pack_weights
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(3, 2)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        joined = torch.cat([self.a.weight, self.b.weight])
+        return joined, torch.clone(torch.t(joined))
+
+
+def test_two_graphs_share_what_they_make_alike() -> None:
+    model = Model()
+    first, second = (pack_weights(symbolic_trace(model)) for _ in range(2))
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert torch.equal(first[0], torch.cat([model.a.weight, model.b.weight]))
+    other = pack_weights(symbolic_trace(Model()))
+    assert other[0] is not first[0]
+
+
+def test_changed_weights_are_packed_anew() -> None:
+    model = Model()
+    before = pack_weights(symbolic_trace(model))[0]
+    with torch.no_grad():
+        model.b.weight.mul_(2)
+    after = pack_weights(symbolic_trace(model))[0]
+    assert torch.equal(after, torch.cat([model.a.weight, model.b.weight])) and not torch.equal(after, before)
+
+
+def test_nothing_is_kept_that_no_graph_uses() -> None:
+    made = pack_weights(symbolic_trace(Model()))
+    held = len(packed_weights._made)
+    del made
+    gc.collect()
+    assert len(packed_weights._made) < held
