@@ -36,6 +36,7 @@ from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
+from fisedit.runtime.packed_weights import Made
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
 NOT_CAPTURED = "Nothing is captured yet: the first call inside record() or edit() does it."
@@ -75,6 +76,7 @@ class _Live:
 
     fingerprinter: Fingerprinter = field(default_factory=Fingerprinter)
     programs: dict[tuple[nn.Module, Signature], Program] = field(default_factory=dict)
+    packed: Made = field(default_factory=Made)
     state: ModelState | None = None
     sessions: int = 0
     in_session: bool = False
@@ -223,6 +225,7 @@ class CompiledUNet(nn.Module):
             if live.state is None or now != live.state.fingerprint:
                 live.state = ModelState(now)
                 live.programs.clear()
+                live.packed = Made()
             return live.state
 
     @contextmanager
@@ -268,6 +271,7 @@ class CompiledUNet(nn.Module):
             if key not in live.programs:
                 state = self._weights()
                 program = self._build(model, call, self.compile_config)
+                program.packed = live.packed
                 state.fingerprint = live.fingerprinter.read(self._dense)
                 _warn_of_islands(program)
                 live.programs[key] = program

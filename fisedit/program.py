@@ -19,6 +19,7 @@ from fisedit.runtime import dense
 from fisedit.runtime.cuda_graph import Replays
 from fisedit.runtime.executor import Executable
 from fisedit.runtime.kernels import choose_provider
+from fisedit.runtime.packed_weights import Made
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Program:
     graphs: dict[str, GraphModule] = field(default_factory=dict)
     executables: dict[str, Executable] = field(default_factory=dict)
     compilations: list[dense.Compilation] = field(default_factory=list)
+    packed: Made = field(default_factory=Made)
     _replays: dict[bool, Replays] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -50,6 +52,7 @@ class Program:
                 "edit": lambda: pipeline.edit_passes(self.config.kv, self.slots if store else (), self.fused),
             }[kind]()
             self.executables[name] = lower(self._run(name, passes), self.provider if kind == "edit" else "reference")
+            self.executables[name].packed = self.packed
             if kind != "edit":
                 self._compile(name)
         return self.executables[name]

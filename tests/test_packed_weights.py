@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.fx import symbolic_trace
 
-from fisedit.runtime import packed_weights
-from fisedit.runtime.packed_weights import pack_weights
+from fisedit.runtime.packed_weights import Made, pack_weights
 
 
 class Model(nn.Module):
@@ -23,26 +22,27 @@ class Model(nn.Module):
 
 
 def test_two_graphs_share_what_they_make_alike() -> None:
-    model = Model()
-    first, second = (pack_weights(symbolic_trace(model)) for _ in range(2))
+    model, store = Model(), Made()
+    first, second = (pack_weights(symbolic_trace(model), store) for _ in range(2))
     assert all(one is other for one, other in zip(first, second, strict=True))
     assert torch.equal(first[0], torch.cat([model.a.weight, model.b.weight]))
-    other = pack_weights(symbolic_trace(Model()))
+    other = pack_weights(symbolic_trace(Model()), store)
     assert other[0] is not first[0]
 
 
 def test_changed_weights_are_packed_anew() -> None:
-    model = Model()
-    before = pack_weights(symbolic_trace(model))[0]
+    model, store = Model(), Made()
+    before = pack_weights(symbolic_trace(model), store)[0]
     with torch.no_grad():
         model.b.weight.mul_(2)
-    after = pack_weights(symbolic_trace(model))[0]
+    after = pack_weights(symbolic_trace(model), store)[0]
     assert torch.equal(after, torch.cat([model.a.weight, model.b.weight])) and not torch.equal(after, before)
 
 
 def test_nothing_is_kept_that_no_graph_uses() -> None:
-    made = pack_weights(symbolic_trace(Model()))
-    held = len(packed_weights._made)
+    store = Made()
+    made = pack_weights(symbolic_trace(Model()), store)
+    assert len(store) == len(made) == 2
     del made
     gc.collect()
-    assert len(packed_weights._made) < held
+    assert not store

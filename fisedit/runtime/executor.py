@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from fisedit.runtime.packed_weights import pack_weights
+from fisedit.runtime.packed_weights import Made, pack_weights
 from fisedit.runtime.plan import Table
 
 
@@ -107,12 +107,13 @@ class Executable:
     """A lowered graph: its stages in the order they run.
 
     ``addressed``: its kernels take the addresses of what they read in place, not the tensors. ``constants``: what is
-    made of the weights alone, once.
+    made of the weights alone, once; ``packed``: what other graphs made of them.
     """
 
     stages: list[Stage]
     addressed: bool = False
     constants: dict[str, Any] = field(default_factory=dict)
+    packed: Made = field(default_factory=Made)
     _packed: list[int] = field(default_factory=list)
 
     def run(
@@ -152,7 +153,7 @@ class Executable:
             if stage.name == "weights":
                 addresses = [weight.data_ptr() for weight in stage.weights]
                 if addresses != self._packed:  # at first, and after the weights were moved
-                    self.constants = dict(zip(stage.values, pack_weights(stage.module), strict=True))
+                    self.constants = dict(zip(stage.values, pack_weights(stage.module, self.packed), strict=True))
                     self._packed, ran = addresses, True
                     memo.inputs.clear()
                 if any(memo.values.get(name) is not value for name, value in self.constants.items()):

@@ -12,38 +12,39 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-_made: WeakValueDictionary[Hashable, Tensor] = WeakValueDictionary()
-"""What was made, by how and of which tensors; kept while a graph uses it."""
+Made = WeakValueDictionary[Hashable, Tensor]
+"""What was made, by how and of which tensors; kept while a graph uses it. It holds for one state of a model: not every
+write to a weight can be told from its tensor."""
 
 
-def pack_weights(module: GraphModule) -> tuple[Any, ...]:
-    """Run a stage without inputs, taking from other graphs what they have made alike."""
+def pack_weights(module: GraphModule, made: Made) -> tuple[Any, ...]:
+    """Run a stage without inputs, taking what other graphs have ``made`` alike."""
     values: dict[Node, Any] = {}
     keys: dict[Node, Hashable] = {}
     for node in module.graph.nodes:
         keys[node] = _key(module, node, keys)
     results: Any = module.graph.output_node().args[0]
     with torch.no_grad():
-        return tuple(_value(module, result, values, keys) for result in results)
+        return tuple(_value(module, result, values, keys, made) for result in results)
 
 
-def _value(module: GraphModule, node: Node, values: dict[Node, Any], keys: dict[Node, Hashable]) -> Any:
+def _value(module: GraphModule, node: Node, values: dict[Node, Any], keys: dict[Node, Hashable], made: Made) -> Any:
     if node in values:
         return values[node]
-    value = _made.get(keys[node])
+    value = made.get(keys[node])
     if value is None:
-        value = _compute(module, node, values, keys)
+        value = _compute(module, node, values, keys, made)
         if isinstance(value, Tensor) and node.op == "call_function":
-            _made[keys[node]] = value
+            made[keys[node]] = value
     values[node] = value
     return value
 
 
-def _compute(module: GraphModule, node: Node, values: dict[Node, Any], keys: dict[Node, Hashable]) -> Any:
+def _compute(module: GraphModule, node: Node, values: dict[Node, Any], keys: dict[Node, Hashable], made: Made) -> Any:
     if node.op == "get_attr":
         return _attribute(module, node)
     assert callable(node.target)
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(module, n, values, keys))
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: _value(module, n, values, keys, made))
     return node.target(*args, **kwargs)
 
 
