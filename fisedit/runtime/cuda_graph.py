@@ -63,6 +63,10 @@ class Replay:
         outputs, stored = self._results
         return [output.clone() for output in outputs], {store: value.clone() for store, value in stored.items()}
 
+    def end_session(self) -> None:
+        """Hold nothing of the session any more but what lies in the buffers."""
+        self._memo = None
+
     def _fill(self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, values: bool) -> None:
         """Bring the buffers up to date; what is the same as in the last call is not copied again.
 
@@ -158,6 +162,7 @@ class Replays:
         return replay
 
     def give_back(self, replay: Replay) -> None:
+        replay.end_session()
         with self._lock:
             key = (replay.buckets, replay.batch)
             self._idle.setdefault(key, []).append(replay)
