@@ -6,7 +6,7 @@
     python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
-with copies of themselves, so that they come from memory, as in a whole model. ``library`` is what PyTorch takes for
+with copies of themselves, so that they come from memory, as in a whole model. *library* is what PyTorch takes for
 the product or the attention alone, on inputs that lie ready, gathered and contiguous.
 """
 
@@ -66,7 +66,7 @@ TINY_LEVELS = (Level(8, 64), Level(4, 128))
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel's call. ``runs`` and ``library``: the same call over different copies of what comes from memory."""
+    """A kernel's call. ``runs`` and ``pytorch``: the same call over different copies of what comes from memory."""
 
     op: str
     shape: str
@@ -75,7 +75,7 @@ class Case:
     macs: int
     bytes: int
     runs: Sequence[Run]
-    library: Sequence[Run]
+    pytorch: Sequence[Run]
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Timed:
     mask: str
     rows: int
     microseconds: float
-    library: float | None
+    pytorch: float | None
     floor: float | None
     tflops: float
     gigabytes: float
@@ -296,7 +296,7 @@ def measure(case: Case, mask: str, peak: Peak | None, device: torch.device) -> T
     floor = max(case.bytes / peak.bytes, case.macs / peak.macs) * 1e6 if peak else None
     return Timed(
         case.op, case.shape, case.level.side, mask, case.rows, spent,
-        microseconds(case.library, device) if case.library else None, floor,
+        microseconds(case.pytorch, device) if case.pytorch else None, floor,
         tflops=2e-6 * case.macs / spent, gigabytes=1e-3 * case.bytes / spent,
     )  # fmt: skip
 
@@ -347,7 +347,7 @@ def table(timed: list[Timed]) -> str:
     ]
     for t in timed:
         floor = ("", "") if t.floor is None else (f"{t.floor:.1f}", f"{t.floor / t.microseconds:.0%}")
-        library = "" if t.library is None else f"{t.library:.1f}"
+        library = "" if t.pytorch is None else f"{t.pytorch:.1f}"
         lines.append(
             f"| {t.op} | {t.shape} | {t.side} | {t.mask} | {t.rows} | {t.microseconds:.1f} | {library} "
             f"| {t.tflops:.0f} | {t.gigabytes:.0f} | {floor[0]} | {floor[1]} |"
