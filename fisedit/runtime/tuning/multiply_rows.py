@@ -29,17 +29,20 @@ TILES = (
     kernel.Config(32, 64, 128, 4, 6),
     kernel.Config(64, 64, 128, 4, 4),
     kernel.Config(64, 64, 64, 4, 7),
-    kernel.Config(64, 128, 64, 8, 6),
-    kernel.Config(128, 64, 64, 8, 6),
+    kernel.Config(64, 128, 64, 4, 4),
+    kernel.Config(64, 128, 128, 4, 4),
+    kernel.Config(64, 256, 64, 4, 4),
+    kernel.Config(128, 64, 64, 4, 4),
     kernel.Config(128, 64, 128, 4, 4),
     kernel.Config(128, 128, 64, 8, 4),
+    kernel.Config(128, 128, 128, 8, 3),
     kernel.Config(128, 256, 64, 8, 3),
 )
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
-TAP_SPLITS = (1, 3, 6, 9, 12)
-"""How often the work of a convolution may be split: by whole taps, or halves of three."""
+SHORT = 640
+"""Channels of a linear layer that are few steps of a loop."""
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
 SIGNATURE = inspect.signature(reference.multiply_rows)
@@ -142,8 +145,7 @@ def candidates(product: Product, number: int) -> list[Way]:
     ways: list[Way] = []
     for tile in TILES:
         if _makes_sense(tile, product, product.batch * grid(number)):
-            stages = min(tile.stages, SHARED_MEMORY // _stage_bytes(tile, product))
-            ways += [replace(tile, stages=stages, split=split) for split in _splits(tile, product, number)]
+            ways.append(replace(tile, stages=_stages(tile, product), split=_split(tile, product, number)))
     return [RULE, *ways, LIBRARY]
 
 
@@ -162,6 +164,14 @@ def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
     return SHARED_MEMORY // _stage_bytes(tile, product) >= 3
 
 
+def _stages(tile: kernel.Config, product: Product) -> int:
+    """As deep as the tile says and fits; of short products no deeper than lets two programs share a multiprocessor,
+    one of which starts or ends while the other multiplies."""
+    deep, shared = (memory // _stage_bytes(tile, product) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
+    short = product.taps <= 1 and sum(product.channels) <= SHORT
+    return min(tile.stages, shared if short and shared >= 2 else deep)
+
+
 def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
     return triton.cdiv(rows, tile.m) * triton.cdiv(product.columns, tile.n)
 
@@ -170,17 +180,11 @@ def _stage_bytes(tile: kernel.Config, product: Product) -> int:
     return (tile.m + tile.n * (2 if product.gated else 1)) * tile.k * product.dtype.itemsize
 
 
-def _splits(tile: kernel.Config, product: Product, number: int) -> list[int]:
-    """How often the work is split for about one program a multiprocessor and, if they are small, about two."""
-    tiles = _tiles(tile, product, product.batch * grid(number))
+def _split(tile: kernel.Config, product: Product, number: int) -> int:
+    """How often the work is split, for about one program a multiprocessor: never more, where each has much to do."""
+    share = MULTIPROCESSORS / _tiles(tile, product, product.batch * grid(number))
     steps = sum(triton.cdiv(channels, tile.k) for channels in product.channels) * max(product.taps, 1)
-    found = set()
-    for programs in (MULTIPROCESSORS, 2 * MULTIPROCESSORS)[: 1 if tile.m * tile.n > 64 * 64 else 2]:
-        split = max(1, round(programs / tiles))
-        if product.taps > 1:
-            split = min(TAP_SPLITS, key=lambda each: abs(math.log(each * tiles / programs)))
-        found.add(max(1, min(split, steps // LEAST_STEPS)))
-    return sorted(found)
+    return max(1, min(math.floor(share) if product.taps > 1 else round(share), steps // LEAST_STEPS))
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Tensor:
