@@ -40,15 +40,15 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         convolutions = [node for node in graph.nodes if is_op(node, fisedit.sparse_conv.default)]
         geometries = [args(node)[2].meta["table"].of for node in convolutions]
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
-    from fisedit.runtime.tuning import multiply_rows as tuning
+    from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    choices = list(_products(graph, mask, dtype, timings or tuning.timings_of(device)))
+    choices = list(_products(graph, mask, dtype, timings or timings_of(device)))
     return explain_choices(choices, "µs", call)
 
 
 def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
     """What is known of the products of a fused graph, at the bucket of the mask's rows."""
-    from fisedit.runtime.tuning.multiply_rows import RULE
+    from fisedit.runtime.tuning.choose import RULE
 
     for node in graph.nodes:
         rows = rows_of(node)

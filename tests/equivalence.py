@@ -49,7 +49,7 @@ def other_inputs(tensors: dict[str, Tensor], timestep: str) -> dict[str, Tensor]
     """The same call with other values in every float input but the timestep."""
     generator = torch.Generator().manual_seed(5)
     return {
-        name: value + 0.5 * torch.randn(value.shape, generator=generator).to(value.dtype)
+        name: value + 0.5 * torch.randn(value.shape, generator=generator).to(value)
         if value.is_floating_point() and name != timestep
         else value
         for name, value in tensors.items()

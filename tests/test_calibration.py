@@ -206,7 +206,7 @@ def test_machines_are_told_apart() -> None:
     here = Machine.of("cpu")
     assert here.pytorch == torch.__version__ and here.fisedit != "none"
     other = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "0.1.0")
-    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-1.json"
+    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-2.json"
     assert other.file_name != here.file_name
 
 
@@ -223,3 +223,25 @@ if torch.cuda.is_available():
         copies = copies_beyond_l2(torch.zeros(1 << 20, device="cuda"))
         assert len(copies) > 1 and copies[0][0].data_ptr() != copies[1][0].data_ptr()
         assert time_on_gpu(lambda: small.add_(1)) * 4 < time_on_gpu(lambda: large.add_(1))
+
+
+def test_between_two_numbers_only_the_fastest_are_measured() -> None:
+    """Of either neighbor, however often their work is split; the others are noted as out of the question."""
+    measured: list[tuple[str, int]] = []
+    speeds = {"a": 1.0, "b": 2.0, "c": 3.0, "d": 4.0, "e": 5.0}
+
+    def measure(candidate: object, rows: int) -> float:
+        measured.append((str(candidate), rows))
+        name = str(candidate)[0]
+        return rows * (6 - speeds[name] if rows == 64 else speeds[name])  # the order turns around
+
+    timings = Timings(Machine.of("cpu"))
+    ways = {rows: [f"{name} /{rows}" for name in speeds] for rows in (32, 45, 64, 91, 128, 181)}
+    timings.fill("product", (), ways, measure)
+    between = {rows: sorted(name[0] for name, n in measured if n == rows) for rows in ways}
+    assert between[32] == between[64] == between[128] == list("abcde")
+    assert between[45] == between[91] == list("abcde")  # a, b, c of one side, and c, d, e of the other
+    assert between[181] == list("abc")
+    assert timings.time("product", (), 181, "e /181") == math.inf
+    assert timings.best("product", (), 181, ways[181], measure) == "a /181"
+    assert len(measured) == 5 * 5 + 3

@@ -32,7 +32,7 @@ def test_reference_kernels(device: str, dtype: torch.dtype) -> None:
         wanted = exact(call["sample"].double(), 500, call["encoder_hidden_states"].double())[0]
     for name in ("sample", "encoder_hidden_states"):
         call[name] = call[name].to(device, dtype)
-    h = Harness(model.to(device, dtype), call)
+    h = Harness(model.to(device, dtype), call, provider="reference")
     assert relative_error(h.recorded.cpu().double(), wanted) <= TOLERANCES[dtype]
     for name, mask in masks((10, 12)).items():
         out = h.edit(mask.to(device)).cpu().double()
@@ -71,7 +71,7 @@ def test_channels_last(device: str) -> None:
     call = models.arguments(model, (8, 12))
     call["sample"] = call["sample"].to(device).contiguous(memory_format=torch.channels_last)
     call["encoder_hidden_states"] = call["encoder_hidden_states"].to(device)
-    h = Harness(model, call)
+    h = Harness(model, call, provider="reference")
     assert relative_error(h.recorded, h.dense) <= 1e-5
     for name, mask in masks((8, 12)).items():
         assert (h.edit(mask.to(device)) - h.dense)[..., mask].abs().max() <= 1e-5 * h.dense.abs().max(), name

@@ -28,10 +28,12 @@ from fisedit.errors import UnknownOptionError
 Candidate = Hashable
 """A way to compute a layer, told by its text (``str``)."""
 Measure = Callable[[Candidate, int], float]
-"""``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run."""
+"""``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run, or is not worth timing."""
 Calibrate = Literal["lazy", "off"]
 
-SCHEMA = 1
+HOPEFUL = 3
+"""Candidates that are measured between two numbers of rows: as many of the fastest of either."""
+SCHEMA = 2
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 
@@ -146,14 +148,31 @@ class Timings:
     def fill(
         self, kind: str, key: tuple[Any, ...], wanted: Mapping[int, Sequence[Candidate]], measure: Measure
     ) -> None:
-        """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off."""
+        """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off.
+
+        Every other number is measured in full. For those between, candidates that are not among the fastest on either
+        side are noted as infinitely slow.
+        """
         if self.calibrate == "off":
             return
         with self._lock:
-            for rows, candidates in wanted.items():
-                for candidate in candidates:
-                    if self.time(kind, key, rows, candidate) is None:
-                        self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
+            ordered = sorted(wanted)
+            for rows in ordered[::2]:
+                for candidate in wanted[rows]:
+                    self._measure(kind, key, rows, candidate, measure)
+            for before, rows, after in zip(ordered[::2], ordered[1::2], [*ordered[2::2], ordered[-1]], strict=False):
+                near = {_family(name) for n in (before, after) for name in self._fastest(kind, key, n)}
+                for candidate in wanted[rows]:
+                    hopeful = not near or _family(str(candidate)) in near
+                    self._measure(kind, key, rows, candidate, measure if hopeful else lambda *_: math.inf)
+
+    def _measure(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate, measure: Measure) -> None:
+        if self.time(kind, key, rows, candidate) is None:
+            self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
+
+    def _fastest(self, kind: str, key: tuple[Any, ...], rows: int) -> list[str]:
+        times = self.times(kind, key, rows)
+        return sorted(times, key=times.__getitem__)[:HOPEFUL]
 
     def times_near(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str] = ()) -> Mapping[str, float]:
         """The times at the grid point of ``rows``, or at one next to it, where all of ``names`` are known; or none."""
@@ -222,6 +241,11 @@ class Timings:
             except OSError:
                 self.path = None  # read-only home: measured again by the next process
             self._unsaved = False
+
+
+def _family(candidate: str) -> str:
+    """A candidate but for how often its work is split, which changes with the number of rows."""
+    return candidate.partition(" /")[0]
 
 
 def grid(rows: int) -> int:

@@ -71,7 +71,7 @@ def _why(choice: Choice, unit: str) -> str:
 
 
 def _figure(value: float) -> str:
-    return "cannot run" if math.isinf(value) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return "left out" if math.isinf(value) else f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _words(key: Iterable[object]) -> str:

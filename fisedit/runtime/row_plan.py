@@ -22,10 +22,11 @@ SMALLEST = 8
 
 
 def bucket(rows: int, positions: int) -> int:
-    """``rows`` rounded up to 8, 12, 16, 24, 32, 48, ...; at most all ``positions``."""
-    size = SMALLEST
-    while size < rows:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size // 3 * 4
+    """``rows`` rounded up to 8, 12, 16, 24, 32, 48, 64, then 80, 96, 112, 128, 160, 192, ...; at most all
+    ``positions``. What pads large numbers of rows is computed by a library's products too: hence more of them."""
+    power = 1 << max(rows - 1, SMALLEST - 1).bit_length()  # the next power of two
+    step = power // 8 if power > 64 else power // 4
+    size = -(-max(rows, SMALLEST) // step) * step
     return min(size, positions)
 
 
