@@ -103,7 +103,7 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
 
     node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
     product = product_of(node, torch.float32, False)
-    assert product == Product(9, 2, (16, 0), 16, torch.float32, "bias residual")
+    assert product == Product(9, 2, (16, 0, 0), 16, torch.float32, "bias residual")
     timings.put(product.kind, product.key, 12, "rule", 7.0)
     timings.put(product.kind, product.key, 12, "library", 4.0)
     text = explain(program, MASK, CostModel(), timings)

@@ -38,7 +38,7 @@ SCHEMAS = {
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
     "multiply_rows": "(Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, "
     "Tensor? affine, bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, "
-    "int positions) -> Tensor",
+    "int positions, Tensor? rows3=None) -> Tensor",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
@@ -97,7 +97,7 @@ def _(query, key, value, mask, query_recorded, key_recorded, index, weight, head
 
 @torch.library.register_fake("fisedit::multiply_rows", lib=library)
 def _(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation, gated,
-      positions):  # fmt: skip
+      positions, rows3=None):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 
