@@ -50,6 +50,12 @@ def is_bare(node: Any) -> bool:
     return all(get(node, name) == MULTIPLY[name] for name in after)
 
 
+def of_parameters(product: Node) -> bool:
+    """Whether the weights of a ``multiply_rows`` are made of the model's parameters alone: known beforehand."""
+    weights = [get(product, name) for name in ("weight", "bias") if get(product, name) is not None]
+    return all(before.all_input_nodes or before.op == "get_attr" for before in ancestors(weights))
+
+
 def take_over(graph: Graph, old: Node, new: Node) -> None:
     """Put ``new`` in the place of ``old``, with what is known of it."""
     for key in ("nn_module_stack", "origin", "val"):

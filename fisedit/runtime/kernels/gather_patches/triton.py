@@ -35,15 +35,14 @@ def _gather(
         return
     blocks = tl.cdiv(channels, BC)
     if rows2 is not None and block >= blocks:  # those behind the taps
-        good = place < number // taps
+        own = place < number // taps
+        behind = channel - blocks * BC
         blocks2 = tl.cdiv(c2, BC)
-        channel -= blocks * BC
-        place += sample * n_out
         if block < blocks + blocks2:
-            _copy(out, rows2, taps * channels, rows2_stride, c2, channel, place, good, inner)
+            _copy(out, rows2, taps * channels, rows2_stride, c2, behind, sample * n_out + place, own, inner)
         elif rows3 is not None:
-            channel -= blocks2 * BC
-            _copy(out, rows3, taps * channels + c2, rows3_stride, c3, channel, place, good, inner)
+            behind -= blocks2 * BC
+            _copy(out, rows3, taps * channels + c2, rows3_stride, c3, behind, sample * n_out + place, own, inner)
         return
     good = place < number
     index = tl.load(sources + sample * table_stride + place, mask=good, other=-1)
