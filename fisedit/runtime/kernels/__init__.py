@@ -24,8 +24,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-TUNED = {("multiply_rows", "triton"): "fisedit.runtime.tuning.multiply_rows"}
-"""Where an op is that chooses among kernels."""
+TUNED = {(op, "triton"): f"fisedit.runtime.tuning.{op}" for op in ("attend_rows", "multiply_rows")}
+"""Where ops are that choose among kernels."""
 
 
 @cache
