@@ -91,10 +91,16 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
     Args:
         measure: instead of the call's stopwatch.
     """
+    settled = timings.settled(call.kind, call.key, call.number)
+    if settled is not None:
+        return settled
     if ways := unknown_ways(call, timings):
         timings.fill(call.kind, call.key, ways, measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
-    return fastest(call, call.number, timings)
+    way = fastest(call, call.number, timings)
+    if timings.times(call.kind, call.key, call.number):
+        timings.settle(call.kind, call.key, call.number, way)
+    return way
 
 
 def fastest(call: Call, number: int, timings: Timings) -> Hashable:
@@ -107,6 +113,8 @@ def unknown_ways(call: Call, timings: Timings) -> dict[int, Sequence[Hashable]]:
 
     All numbers of rows that its level can have are among them, so that no other mask meets anything new.
     """
+    if timings.settled(call.kind, call.key, call.number) is not None:
+        return {}
     if timings.calibrate == "off" or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return {}
     known = timings.times(call.kind, call.key, grid(call.number))

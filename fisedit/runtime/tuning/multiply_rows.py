@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -137,6 +137,7 @@ def rows_of(given: Mapping[str, Any]) -> int:
     return int((given["rows"] if given["sources"] is None else given["sources"]).shape[1])
 
 
+@cache
 def candidates(product: Product, number: int) -> list[Way]:
     """The ways that are worth timing for about ``number`` rows of each sample."""
     inner = sum(product.channels) * max(product.taps, 1)
