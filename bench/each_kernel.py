@@ -369,7 +369,7 @@ def main(
     environment = describe_environment(device)
     levels, peak = TINY_LEVELS if tiny else LEVELS, peak_of(environment["device"])
     kernels = load_kernels("triton" if device.type == "cuda" else "reference")
-    tuning = import_module("fisedit.runtime.tuning") if tuned and device.type == "cuda" else None
+    tuning = import_module("fisedit.runtime.tuning.multiply_rows") if tuned and device.type == "cuda" else None
     if tuning is not None:
         kernels["multiply_rows"] = tuning.multiply_rows
     size = (levels[0].side, levels[0].side)

@@ -20,7 +20,7 @@ from fisedit.runtime.plan import project_mask
 from fisedit.runtime.row_plan import bucket
 
 if TYPE_CHECKING:
-    from fisedit.runtime.tuning import Product  # needs Triton
+    from fisedit.runtime.tuning.multiply_rows import Product  # needs Triton
 
 
 def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
@@ -40,7 +40,7 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         convolutions = [node for node in graph.nodes if is_op(node, fisedit.sparse_conv.default)]
         geometries = [args(node)[2].meta["table"].of for node in convolutions]
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
-    from fisedit.runtime import tuning
+    from fisedit.runtime.tuning import multiply_rows as tuning
 
     choices = list(_products(graph, mask, dtype, timings or tuning.timings_of(device)))
     return explain_choices(choices, "µs", call)
@@ -48,7 +48,7 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
 
 def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
     """What is known of the products of a fused graph, at the bucket of the mask's rows."""
-    from fisedit.runtime.tuning import RULE
+    from fisedit.runtime.tuning.multiply_rows import RULE
 
     for node in graph.nodes:
         rows = rows_of(node)
@@ -63,7 +63,7 @@ def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) 
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
-    from fisedit.runtime.tuning import Product, fused_parts
+    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts
 
     names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}

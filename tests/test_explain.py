@@ -20,7 +20,7 @@ from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import MaskPlan, Table
-from fisedit.runtime.tuning import Product
+from fisedit.runtime.tuning.multiply_rows import Product
 
 CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
 SHORTCUT = ConvGeometry((16, 16), (16, 16), (1, 1), (1, 1), (0, 0), (1, 1))

@@ -13,11 +13,11 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fisedit.runtime import tuning  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
+from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 

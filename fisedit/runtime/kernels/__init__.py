@@ -24,7 +24,7 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-TUNED = {("multiply_rows", "triton"): "fisedit.runtime.tuning"}
+TUNED = {("multiply_rows", "triton"): "fisedit.runtime.tuning.multiply_rows"}
 """Where an op is that chooses among kernels."""
 
 
