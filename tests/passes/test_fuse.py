@@ -58,6 +58,7 @@ MATCHED = {
     "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
+    "fuse_norms": (21, "fisedit.layer_norm_rows", "fisedit.multiply_norm_rows", 21),
 }
 
 

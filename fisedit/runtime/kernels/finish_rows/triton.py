@@ -148,4 +148,4 @@ def _launch(
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if tensor is None else tensor.stride()[:2]
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
