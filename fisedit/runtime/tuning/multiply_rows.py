@@ -288,8 +288,7 @@ def run(way: Way, given: Mapping[str, Any]) -> Any:
         out = multiply()
         return out, layer_norm_rows(out, norm["norm_weight"], norm["norm_bias"], norm["eps"], given["count"])
     normalized = given["rows"].new_empty(len(given["rows"]), rows_of(given), Product.of(given).columns)  # [B, N', Co]
-    out = multiply(normalized=normalized, norm_affine=norm["norm_affine"], norm_activation=norm["norm_activation"])
-    return out, normalized
+    return multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"])), normalized
 
 
 def _library(

@@ -4,9 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisedit.runtime.kernels.layer_norm_rows.reference import layer_norm_rows
-from fisedit.runtime.kernels.normalize_rows.reference import normalize_rows
-
 ACTIVATIONS = {
     "none": lambda x: x,
     "silu": F.silu,
@@ -76,5 +73,5 @@ def finish_norm_rows(
     """
     out = finish_rows(product, bias, affine, residual, count, activation, gated)
     if norm_affine is None:
-        return out, layer_norm_rows(out, norm_weight, norm_bias, eps, count)
-    return out, normalize_rows(out, None, norm_affine, norm_activation, count)
+        return out, torch.ops.fisedit.layer_norm_rows(out, norm_weight, norm_bias, eps, count)
+    return out, torch.ops.fisedit.normalize_rows(out, None, norm_affine, norm_activation, count, False)

@@ -221,20 +221,13 @@ def multiply_rows(
     gated: bool,
     positions: int,
     config: Config | None = None,
-    normalized: Tensor | None = None,
-    norm_affine: Tensor | None = None,
-    norm_activation: str = "none",
+    norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
 ) -> Tensor:
-    """See the reference.
-
-    Args:
-        normalized: where the rows go a second time, as ``normalize_rows`` makes them with the other two arguments.
-    """
+    """See the reference. ``norm``: where the rows go once more, normalized with this affine, and activated."""
     rows = _plain(rows)
     batch, n_in, c1 = rows.shape
     n_out = n_in if sources is None else sources.shape[1]
-    rows2 = None if rows2 is None else _plain(rows2)
-    residual = None if residual is None else _plain(residual)
+    rows2, residual = (None if given is None else _plain(given) for given in (rows2, residual))
     c2 = 0 if rows2 is None else rows2.shape[2]
     taps = 1 if sources is None else sources.shape[2]
     inner = weight.shape[1]
@@ -243,6 +236,7 @@ def multiply_rows(
         config = choose(batch * n_out, co, inner, math.gcd(c1, c2), gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
+    normalized, norm_affine, norm_activation = norm
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
     splits = _splits(config.split, triton.cdiv(c1 + c2, config.k) * taps, tiles, locks.numel())
@@ -262,15 +256,12 @@ def multiply_rows(
         recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if residual is None else residual.stride(1),
         sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
-        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1),
-        0 if norm_affine is None else norm_affine.stride(0), 0 if norm_affine is None else norm_affine.stride(1),
-        taps, splits,
+        *_strides(affine), *_strides(norm_affine), taps, splits,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], SPLIT=splits > 1,
-        EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma,
-        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl,
-        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
@@ -284,6 +275,10 @@ def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
+
+
+def _strides(affine: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if affine is None else (affine.stride(0), affine.stride(1))
 
 
 def _plain(rows: Tensor) -> Tensor:
