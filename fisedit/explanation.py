@@ -20,7 +20,8 @@ from fisedit.runtime.plan import project_mask
 from fisedit.runtime.row_plan import bucket
 
 if TYPE_CHECKING:
-    from fisedit.runtime.tuning.multiply_rows import Product  # needs Triton
+    from fisedit.runtime.tuning.attend_rows import Attention  # needs Triton
+    from fisedit.runtime.tuning.multiply_rows import Product
 
 
 def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
@@ -40,25 +41,41 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         convolutions = [node for node in graph.nodes if is_op(node, fisedit.sparse_conv.default)]
         geometries = [args(node)[2].meta["table"].of for node in convolutions]
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
-    from fisedit.runtime.tuning import multiply_rows as tuning
+    from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    choices = list(_products(graph, mask, dtype, timings or tuning.timings_of(device)))
+    choices = list(_choices(graph, mask, dtype, timings or timings_of(device)))
     return explain_choices(choices, "µs", call)
 
 
-def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
-    """What is known of the products of a fused graph, at the bucket of the mask's rows."""
-    from fisedit.runtime.tuning.multiply_rows import RULE
+def _choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
+    """What is known of the products and self-attentions of a fused graph, at the bucket of the mask's rows."""
+    from fisedit.runtime.tuning.choose import RULE
 
     for node in graph.nodes:
         rows = rows_of(node)
-        if rows is None or not is_op(node, *PRODUCTS):
+        if rows is None:
             continue
         active, positions = int(project_mask(mask, rows.level).sum()), math.prod(rows.level)
-        number, product = bucket(active, positions), product_of(node, dtype, active == positions)
-        costs = timings.times_near(product.kind, product.key, number)
+        shape: Product | Attention
+        if is_op(node, *PRODUCTS):
+            shape = product_of(node, dtype, active == positions)
+        elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
+            shape = attention_of(node, dtype)
+        else:
+            continue
+        number = bucket(active, positions)
+        costs = timings.times_near(shape.kind, shape.key, number)
         chosen = min(costs, key=costs.__getitem__) if costs else RULE
-        yield Choice(product.kind, product.key, number, chosen, costs)
+        yield Choice(shape.kind, shape.key, number, chosen, costs)
+
+
+def attention_of(node: Node, dtype: torch.dtype) -> Attention:
+    """The shape of an ``attend_rows`` node that has a table: over a recorded map."""
+    from fisedit.runtime.tuning.attend_rows import Attention
+
+    kind, heads = rows_of(node), args(node)[9]
+    assert kind is not None
+    return Attention(kind.batch, heads, kind.channels // heads, math.prod(kind.level), dtype)
 
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:

@@ -10,15 +10,17 @@ from models import arguments, one_level
 
 import fisedit
 from fisedit.config import CompileConfig
-from fisedit.explanation import explain, product_of
+from fisedit.explanation import attention_of, explain, product_of
 from fisedit.passes.fused import get
-from fisedit.passes.ir import PRODUCTS, is_op
+from fisedit.passes.ir import PRODUCTS, args, is_op
+from fisedit.passes.ir import fisedit as ops
 from fisedit.program import Program
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.multiply_rows import Product
 
 CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
@@ -97,7 +99,9 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     timings = Timings.load("cpu", tmp_path)
     lines = explain(program, MASK, CostModel(), timings).splitlines()
     products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, *PRODUCTS)]
-    assert sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products)
+    attentions = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.attend_rows.default)]
+    attentions = [node for node in attentions if args(node)[5] is not None]  # over a recorded map, not over text
+    assert attentions and sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products) + len(attentions)
     assert all(line.endswith(": rule (nothing was measured)") for line in lines[1:])
 
     node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
@@ -111,3 +115,11 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     text = explain(program, MASK, CostModel(), timings)
     assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual normalize" in text
     assert ": library 4 µs; against rule 7" in text
+
+    attention = attention_of(attentions[0], torch.float32)
+    assert attention == Attention(2, 8, 2, 64, torch.float32)
+    timings.put(attention.kind, attention.key, 12, "rule", 9.0)
+    timings.put(attention.kind, attention.key, 12, "cudnn", 3.0)
+    text = explain(program, MASK, CostModel(), timings)
+    assert "self-attention 2 x 8 heads of 2, 64 keys float32" in text
+    assert ": cudnn 3 µs; against rule 9" in text

@@ -19,6 +19,7 @@ from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_referen
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
+from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 
@@ -80,49 +81,59 @@ def test_the_library_is_followed_by_all_that_is_fused(name: str) -> None:
     check(tuning.run(tuning.RULE, given), given)
 
 
+NO_NORM = {"norm_affine": None, "norm_activation": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0}
 NORMS: dict[str, dict[str, Any]] = {
-    "layer_norm": {"norm_weight": random(OUTPUTS, seed=7), "norm_bias": random(OUTPUTS, seed=8), "eps": 0.1},
-    "normalize": {"norm_affine": random(2, 2, 2 * OUTPUTS, seed=7).float()[..., OUTPUTS:], "norm_activation": "silu"},
+    "layer_norm": NO_NORM | {"norm_weight": random(OUTPUTS, seed=7), "norm_bias": random(OUTPUTS, seed=8), "eps": 0.1},
+    "normalize": NO_NORM
+    | {"norm_affine": random(2, 2, 2 * OUTPUTS, seed=7).float()[..., OUTPUTS:], "norm_activation": "silu"},
 }
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of what is run; by the rule, and nothing is timed."""
+    calls: list[dict[str, Any]] = []
+
+    def run(way: tuning.Way, given: dict[str, Any], run: Any = tuning.run) -> Any:
+        calls.append(given)
+        return run(way, given)
+
+    monkeypatch.setattr(tuning, "run", run)
+    monkeypatch.setattr(tuning, "run_fastest", lambda call, _: call.run(tuning.RULE))
+    monkeypatch.setattr(tuning, "timings_of", lambda device: None)
+    return calls
 
 
 @pytest.mark.parametrize("taps", [1, 9])
 @pytest.mark.parametrize("name", list(NORMS))
-def test_every_way_is_followed_by_a_norm(name: str, taps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_way_is_followed_by_a_norm(name: str, taps: int, ran: list[dict[str, Any]]) -> None:
     """Padded rows; the norm is that of the reference, of the rows as they were rounded. It has timings of its own."""
     given = arguments(taps)
     given["count"].fill_(ACTIVE - 1)
-    ran: list[Any] = []
-    run = tuning.run
-    monkeypatch.setattr(tuning, "run", lambda way, given: ran.append(given) or run(way, given))
-    monkeypatch.setattr(tuning, "run_fastest", lambda given, _: tuning.run(tuning.RULE, given))
-    monkeypatch.setattr(tuning, "timings_of", lambda device: None)
-    tuning.multiply_norm_rows(*given.values(), **NORMS[name])
+    made = [tuning.multiply_norm_rows(*given.values(), **NORMS[name])]
     shape = tuning.Product.of(ran[0])
     assert shape.fused == f"bias residual silu {name}"
-    for way in (tuning.RULE, tuning.LIBRARY, *tuning.candidates(shape, ACTIVE)[1:2]):
-        out, normalized = run(way, ran[0])
+    made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, tuning.candidates(shape, ACTIVE)[1])]
+    wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
+    for out, normalized in made:
         check(out[:, : ACTIVE - 1], given, rows=ACTIVE - 1)
-        wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
         torch.testing.assert_close(normalized[:, : ACTIVE - 1], wanted[:, : ACTIVE - 1], atol=4e-2, rtol=0)
 
 
-def test_rows_whose_statistics_come_after_them_are_not_normalized() -> None:
+def test_rows_whose_statistics_come_after_them_are_not_normalized(ran: list[dict[str, Any]]) -> None:
     given = arguments(1)
     out, same = tuning.multiply_norm_rows(*given.values(), **NORMS["normalize"], norm_full=True)
-    assert same is out
+    assert same is out and tuning.Product.of(ran[0]).fused == "bias residual silu"
     check(out, given)
 
 
 def test_a_layer_norm_is_timed_with_every_way() -> None:
     """It is a launch behind ours; other norms are a part of ours."""
     given = arguments(1)
-    layer, other = (
-        (given | {"norm": {"norm_affine": None, **NORMS["layer_norm"]}}),
-        given | {"norm": NORMS["normalize"]},
-    )
+    layer, other = (given | {"norm": NORMS[name]} for name in ("layer_norm", "normalize"))
     for way, norms in ((tuning.LIBRARY, (True, True)), (tuning.RULE, (True, False))):
         assert tuple("norm" in tuning.bare(each, way) for each in (layer, other)) == norms
+        assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
 
 
 def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
@@ -135,7 +146,7 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
     linear, conv = arguments(1), arguments(9)
     with timings.collect() as choices:
         for given in (linear, linear, conv):
-            assert tuning.choose_way(given, timings, measure) == tuning.LIBRARY
+            assert choose_way(tuning.Call(given), timings, measure) == tuning.LIBRARY
     assert [choice.kind for choice in choices] == ["linear", "linear", "convolution of 9 taps"]
     linears = sum(len(tuning.candidates(tuning.Product.of(linear), rows)) for rows in (6, 8, 11, 16))  # 5, and to 70 %
     assert len(set(asked[:linears])) == linears and {rows for _, rows in asked} == {6, 8, 11, 16}
@@ -143,10 +154,10 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
 
     near = linear | {"rows": random(2, 10, CHANNELS, seed=1)}
     before = len(asked)
-    assert tuning.choose_way(near, timings, measure) == tuning.LIBRARY and len(asked) == before
+    assert choose_way(tuning.Call(near), timings, measure) == tuning.LIBRARY and len(asked) == before
     timings.calibrate = "off"
     far = linear | {"rows": random(2, 100, CHANNELS, seed=1)}
-    assert tuning.choose_way(far, timings, measure) == tuning.RULE and len(asked) == before
+    assert choose_way(tuning.Call(far), timings, measure) == tuning.RULE and len(asked) == before
 
 
 def test_nothing_is_timed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,13 +184,13 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
 
     monkeypatch.setattr(tuning, "run", run)
     with rehearse() as first:
-        tuning.run_fastest(given, timings, measure)
+        run_fastest(tuning.Call(given), timings, measure)
     assert first.news and not timed and len(ran) == len(set(ran)) > 2
     with rehearse(decide=True):
-        tuning.run_fastest(given, timings, measure)
+        run_fastest(tuning.Call(given), timings, measure)
     assert set(timed) == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
     with rehearse() as again:
-        tuning.run_fastest(given, timings, measure)
+        run_fastest(tuning.Call(given), timings, measure)
     assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 

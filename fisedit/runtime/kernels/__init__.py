@@ -25,10 +25,11 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 TUNED = {
+    ("attend_rows", "triton"): "fisedit.runtime.tuning.attend_rows",
     ("multiply_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
     ("multiply_norm_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
 }
-"""Where an op is that chooses among kernels."""
+"""Where ops are that choose among kernels."""
 
 
 @cache

@@ -1,31 +1,28 @@
-"""Products of rows in the way that is fastest for their shape on this GPU: ways are timed once, and remembered."""
+"""Products of rows in the way that is fastest for their shape on this GPU."""
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
-from fisedit.runtime.calibration import Measure, Timings, copies_beyond_l2, grid, points, time_on_gpu
+from fisedit.runtime.calibration import copies_beyond_l2, grid
 from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
-from fisedit.runtime.kernels.launch import current, for_real
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
-from fisedit.runtime.row_plan import SMALLEST
+from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
-RULE, LIBRARY = "rule", "library"
+LIBRARY = "library"
 Way = str | kernel.Config
 """The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
 TILES = (
@@ -46,23 +43,7 @@ TAP_SPLITS = (1, 3, 6, 9, 12)
 """How often the work of a convolution may be split: by whole taps, or halves of three."""
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-LARGEST_SHARE = 0.7
-"""Of a level's positions: with more active rows, a call is expected to run dense."""
 SIGNATURE = inspect.signature(reference.multiply_rows)
-
-
-def timings_of(device: torch.device) -> Timings:
-    """The timings of a device, which are saved when the process ends."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    return _loaded(device)
-
-
-@cache
-def _loaded(device: torch.device) -> Timings:
-    timings = Timings.load(device)
-    atexit.register(timings.save)
-    return timings
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
@@ -93,39 +74,7 @@ def multiply_norm_rows(
 
 def _compute(given: Mapping[str, Any]) -> Any:
     device = given["rows"].device
-    return run_fastest(given, timings_of(device)) if device.type == "cuda" else run(RULE, given)
-
-
-def run_fastest(given: Mapping[str, Any], timings: Timings, measure: Measure | None = None) -> Any:
-    """Compute a product; a shape that is met for the first time is timed before, as :func:`choose_way` says.
-
-    In a rehearsal that decides nothing, all its ways are compiled instead.
-    """
-    rehearsal = current()
-    if rehearsal is not None and not rehearsal.decide and (unknown := unknown_ways(given, timings)):
-        rehearsal.news = True
-        ways = dict.fromkeys(way for near in unknown.values() for way in near)
-        return {way: run(way, bare(given, way)) for way in ways}[LIBRARY]
-    with for_real():
-        way = choose_way(given, timings, measure)
-    if rehearsal is not None and rehearsal.decide:
-        for other in others(given, timings):
-            run(other, given)  # compiled now: other masks will not wait for it
-    return run(way, given)
-
-
-def others(given: Mapping[str, Any], timings: Timings) -> set[Way]:
-    """The fastest ways for other numbers of rows."""
-    product = Product.of(given)
-    return {fastest(product, number, timings) for number in numbers(given)}
-
-
-def fastest(product: Product, number: int, timings: Timings) -> Way:
-    """The fastest known way; the rule where nothing is known."""
-    ways = candidates(product, number)
-    chosen = timings.best(product.kind, product.key, number, ways, None, default=RULE)
-    assert isinstance(chosen, Way)
-    return chosen
+    return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
 
 
 @dataclass(frozen=True)
@@ -186,39 +135,28 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
     return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
 
 
-def choose_way(given: Mapping[str, Any], timings: Timings, measure: Measure | None = None) -> Way:
-    """The fastest way for the arguments of a ``multiply_rows``; the rule where nothing is known and can be timed.
+class Call:
+    """A ``multiply_rows`` by its arguments, or a ``multiply_norm_rows``, with those of the norm together as ``norm``;
+    see :class:`fisedit.runtime.tuning.choose.Call`."""
 
-    What is not known is timed, except while a CUDA graph is captured: run it once before.
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, self.product = given, Product.of(given)
+        self.kind, self.key = self.product.kind, self.product.key
+        self.number, self.positions = rows_of(given), int(given["positions"])
 
-    Args:
-        measure: instead of a :class:`Stopwatch`.
-    """
-    product, number = Product.of(given), rows_of(given)
-    if ways := unknown_ways(given, timings):
-        timings.fill(product.kind, product.key, ways, measure or Stopwatch(given))
-        timings.save()  # a process that is killed keeps them
-    return fastest(product, number, timings)
+    def ways(self, number: int) -> list[Way]:
+        return candidates(self.product, number)
 
+    def run(self, way: Any) -> Any:
+        return run(way, self.given)
 
-def unknown_ways(given: Mapping[str, Any], timings: Timings) -> dict[int, list[Way]]:
-    """What is to be timed before a product is computed: ways by numbers of rows; nothing if they are known.
+    def rehearse(self, way: Any) -> Any:
+        given = bare(self.given, way)
+        made = run(way, given)
+        return (made, made) if "norm" in self.given and "norm" not in given else made
 
-    All numbers of rows that its level can have are among them, so that no other mask meets anything new.
-    """
-    if timings.calibrate == "off" or (given["rows"].is_cuda and torch.cuda.is_current_stream_capturing()):
-        return {}
-    product, number = Product.of(given), grid(rows_of(given))
-    known = timings.times(product.kind, product.key, number)
-    if all(str(way) in known for way in candidates(product, number)):
-        return {}
-    return {n: candidates(product, n) for n in numbers(given)}
-
-
-def numbers(given: Mapping[str, Any]) -> list[int]:
-    """The numbers of rows that are timed: the present, and those of masks for which an edit is sparse."""
-    largest = round(LARGEST_SHARE * given["positions"])
-    return sorted({grid(rows_of(given)), *(n for n in points(largest) if n >= SMALLEST)})
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.given)
 
 
 def rows_of(given: Mapping[str, Any]) -> int:
@@ -336,10 +274,7 @@ class Stopwatch:
             self.sized = (number, self.with_rows(number))
         given = bare(self.sized[1], way)
         runs = [partial(run, way, {**given, "weight": weight}) for (weight,) in self.weights]
-        try:
-            return time_on_gpu(*runs, calls=6, replays=3)
-        except (OutOfResources, torch.OutOfMemoryError):
-            return math.inf
+        return time_way(runs)
 
     def with_rows(self, number: int) -> dict[str, Any]:
         """The arguments for ``number`` rows: the real ones over and over."""

@@ -57,9 +57,13 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
         tile = Config(128, 64, 8, deep, registers=128)
     else:
         tile = Config(64, 64, 4, deep, registers=128)
+    return replace(tile, split=best_splits(tile, queries, keys, pairs)[0])
+
+
+def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
+    """How often the keys may be split, the best first."""
     programs, blocks = triton.cdiv(queries, tile.m) * pairs, triton.cdiv(keys, tile.n)
-    split = min(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
-    return replace(tile, split=split)
+    return sorted(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
 
 
 def _cost(programs: int, blocks: int, split: int) -> float:
