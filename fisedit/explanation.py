@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fisedit.passes.fused import get
-from fisedit.passes.ir import args, fisedit, is_op, rows_of
+from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of
 from fisedit.program import Program
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
@@ -57,7 +57,7 @@ def _choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -
             continue
         active, positions = int(project_mask(mask, rows.level).sum()), math.prod(rows.level)
         shape: Product | Attention
-        if is_op(node, fisedit.multiply_rows.default):
+        if is_op(node, *PRODUCTS):
             shape = product_of(node, dtype, active == positions)
         elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
             shape = attention_of(node, dtype)
@@ -80,18 +80,19 @@ def attention_of(node: Node, dtype: torch.dtype) -> Attention:
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
-    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts
+    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts, norm_of
 
     names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}
     sources, second = get(node, "sources"), rows_of(get(node, "rows2"))
     kind, first = rows_of(node), rows_of(get(node, "rows"))
     assert kind is not None and first is not None
+    norm = norm_of(**node.kwargs) if is_op(node, fisedit.multiply_norm_rows.default) else ""
     return Product(
         taps=0 if sources is None else math.prod(sources.meta["table"].of.kernel),
         batch=kind.batch,
         channels=(first.channels, 0 if second is None else second.channels),
         outputs=kind.channels * (2 if given["gated"] else 1),
         dtype=dtype,
-        fused=fused_parts(given, full and get(node, "full") is not False),
+        fused=fused_parts(given, full and get(node, "full") is not False, "" if full and norm == "normalize" else norm),
     )

@@ -58,6 +58,7 @@ MATCHED = {
     "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
+    "fuse_norms": (21, "fisedit.layer_norm_rows", "fisedit.multiply_norm_rows", 21),
 }
 
 
@@ -305,4 +306,61 @@ def test_norms() -> None:
     assert [get(node, "activation") for node in products] == ["silu", "none"]
     assert [get(node, "affine") is not None for node in products] == [True, False]
     assert ops(gm).count("aten.div.Tensor") == 1
+    assert error(model, gm) < 1e-5
+
+
+class Residual(Block):
+    """A stream that is normalized twice and added to: the first norm comes with the product that makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False)])
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        stream = tokens + self.q(tokens)
+        return stream + self.k(self.norms[0](stream)) * self.v(self.norms[1](stream))
+
+
+def test_a_product_has_one_norm() -> None:
+    model = Residual().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 1
+    assert ops(gm).count("fisedit.multiply_norm_rows") == ops(gm).count("fisedit.layer_norm_rows") == 1
+    (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
+    assert get(both, "residual") is not None and both.kwargs["norm_weight"].target == "model.norms.0.weight"
+    assert error(model, gm) < 1e-5
+
+
+class Adaptive(Block):
+    """A norm whose weight is made of the text, and one whose weight is made of the rows."""
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        stream = self.q(tokens)
+        other = self.k(stream)
+        first = F.layer_norm(stream, [8], 1 + text.mean((0, 1))[:8])
+        return first + stream + other * F.layer_norm(other, [8], other.mean((0, 1)))
+
+
+def test_weights_of_norms_are_known_before_the_rows() -> None:
+    model = Adaptive().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 1
+    assert error(model, gm) < 1e-5
+
+
+class Stream(Norms):
+    """Both norms read what is added to as well; the first, which is activated, comes with its product."""
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        stream = sample + self.first(sample)
+        stream = stream + self.last(F.silu(self.norms[0](stream)))
+        return stream + self.norms[1](stream)
+
+
+def test_group_norms_of_a_stream() -> None:
+    model = Stream().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 2
+    both = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
+    assert [node.kwargs["norm_activation"] for node in both] == ["silu", "none"]
     assert error(model, gm) < 1e-5

@@ -6,10 +6,9 @@ import atexit
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fisedit.runtime.calibration import Measure, Timings, grid, points, time_on_gpu
@@ -40,10 +39,10 @@ class Call(Protocol):
         """Those worth timing for about ``number`` rows of each sample; :data:`RULE` is among them."""
         ...
 
-    def run(self, way: Hashable) -> Tensor: ...
+    def run(self, way: Hashable) -> Any: ...
 
-    def rehearse(self, way: Hashable) -> Tensor:
-        """Compile, in a rehearsal, what a way is timed with; a tensor like its result."""
+    def rehearse(self, way: Hashable) -> Any:
+        """Compile, in a rehearsal, what a way is timed with; something like its result."""
         ...
 
     def stopwatch(self) -> Measure:
@@ -65,7 +64,7 @@ def _loaded(device: torch.device) -> Timings:
     return timings
 
 
-def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) -> Tensor:
+def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) -> Any:
     """Compute an op; a shape that is met for the first time is timed before, as :func:`choose_way` says.
 
     In a rehearsal that decides nothing, all its ways are compiled instead.
