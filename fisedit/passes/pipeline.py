@@ -16,6 +16,7 @@ from fisedit.passes.base import GraphPass
 from fisedit.passes.batch_group_norms import batch_group_norms
 from fisedit.passes.canonicalize_attention import canonicalize_attention
 from fisedit.passes.canonicalize_ops import canonicalize_ops
+from fisedit.passes.compose_linear import compose_linear
 from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
@@ -61,6 +62,7 @@ def fuse_passes() -> list[GraphPass]:
         read_in_place,
         fuse_attention,
         fuse_linear,
+        compose_linear,
         batch_group_norms,
         fuse_epilogues,
         fuse_layer_norm,

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from fisedit.capture import bind_call, capture
 from fisedit.passes import ir, pipeline
 from fisedit.passes.base import PassLog, PassResult, run_passes
+from fisedit.passes.count_macs import count_macs
 from fisedit.passes.fused import get
 from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.insert_cache_stores import insert_cache_stores
@@ -55,6 +56,7 @@ MATCHED = {
     "read_in_place": (20, "fisedit.sparse_conv", "fisedit.multiply_rows", 20),
     "fuse_attention": (8, "fisedit.row_attention", "fisedit.attend_rows", 8),
     "fuse_linear": (65, None, "fisedit.multiply_rows", 20 + 37),
+    "compose_linear": (0, None, "fisedit.multiply_rows", 20 + 37),  # too narrow
     "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
@@ -262,6 +264,59 @@ def test_gates(swapped: bool) -> None:
     assert ("aten.gelu" in ops(gm)) == swapped
     assert [get(node, "residual") is not None for node in products] == [False, False, True]
     assert results["fuse_epilogues"].matched == (1 if swapped else 2)
+    assert error(model, gm) < 1e-5
+
+
+class Projected(Block):
+    """A feed-forward with its residual, and a projection: one product. Read twice, widening, or narrow: left alone."""
+
+    def __init__(self, bias: bool, width: int = 64, out: int = 64, reads: int = 1) -> None:
+        super().__init__()
+        self.reads = reads
+        self.first, self.last = nn.Conv2d(8, width, 3, padding=1), nn.Conv2d(out, 8, 1)
+        self.wide, self.back = nn.Linear(width, 128), nn.Linear(128, width, bias=bias)
+        self.project = nn.Conv2d(width, out, 1, bias=not bias)
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = self.first(sample)
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens + self.back(F.silu(self.wide(tokens)))
+        h = self.project(tokens.transpose(1, 2).reshape(x.shape))
+        h = h + x if h.shape == x.shape else h
+        return self.last(h.sigmoid() if self.reads == 1 else h * tokens.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_linear_layer_and_the_next_are_one(bias: bool) -> None:
+    model = Projected(bias).eval()
+    gm, results = fused(model)
+    assert results["compose_linear"].matched == 1
+    products = [node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default)]
+    assert [get(node, "rows2") is not None for node in products] == [False, False, True, False]
+    composed = products[2]
+    assert get(composed, "residual") is products[0] and get(composed, "rows") is products[1]
+    assert get(composed, "weight").meta["stage"] == get(composed, "bias").meta["stage"] == "weights"
+    assert get(composed, "weight").meta["val"].shape == (64, 128 + 64)
+    assert error(model, gm) < 1e-5
+
+
+def test_what_is_composed_multiplies_no_more() -> None:
+    mask = torch.zeros(SIZE, dtype=torch.bool)
+    mask[1:4, 2:5] = True
+    plan = MaskPlan(mask, CostModel("rows"))
+    for out in (64, 32):
+        gm, results = fused(Projected(True, out=out).eval())
+        plain, _ = captured(Projected(True, out=out).eval(), *pipeline.edit_passes("cached"))
+        assert results["compose_linear"].matched == 1
+        fewer = 9 * 2 * (128 * 64 - 128 * out)  # rows, samples
+        assert count_macs(plain.graph, plan) - count_macs(gm.graph, plan) == fewer
+
+
+@pytest.mark.parametrize("given", [{"reads": 2}, {"out": 128}, {"width": 32, "out": 32}])
+def test_linear_layers_that_are_left_alone(given: dict[str, int]) -> None:
+    model = Projected(True, **given).eval()
+    gm, results = fused(model)
+    assert results["compose_linear"].matched == 0
     assert error(model, gm) < 1e-5
 
 
