@@ -2,7 +2,7 @@
 
     python bench/each_kernel.py --output kernels.json
     python bench/each_kernel.py --regret                 also other tile sizes: is the chosen one the fastest?
-    python bench/each_kernel.py --tuned                  products in the measured way; the first time, it is measured
+    python bench/each_kernel.py --tuned                  in the measured way; the first time, it is measured
     python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
@@ -362,16 +362,17 @@ def main(
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
     tiny: Annotated[bool, typer.Option(help="Small shapes; the reference kernels on a CPU.")] = False,
     regret: Annotated[bool, typer.Option(help="Also time other configurations; on a GPU, some minutes.")] = False,
-    tuned: Annotated[bool, typer.Option(help="Products in the measured way, as in an edit; on a GPU.")] = False,
+    tuned: Annotated[bool, typer.Option(help="In the measured way, as in an edit; on a GPU.")] = False,
 ) -> None:
     """Measure kernels one by one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     environment = describe_environment(device)
     levels, peak = TINY_LEVELS if tiny else LEVELS, peak_of(environment["device"])
     kernels = load_kernels("triton" if device.type == "cuda" else "reference")
-    tuning = import_module("fisedit.runtime.tuning.multiply_rows") if tuned and device.type == "cuda" else None
+    tuning = import_module("fisedit.runtime.tuning.choose") if tuned and device.type == "cuda" else None
     if tuning is not None:
-        kernels["multiply_rows"] = tuning.multiply_rows
+        for op in ("attend_rows", "multiply_rows"):
+            kernels[op] = getattr(import_module(f"fisedit.runtime.tuning.{op}"), op)
     size = (levels[0].side, levels[0].side)
     masks = {f"blob {float(share):.0%}": blob(size, float(share)) for share in shares.split(",")}
     if ragged_share:

@@ -382,7 +382,7 @@ def measure_model(
 def main(
     models: Annotated[str, typer.Option(help="Names of bench/published.py, with commas.")] = "SD2.1,SD1.5,SDXL",
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16; float32 on a CPU.")] = "float16",
-    steps: Annotated[int, typer.Option(min=WARM + 1, help="Recorded steps; each loop is as long.")] = 8,
+    steps: Annotated[int, typer.Option(min=WARM + 1, help="Recorded steps; each loop is as long.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Loops of each kind; the median is shown.")] = 5,
     ragged_masks: Annotated[int, typer.Option(min=1, help="Masks of the ragged family.")] = 24,
     output: Annotated[Path | None, typer.Option(help="JSON file, written as figures come.")] = None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from fisedit.passes.fused import get
-from fisedit.passes.ir import args, fisedit, is_op, rows_of
+from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of
 from fisedit.program import Program
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
@@ -20,7 +20,8 @@ from fisedit.runtime.plan import project_mask
 from fisedit.runtime.row_plan import bucket
 
 if TYPE_CHECKING:
-    from fisedit.runtime.tuning.multiply_rows import Product  # needs Triton
+    from fisedit.runtime.tuning.attend_rows import Attention  # needs Triton
+    from fisedit.runtime.tuning.multiply_rows import Product
 
 
 def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
@@ -42,28 +43,44 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
     from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    choices = list(_products(graph, mask, dtype, timings or timings_of(device)))
+    choices = list(_choices(graph, mask, dtype, timings or timings_of(device)))
     return explain_choices(choices, "µs", call)
 
 
-def _products(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
-    """What is known of the products of a fused graph, at the bucket of the mask's rows."""
+def _choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
+    """What is known of the products and self-attentions of a fused graph, at the bucket of the mask's rows."""
     from fisedit.runtime.tuning.choose import RULE
 
     for node in graph.nodes:
         rows = rows_of(node)
-        if rows is None or not is_op(node, fisedit.multiply_rows.default):
+        if rows is None:
             continue
         active, positions = int(project_mask(mask, rows.level).sum()), math.prod(rows.level)
-        number, product = bucket(active, positions), product_of(node, dtype, active == positions)
-        costs = timings.times_near(product.kind, product.key, number)
+        shape: Product | Attention
+        if is_op(node, *PRODUCTS):
+            shape = product_of(node, dtype, active == positions)
+        elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
+            shape = attention_of(node, dtype)
+        else:
+            continue
+        number = bucket(active, positions)
+        costs = timings.times_near(shape.kind, shape.key, number)
         chosen = min(costs, key=costs.__getitem__) if costs else RULE
-        yield Choice(product.kind, product.key, number, chosen, costs)
+        yield Choice(shape.kind, shape.key, number, chosen, costs)
+
+
+def attention_of(node: Node, dtype: torch.dtype) -> Attention:
+    """The shape of an ``attend_rows`` node that has a table: over a recorded map."""
+    from fisedit.runtime.tuning.attend_rows import Attention
+
+    kind, heads = rows_of(node), args(node)[9]
+    assert kind is not None
+    return Attention(kind.batch, heads, kind.channels // heads, math.prod(kind.level), dtype)
 
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
-    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts
+    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts, norm_of
 
     names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}
@@ -71,11 +88,12 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     second, third = (0 if source is None else source.channels for source in more)
     kind, first = rows_of(node), rows_of(get(node, "rows"))
     assert kind is not None and first is not None
+    norm = norm_of(**node.kwargs) if is_op(node, fisedit.multiply_norm_rows.default) else ""
     return Product(
         taps=0 if sources is None else math.prod(sources.meta["table"].of.kernel),
         batch=kind.batch,
         channels=(first.channels, second, third),
         outputs=kind.channels * (2 if given["gated"] else 1),
         dtype=dtype,
-        fused=fused_parts(given, full and get(node, "full") is not False),
+        fused=fused_parts(given, full and get(node, "full") is not False, "" if full and norm == "normalize" else norm),
     )

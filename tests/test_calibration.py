@@ -245,3 +245,14 @@ def test_between_two_numbers_only_the_fastest_are_measured() -> None:
     assert timings.time("product", (), 181, "e /181") == math.inf
     assert timings.best("product", (), 181, ways[181], measure) == "a /181"
     assert len(measured) == 5 * 5 + 3
+
+
+def test_a_choice_is_remembered_until_something_is_measured() -> None:
+    timings = Timings(Machine.of("cpu"))
+    timings.settle("product", ("a",), 100, "fast")
+    assert timings.settled("product", ("a",), 97) == "fast"  # the same point of the grid
+    assert timings.settled("product", ("a",), 300) is None and timings.settled("product", ("b",), 100) is None
+    with timings.collect():
+        assert timings.settled("product", ("a",), 100) is None  # explain() wants every choice made anew
+    timings.put("product", ("b",), 8, "slow", 1.0)
+    assert timings.settled("product", ("a",), 100) is None

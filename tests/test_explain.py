@@ -10,16 +10,17 @@ from models import arguments, one_level
 
 import fisedit
 from fisedit.config import CompileConfig
-from fisedit.explanation import explain, product_of
+from fisedit.explanation import attention_of, explain, product_of
 from fisedit.passes.fused import get
+from fisedit.passes.ir import PRODUCTS, args, is_op
 from fisedit.passes.ir import fisedit as ops
-from fisedit.passes.ir import is_op
 from fisedit.program import Program
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.multiply_rows import Product
 
 CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
@@ -97,15 +98,28 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     program = Program(next(iter(unet._live.programs.values())).captured, CompileConfig(provider="triton"))
     timings = Timings.load("cpu", tmp_path)
     lines = explain(program, MASK, CostModel(), timings).splitlines()
-    products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.multiply_rows.default)]
-    assert sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products)
+    products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, *PRODUCTS)]
+    attentions = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.attend_rows.default)]
+    attentions = [node for node in attentions if args(node)[5] is not None]  # over a recorded map, not over text
+    assert attentions and sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products) + len(attentions)
     assert all(line.endswith(": rule (nothing was measured)") for line in lines[1:])
 
     node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
     product = product_of(node, torch.float32, False)
-    assert product == Product(9, 2, (16, 0, 0), 16, torch.float32, "bias residual")
+    assert product == Product(9, 2, (16, 0, 0), 16, torch.float32, "bias residual normalize")
+    assert product_of(node, torch.float32, True).fused == "bias residual"  # its norm needs it first
+    node = next(node for node in products if "norm_weight" in node.kwargs)
+    assert product_of(node, torch.float32, True).fused == "bias layer_norm"
     timings.put(product.kind, product.key, 12, "rule", 7.0)
     timings.put(product.kind, product.key, 12, "library", 4.0)
     text = explain(program, MASK, CostModel(), timings)
-    assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual" in text
+    assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual normalize" in text
     assert ": library 4 µs; against rule 7" in text
+
+    attention = attention_of(attentions[0], torch.float32)
+    assert attention == Attention(2, 8, 2, 64, torch.float32)
+    timings.put(attention.kind, attention.key, 12, "rule", 9.0)
+    timings.put(attention.kind, attention.key, 12, "cudnn", 3.0)
+    text = explain(program, MASK, CostModel(), timings)
+    assert "self-attention 2 x 8 heads of 2, 64 keys float32" in text
+    assert ": cudnn 3 µs; against rule 9" in text

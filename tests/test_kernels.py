@@ -188,8 +188,10 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
     sources = torch.tensor([[[0, 5], [-1, 1], [2, 8], [7, 0]]], dtype=torch.int32)  # [M, N', taps]
     channels, stats = torch.randn(8), [torch.rand(2, 4), torch.rand(2, 4)]
     after = (affine, False, torch.randn(2, 4, 8), count, locks, "silu", False, 15)
+    product = (rows, None, recorded, sources, torch.randn(8, 16), channels, *after)
     return {
-        "multiply_rows": (rows, None, recorded, sources, torch.randn(8, 16), channels, *after),
+        "multiply_rows": product,
+        "multiply_norm_rows": product,
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),

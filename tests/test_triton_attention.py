@@ -14,6 +14,8 @@ if DEVICE == "cpu":
 
 from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows, choose_config  # noqa: E402
+from fisedit.runtime.kernels.gather_keys import reference as gather_reference  # noqa: E402
+from fisedit.runtime.kernels.gather_keys.triton import gather_keys  # noqa: E402
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 # The interpreter multiplies the bits of bfloat16, not its values.
@@ -132,6 +134,30 @@ def test_active_rows_alone(dtype, config) -> None:
     assert not locks.any()
     clean = [t.double().nan_to_num() for t in (query, key, value)]
     check(reference.attend_rows(*clean, *rest), wanted, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("masks", "width", "number", "positions"),
+    [(1, 64, 9, 100), (2, 72, 21, 130), (1, 10, 5, 16)],  # whole blocks of channels, cut ones, rows of any alignment
+)
+def test_keys_and_values_are_put_in_one_piece(dtype, masks, width, number, positions) -> None:
+    key, value = random(2, number, 3 * width, seed=1, dtype=dtype).chunk(3, -1)[1:]  # slices of one product
+    recorded = [random(2, positions, width, seed=seed, dtype=dtype) for seed in (2, 3)]
+    table = map_tables(masks, number, positions)
+    wanted = [rows.clone() for rows in recorded]
+    for whole, rows in zip(wanted, (key, value), strict=True):
+        for sample in range(2):
+            places = table[sample % masks]
+            active = (places < number).nonzero()[:, 0]
+            whole[sample, active] = rows[sample, places[active].long()]
+    strided = [torch.cat([rows, rows], -1)[..., :width] for rows in recorded]
+    addresses = [torch.tensor([sample.data_ptr() for sample in rows], device=DEVICE) for rows in recorded]
+    for maps in (recorded, strided, addresses):
+        for out, rows in zip(gather_keys(key, value, *maps, table), wanted, strict=True):
+            assert torch.equal(out, rows) and out.is_contiguous()
+    for out, rows in zip(gather_reference.gather_keys(key, value, *recorded, table), wanted, strict=True):
+        assert torch.equal(out, rows)
 
 
 def test_too_few_locks_for_a_split() -> None:

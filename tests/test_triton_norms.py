@@ -18,7 +18,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fisedit.runtime.kernels.finish_rows import reference as finish_reference  # noqa: E402
-from fisedit.runtime.kernels.finish_rows.triton import finish_rows  # noqa: E402
+from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows  # noqa: E402
 from fisedit.runtime.kernels.fold_group_norms import reference as fold_reference  # noqa: E402
 from fisedit.runtime.kernels.fold_group_norms.triton import fold_group_norms  # noqa: E402
 from fisedit.runtime.kernels.layer_norm_rows import reference as layer_reference  # noqa: E402
@@ -154,3 +154,42 @@ def test_finish_rows(dtype: torch.dtype, parts: str, activation: str) -> None:
     out = finish_rows(product, *rest)
     assert out.shape == wanted.shape and out.dtype == dtype
     check(out[:, :count], wanted[:, :count], dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize(
+    ("channels", "parts"),
+    [
+        (136, "bias residual layer norm"), (1300, "residual layer norm, no parameters"), (40, "gated layer norm"),
+        (136, "bias residual affine"), (40, "affine silu"),
+    ],
+)  # fmt: skip
+def test_finished_rows_are_normalized_too(dtype: torch.dtype, channels: int, parts: str) -> None:
+    """From what they are rounded to: exactly what the kernels of the norms make of them."""
+    number, count, gated = 11, 6, "gated" in parts
+    width = 2 * channels if gated else channels
+    product = random(2, number, width + 24, seed=0, dtype=dtype)[..., 8 : 8 + width] + 3
+    bias = random(width, seed=1, dtype=dtype) if "bias" in parts else None
+    residual = random(2, number, 1400, seed=3, dtype=dtype)[..., 16 : 16 + channels] if "residual" in parts else None
+    affine = random(2, 2, 200, seed=2)[..., 24 : 24 + channels] if "affine" in parts else None
+    weight, offset = (random(channels, seed=4 + i, dtype=dtype) for i in range(2))
+    if "no parameters" in parts:
+        weight = offset = None
+    limit = torch.tensor([count], dtype=torch.int32, device=DEVICE)
+    rest = (bias, None, residual, limit, "gelu" if gated else "none", gated)
+    norm = (affine, "silu" if "silu" in parts else "none", weight, offset, 0.1)
+    out, normalized = finish_norm_rows(product, *rest, *norm)
+    assert torch.equal(out[:, :count], finish_rows(product, *rest)[:, :count])
+    alone = (layer_norm_rows(out, weight, offset, 0.1, limit) if affine is None
+             else normalize_rows(out, None, affine, norm[1], limit))  # fmt: skip
+    assert normalized.dtype == dtype and torch.equal(normalized[:, :count], alone[:, :count])
+    x = out.double()
+    if affine is None:
+        wanted = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 0.1).sqrt()
+        wanted = wanted if weight is None else wanted * weight.double() + offset.double()
+    else:
+        wanted = activate(x * affine[0].double().unsqueeze(1) + affine[1].double().unsqueeze(1), norm[1])
+    check(normalized[:, :count], wanted[:, :count], dtype)
+    rounded, reference = finish_reference.finish_norm_rows(product, *rest, *norm)
+    assert rounded.dtype == reference.dtype == dtype
+    torch.testing.assert_close(reference[:, :count].double(), wanted[:, :count], atol=0.05, rtol=0.02)

@@ -15,6 +15,7 @@ if DEVICE == "cpu":
 
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
+from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
@@ -44,11 +45,11 @@ def arguments(taps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def check(out: torch.Tensor, given: dict[str, Any]) -> None:
+def check(out: torch.Tensor, given: dict[str, Any], rows: int = ACTIVE) -> None:
     wide: dict[str, Any] = {
         k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in given.items()
     }
-    wanted = reference.multiply_rows(**wide)
+    wanted = reference.multiply_rows(**wide)[:, :rows]
     assert out.dtype == torch.float16 and out.shape == wanted.shape
     assert (out.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()
 
@@ -96,6 +97,61 @@ def test_a_convolution_with_channels_of_its_outputs(three: bool) -> None:
     assert product.channels == (CHANNELS, 128, 64 * three) and product.steps(64) == 9 + 2 + three
     for way in tuning.candidates(product, ACTIVE):
         check(tuning.run(way, given), given)
+
+
+NO_NORM = {"norm_affine": None, "norm_activation": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0}
+NORMS: dict[str, dict[str, Any]] = {
+    "layer_norm": NO_NORM | {"norm_weight": random(OUTPUTS, seed=7), "norm_bias": random(OUTPUTS, seed=8), "eps": 0.1},
+    "normalize": NO_NORM
+    | {"norm_affine": random(2, 2, 2 * OUTPUTS, seed=7).float()[..., OUTPUTS:], "norm_activation": "silu"},
+}
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of what is run; by the rule, and nothing is timed."""
+    calls: list[dict[str, Any]] = []
+
+    def run(way: tuning.Way, given: dict[str, Any], run: Any = tuning.run) -> Any:
+        calls.append(given)
+        return run(way, given)
+
+    monkeypatch.setattr(tuning, "run", run)
+    monkeypatch.setattr(tuning, "run_fastest", lambda call, _: call.run(tuning.RULE))
+    monkeypatch.setattr(tuning, "timings_of", lambda device: None)
+    return calls
+
+
+@pytest.mark.parametrize("taps", [1, 9])
+@pytest.mark.parametrize("name", list(NORMS))
+def test_every_way_is_followed_by_a_norm(name: str, taps: int, ran: list[dict[str, Any]]) -> None:
+    """Padded rows; the norm is that of the reference, of the rows as they were rounded. It has timings of its own."""
+    given = arguments(taps)
+    given["count"].fill_(ACTIVE - 1)
+    made = [tuning.multiply_norm_rows(*given.values(), **NORMS[name])]
+    shape = tuning.Product.of(ran[0])
+    assert shape.fused == f"bias residual silu {name}"
+    made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, tuning.candidates(shape, ACTIVE)[1])]
+    wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
+    for out, normalized in made:
+        check(out[:, : ACTIVE - 1], given, rows=ACTIVE - 1)
+        torch.testing.assert_close(normalized[:, : ACTIVE - 1], wanted[:, : ACTIVE - 1], atol=4e-2, rtol=0)
+
+
+def test_rows_whose_statistics_come_after_them_are_not_normalized(ran: list[dict[str, Any]]) -> None:
+    given = arguments(1)
+    out, same = tuning.multiply_norm_rows(*given.values(), **NORMS["normalize"], norm_full=True)
+    assert same is out and tuning.Product.of(ran[0]).fused == "bias residual silu"
+    check(out, given)
+
+
+def test_a_layer_norm_is_timed_with_every_way() -> None:
+    """It is a launch behind ours; other norms are a part of ours."""
+    given = arguments(1)
+    layer, other = (given | {"norm": NORMS[name]} for name in ("layer_norm", "normalize"))
+    for way, norms in ((tuning.LIBRARY, (True, True)), (tuning.RULE, (True, False))):
+        assert tuple("norm" in tuning.bare(each, way) for each in (layer, other)) == norms
+        assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
 
 
 def test_what_is_met_is_timed_once(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import Graph, Node
 
 from fisedit.passes.fused import MULTIPLY
-from fisedit.passes.ir import args, fisedit, is_op, rows_of, tensor
+from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of, tensor
 from fisedit.passes.layout import Level
 from fisedit.runtime.plan import MaskPlan, Table
 
@@ -33,9 +33,9 @@ def _count(node: Node, plan: MaskPlan) -> int:
         inactive = rows.level[0] * rows.level[1] - plan.rows(rows.level)
         read = isinstance(recorded, Node) and is_op(recorded, fisedit.cache_view.default)
         return 2 * rows.batch * inactive * rows.channels * tensor(node).element_size() if read else 0
-    if not is_op(node, fisedit.multiply_rows.default, fisedit.gather_patches.default):
+    if not is_op(node, *PRODUCTS, fisedit.gather_patches.default):
         return 0
-    first = list(MULTIPLY).index("recorded") if is_op(node, fisedit.multiply_rows.default) else 1
+    first = list(MULTIPLY).index("recorded") if is_op(node, *PRODUCTS) else 1
     source, recorded, sources = args(node)[0], args(node)[first], args(node)[first + 1]
     if not isinstance(recorded, Node) or not is_op(recorded, fisedit.cache_view.default):
         return 0

@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from fisedit.passes.fused import get
-from fisedit.passes.ir import args, aten, bound_arguments, fisedit, rows_of, tensor
+from fisedit.passes.ir import PRODUCTS, args, aten, bound_arguments, fisedit, rows_of, tensor
 from fisedit.runtime.plan import MaskPlan
 
 
@@ -33,7 +33,7 @@ def _count(node: Node, plan: MaskPlan | None) -> int:
         return _sparse_conv(node, plan)
     if node.target is fisedit.row_attention.default:
         return _row_attention(node, plan)
-    if node.target is fisedit.multiply_rows.default:
+    if node.target in PRODUCTS:
         rows = rows_of(node)
         assert plan is not None and rows is not None
         return rows.batch * plan.rows(rows.level) * math.prod(_weight_shape(get(node, "weight")))

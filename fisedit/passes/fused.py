@@ -32,7 +32,7 @@ def multiply(graph: Graph, kind: Rows, **given: Any) -> Node:
 
 
 def get(node: Node, name: str) -> Any:
-    """An argument of a ``multiply_rows``."""
+    """An argument of a ``multiply_rows``, or of a ``multiply_norm_rows`` that both have."""
     return node.args[list(MULTIPLY).index(name)]
 
 

@@ -22,6 +22,8 @@ from fisedit.runtime import ops as _schemas  # noqa: F401  (defines torch.ops.fi
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
+PRODUCTS = (fisedit.multiply_rows.default, fisedit.multiply_norm_rows.default)
+"""Products of rows: their arguments but for the keywords are the same."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,7 @@ def _takes_dense(node: Node) -> bool:
 
 def _changes_level(node: Node) -> bool:
     return is_op(node, fisedit.sparse_conv.default, fisedit.gather_rows.default, fisedit.gather_patches.default,
-                 fisedit.multiply_rows.default)  # fmt: skip
+                 *PRODUCTS)  # fmt: skip
 
 
 def print_graph(graph: Graph) -> str:

@@ -24,6 +24,7 @@ from fisedit.passes.fuse_attention import fuse_attention
 from fisedit.passes.fuse_epilogues import fuse_epilogues
 from fisedit.passes.fuse_layer_norm import fuse_layer_norm
 from fisedit.passes.fuse_linear import fuse_linear
+from fisedit.passes.fuse_norms import fuse_norms
 from fisedit.passes.fuse_sums import fuse_sums
 from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
@@ -67,6 +68,7 @@ def fuse_passes() -> list[GraphPass]:
         batch_group_norms,
         fuse_epilogues,
         fuse_layer_norm,
+        fuse_norms,
     ]
 
 

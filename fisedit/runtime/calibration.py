@@ -92,6 +92,7 @@ class Timings:
     calibrate: Calibrate = "lazy"
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
+    _settled: dict[tuple[str, tuple[Any, ...], int], Candidate] = field(default_factory=dict, repr=False)
     _unsaved: bool = False
     _collected: list[Choice] | None = None
 
@@ -193,10 +194,19 @@ class Timings:
             finally:
                 self._collected = before
 
+    def settle(self, kind: str, key: tuple[Any, ...], rows: int, chosen: Candidate) -> None:
+        """Remember a choice until something is measured: a model's layers ask for it again and again."""
+        self._settled[kind, key, grid(rows)] = chosen
+
+    def settled(self, kind: str, key: tuple[Any, ...], rows: int) -> Candidate | None:
+        """The remembered choice; none while choices are collected, which are made anew."""
+        return self._settled.get((kind, key, grid(rows))) if self._collected is None else None
+
     def put(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate, microseconds: float) -> None:
         """Note a measurement."""
         with self._lock:
             self.table.setdefault(_point(kind, key, grid(rows)), {})[str(candidate)] = microseconds
+            self._settled.clear()
             self._unsaved = True
 
     def times(self, kind: str, key: tuple[Any, ...], rows: int) -> Mapping[str, float]:

@@ -13,6 +13,12 @@ from torch.fx.node import has_side_effect
 
 library = torch.library.Library("fisedit", "DEF")
 
+_PRODUCT = (
+    "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
+    "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions, "
+    "Tensor? rows3=None"
+)
+
 SCHEMAS = {
     # Structural: say what a value is; resolved by insert_cache and lower, never executed.
     "pack": "(Tensor dense) -> Tensor",
@@ -36,9 +42,10 @@ SCHEMAS = {
     "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
-    "multiply_rows": "(Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, "
-    "Tensor? affine, bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, "
-    "int positions, Tensor? rows3=None) -> Tensor",
+    "multiply_rows": f"({_PRODUCT}) -> Tensor",
+    "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
+    'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05) '
+    "-> (Tensor, Tensor)",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
@@ -96,10 +103,16 @@ def _(query, key, value, mask, query_recorded, key_recorded, index, weight, head
 
 
 @torch.library.register_fake("fisedit::multiply_rows", lib=library)
-def _(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation, gated,
-      positions, rows3=None):  # fmt: skip
+def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
+                   gated, positions, rows3=None):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
+
+
+@torch.library.register_fake("fisedit::multiply_norm_rows", lib=library)
+def _(*product, **norm):
+    out = _multiply_rows(*product)
+    return out, torch.empty_like(out)
 
 
 @torch.library.register_fake("fisedit::attend_rows", lib=library)

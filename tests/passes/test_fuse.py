@@ -57,9 +57,11 @@ MATCHED = {
     "fuse_attention": (8, "fisedit.row_attention", "fisedit.attend_rows", 8),
     "fuse_linear": (65, None, "fisedit.multiply_rows", 20 + 37),
     "compose_linear": (0, None, "fisedit.multiply_rows", 20 + 37),  # too narrow
+    "fuse_sums": (0, None, "fisedit.multiply_rows", 20 + 37),  # too narrow
     "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
+    "fuse_norms": (21, "fisedit.layer_norm_rows", "fisedit.multiply_norm_rows", 21),
 }
 
 
@@ -319,6 +321,52 @@ def test_linear_layers_that_are_left_alone(given: dict[str, int]) -> None:
     assert error(model, gm) < 1e-5
 
 
+class Shortcut(Toy):
+    """A residual block whose input, joined of two or one, goes by a 1x1 convolution around two others. Narrow, or read
+    twice: left alone."""
+
+    def __init__(self, two: bool = True, bias: bool = True, width: int = 64, again: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.two, self.again = two, again
+        self.first, self.second = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(8, width, 3, padding=1)
+        self.inner = nn.Conv2d(64 + width * two, 64, 3, padding=1)
+        self.outer, self.around = nn.Conv2d(64, 128, 3, padding=1, bias=bias), nn.Conv2d(64 + width * two, 128, 1)
+        self.last = nn.Conv2d(128, 8, 1)
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = self.first(sample)
+        if self.two:
+            x = torch.cat([x, self.second(sample)], 1)
+        around = self.around(x)
+        h = around + self.outer(F.silu(self.inner(F.silu(x))))
+        return self.last(F.silu(h * around if self.again else h))
+
+
+@pytest.mark.parametrize(("two", "bias"), [(True, True), (False, False)])
+def test_a_convolution_and_the_shortcut_around_it_are_one(two: bool, bias: bool) -> None:
+    model = Shortcut(two, bias).eval()
+    gm, results = fused(model)
+    assert results["fuse_sums"].matched == 1
+    (joined,) = (node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default) and get(node, "rows2"))
+    assert (get(joined, "rows3") is not None) == two and get(joined, "recorded") is not None
+    assert get(joined, "weight").meta["stage"] == get(joined, "bias").meta["stage"] == "weights"
+    assert get(joined, "weight").meta["val"].shape == (128, 9 * 64 + 64 + 64 * two)
+    assert get(joined, "activation") == "silu"
+    plain, _ = captured(Shortcut(two, bias).eval(), *pipeline.edit_passes("cached"))
+    plan = MaskPlan(torch.eye(*SIZE, dtype=torch.bool), CostModel("rows"))
+    assert count_macs(gm.graph, plan) == count_macs(plain.graph, plan)
+    assert error(model, gm) < 1e-5
+
+
+@pytest.mark.parametrize("given", [{"width": 32}, {"again": True}])
+def test_sums_that_are_left_alone(given: dict[str, int]) -> None:
+    model = Shortcut(**given).eval()
+    gm, results = fused(model)
+    assert results["fuse_sums"].matched == 0
+    assert error(model, gm) < 1e-5
+
+
 class Shared(Block):
     """A product that is read twice cannot take what follows it."""
 
@@ -360,4 +408,61 @@ def test_norms() -> None:
     assert [get(node, "activation") for node in products] == ["silu", "none"]
     assert [get(node, "affine") is not None for node in products] == [True, False]
     assert ops(gm).count("aten.div.Tensor") == 1
+    assert error(model, gm) < 1e-5
+
+
+class Residual(Block):
+    """A stream that is normalized twice and added to: the first norm comes with the product that makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False)])
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        stream = tokens + self.q(tokens)
+        return stream + self.k(self.norms[0](stream)) * self.v(self.norms[1](stream))
+
+
+def test_a_product_has_one_norm() -> None:
+    model = Residual().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 1
+    assert ops(gm).count("fisedit.multiply_norm_rows") == ops(gm).count("fisedit.layer_norm_rows") == 1
+    (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
+    assert get(both, "residual") is not None and both.kwargs["norm_weight"].target == "model.norms.0.weight"
+    assert error(model, gm) < 1e-5
+
+
+class Adaptive(Block):
+    """A norm whose weight is made of the text, and one whose weight is made of the rows."""
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        stream = self.q(tokens)
+        other = self.k(stream)
+        first = F.layer_norm(stream, [8], 1 + text.mean((0, 1))[:8])
+        return first + stream + other * F.layer_norm(other, [8], other.mean((0, 1)))
+
+
+def test_weights_of_norms_are_known_before_the_rows() -> None:
+    model = Adaptive().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 1
+    assert error(model, gm) < 1e-5
+
+
+class Stream(Norms):
+    """Both norms read what is added to as well; the first, which is activated, comes with its product."""
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        stream = sample + self.first(sample)
+        stream = stream + self.last(F.silu(self.norms[0](stream)))
+        return stream + self.norms[1](stream)
+
+
+def test_group_norms_of_a_stream() -> None:
+    model = Stream().eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 2
+    both = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
+    assert [node.kwargs["norm_activation"] for node in both] == ["silu", "none"]
     assert error(model, gm) < 1e-5

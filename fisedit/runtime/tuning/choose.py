@@ -6,10 +6,9 @@ import atexit
 import math
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from fisedit.runtime.calibration import Measure, Timings, grid, points, time_on_gpu
@@ -40,10 +39,10 @@ class Call(Protocol):
         """Those worth timing for about ``number`` rows of each sample; :data:`RULE` is among them."""
         ...
 
-    def run(self, way: Hashable) -> Tensor: ...
+    def run(self, way: Hashable) -> Any: ...
 
-    def rehearse(self, way: Hashable) -> Tensor:
-        """Compile, in a rehearsal, what a way is timed with; a tensor like its result."""
+    def rehearse(self, way: Hashable) -> Any:
+        """Compile, in a rehearsal, what a way is timed with; something like its result."""
         ...
 
     def stopwatch(self) -> Measure:
@@ -65,7 +64,7 @@ def _loaded(device: torch.device) -> Timings:
     return timings
 
 
-def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) -> Tensor:
+def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) -> Any:
     """Compute an op; a shape that is met for the first time is timed before, as :func:`choose_way` says.
 
     In a rehearsal that decides nothing, all its ways are compiled instead.
@@ -91,10 +90,16 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
     Args:
         measure: instead of the call's stopwatch.
     """
+    settled = timings.settled(call.kind, call.key, call.number)
+    if settled is not None:
+        return settled
     if ways := unknown_ways(call, timings):
         timings.fill(call.kind, call.key, ways, measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
-    return fastest(call, call.number, timings)
+    way = fastest(call, call.number, timings)
+    if timings.times(call.kind, call.key, call.number):
+        timings.settle(call.kind, call.key, call.number, way)
+    return way
 
 
 def fastest(call: Call, number: int, timings: Timings) -> Hashable:
@@ -107,6 +112,8 @@ def unknown_ways(call: Call, timings: Timings) -> dict[int, Sequence[Hashable]]:
 
     All numbers of rows that its level can have are among them, so that no other mask meets anything new.
     """
+    if timings.settled(call.kind, call.key, call.number) is not None:
+        return {}
     if timings.calibrate == "off" or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
         return {}
     known = timings.times(call.kind, call.key, grid(call.number))

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -15,8 +15,9 @@ import triton
 from torch import Tensor
 
 from fisedit.runtime.calibration import copies_beyond_l2, grid
-from fisedit.runtime.kernels.finish_rows.triton import finish_rows
+from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
+from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
@@ -53,7 +54,28 @@ def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
 
     Interpreted on a CPU, nothing is timed.
     """
-    given = SIGNATURE.bind(*arguments, **named).arguments
+    return _compute(SIGNATURE.bind(*arguments, **named).arguments)
+
+
+def multiply_norm_rows(
+    *product: Any,
+    norm_affine: Tensor | None = None,
+    norm_full: bool = False,
+    norm_activation: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`multiply_rows`."""
+    if norm_full:
+        out = multiply_rows(*product)
+        return out, out
+    norm = {"norm_affine": norm_affine, "norm_activation": norm_activation, "norm_weight": norm_weight,
+            "norm_bias": norm_bias, "eps": eps}  # fmt: skip
+    return _compute({**SIGNATURE.bind(*product).arguments, "norm": norm})
+
+
+def _compute(given: Mapping[str, Any]) -> Any:
     device = given["rows"].device
     return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
 
@@ -80,7 +102,7 @@ class Product:
         """That of the arguments of a ``multiply_rows``."""
         rows, sources = given["rows"], given["sources"]
         rows2, rows3 = (0 if more is None else more.shape[2] for more in (given["rows2"], given.get("rows3")))
-        fused = fused_parts(given, given["full"])
+        fused = fused_parts(given, given["full"], norm_of(**given["norm"]) if "norm" in given else "")
         taps = 0 if sources is None else sources.shape[2]
         return Product(taps, len(rows), (rows.shape[2], rows2, rows3), given["weight"].shape[0], rows.dtype, fused)
 
@@ -108,16 +130,22 @@ class Product:
         return "gated" in self.fused.split()
 
 
-def fused_parts(given: Mapping[str, Any], full: bool) -> str:
-    """What a ``multiply_rows`` does besides multiplying, by its arguments."""
+def norm_of(norm_affine: Any = None, **_: Any) -> str:
+    """The norm of a ``multiply_norm_rows``, by its keywords."""
+    return "layer_norm" if norm_affine is None else "normalize"
+
+
+def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
+    """What a ``multiply_rows`` does besides multiplying, by its arguments; ``norm``: what it makes of its rows too."""
     parts = [name for name in ("bias", "affine", "residual") if given[name] is not None]
     if given["activation"] != "none":
         parts.append(given["activation"])
-    return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full)
+    return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
 
 
 class Call:
-    """A ``multiply_rows`` by its arguments; see :class:`fisedit.runtime.tuning.choose.Call`."""
+    """A ``multiply_rows`` by its arguments, or a ``multiply_norm_rows``, with those of the norm together as ``norm``;
+    see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.product = given, Product.of(given)
@@ -127,11 +155,13 @@ class Call:
     def ways(self, number: int) -> list[Way]:
         return candidates(self.product, number)
 
-    def run(self, way: Any) -> Tensor:
+    def run(self, way: Any) -> Any:
         return run(way, self.given)
 
-    def rehearse(self, way: Any) -> Tensor:
-        return run(way, bare(self.given, way))
+    def rehearse(self, way: Any) -> Any:
+        given = bare(self.given, way)
+        made = run(way, given)
+        return (made, made) if "norm" in self.given and "norm" not in given else made
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.given)
@@ -142,6 +172,7 @@ def rows_of(given: Mapping[str, Any]) -> int:
     return int((given["rows"] if given["sources"] is None else given["sources"]).shape[1])
 
 
+@cache
 def candidates(product: Product, number: int) -> list[Way]:
     """The ways that are worth timing for about ``number`` rows of each sample."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
@@ -191,18 +222,28 @@ def _split(tile: kernel.Config, product: Product, number: int) -> int:
     return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))
 
 
-def run(way: Way, given: Mapping[str, Any]) -> Tensor:
+def run(way: Way, given: Mapping[str, Any]) -> Any:
+    """The rows; with a norm, a pair of them and what it makes of them."""
     if way == LIBRARY:
         return _library(**given)
-    return kernel.multiply_rows(**given, config=way if isinstance(way, kernel.Config) else None)
+    product, norm = dict(given), given.get("norm")
+    product.pop("norm", None)
+    multiply = partial(kernel.multiply_rows, **product, config=way if isinstance(way, kernel.Config) else None)
+    if norm is None:
+        return multiply()
+    if norm["norm_affine"] is None:
+        out = multiply()
+        return out, layer_norm_rows(out, norm["norm_weight"], norm["norm_bias"], norm["eps"], given["count"])
+    normalized = given["rows"].new_empty(len(given["rows"]), rows_of(given), Product.of(given).columns)  # [B, N', Co]
+    return multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"])), normalized
 
 
 def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
     bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
     count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    rows3: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    rows3: Tensor | None = None, norm: Mapping[str, Any] | None = None,
+) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
     if sources is not None:
         rows = gather_patches(rows, recorded, sources, count, rows2, rows3).flatten(2)  # [B, N', taps*C + C2 + C3]
@@ -210,6 +251,8 @@ def _library(
         rows = torch.cat([rows, rows2] if rows3 is None else [rows, rows2, rows3], -1)  # [B, N, C + C2 + C3]
     if full:
         affine, activation = None, activation if gated else "none"
+    if norm is not None:
+        return finish_norm_rows(F.linear(rows, weight), bias, affine, residual, count, activation, gated, **norm)
     bare = affine is None and residual is None and activation == "none" and not gated
     if bare and (bias is None or bias.dtype == weight.dtype):
         return F.linear(rows, weight, bias)  # [B, N', Co]
@@ -218,10 +261,11 @@ def _library(
 
 def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
     """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
-    and changes little; of the library all of it, which are launches of their own."""
+    and changes little; of the library all of it, and of both a layer norm, which are launches of their own."""
     if way == LIBRARY:
         return given
     activation = given["activation"] if given["gated"] else "none"
+    given = {k: v for k, v in given.items() if k != "norm" or v["norm_affine"] is None}
     return {**given, "bias": None, "affine": None, "residual": None, "full": False, "activation": activation}
 
 

@@ -47,8 +47,10 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
     deep = 5 if gathered else 3
     if itemsize == 4:
         tile = Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 1)
+    elif keys <= 128 and head_dim > 64:
+        tile = Config(64, 32, 4, 2)
     elif head_dim > 128:
-        tile = Config(64, 32, 8, 3)
+        tile = Config(64, 64, 8, 3)
     elif keys <= 128:
         tile = Config(64, 128 if keys > 64 else 64, 4, 1)
     elif head_dim > 64:
@@ -57,9 +59,13 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
         tile = Config(128, 64, 8, deep, registers=128)
     else:
         tile = Config(64, 64, 4, deep, registers=128)
+    return replace(tile, split=best_splits(tile, queries, keys, pairs)[0])
+
+
+def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
+    """How often the keys may be split, the best first."""
     programs, blocks = triton.cdiv(queries, tile.m) * pairs, triton.cdiv(keys, tile.n)
-    split = min(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
-    return replace(tile, split=split)
+    return sorted(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
 
 
 def _cost(programs: int, blocks: int, split: int) -> float:

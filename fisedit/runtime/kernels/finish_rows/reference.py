@@ -47,3 +47,31 @@ def finish_rows(
             out = torch.addcmul(affine[1, :, None], out, affine[0, :, None])
         out = ACTIVATIONS[activation](out)
     return (out if residual is None else out + residual).to(product.dtype)
+
+
+def finish_norm_rows(
+    product: Tensor,
+    bias: Tensor | None,
+    affine: Tensor | None,
+    residual: Tensor | None,
+    count: Tensor,
+    activation: str,
+    gated: bool,
+    norm_affine: Tensor | None,
+    norm_activation: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """:func:`finish_rows`, and its result normalized: what ``multiply_norm_rows`` does after multiplying.
+
+    Args:
+        norm_affine, norm_activation: as ``normalize_rows`` takes them; without them, it is a layer normalization.
+        norm_weight, norm_bias, eps: as ``layer_norm_rows`` takes them.
+    Returns:
+        The rows ``[B, N, Co]``, and the same normalized from what they are rounded to.
+    """
+    out = finish_rows(product, bias, affine, residual, count, activation, gated)
+    if norm_affine is None:
+        return out, torch.ops.fisedit.layer_norm_rows(out, norm_weight, norm_bias, eps, count)
+    return out, torch.ops.fisedit.normalize_rows(out, None, norm_affine, norm_activation, count, False)

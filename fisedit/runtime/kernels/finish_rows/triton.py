@@ -10,6 +10,8 @@ from fisedit.runtime.kernels.launch import launch
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
+ELEMENTS = 2048
+"""Of a program that normalizes whole rows: one of up to 2048 channels, or several shorter ones."""
 
 
 @triton.jit
@@ -33,10 +35,13 @@ def _load_biased(product, bias, place, channel, real, good):
 
 @triton.jit(do_not_specialize=["number"])
 def _finish(
-    out, product, bias, affine, residual, count, number, channels, product_batch, product_row,
-    affine_plane, affine_batch, residual_batch, residual_row,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+    out, product, bias, affine, residual, count, normalized, norm_affine, norm_weight, norm_bias,
+    number, channels, product_batch, product_row, affine_plane, affine_batch, residual_batch, residual_row,
+    norm_plane, norm_batch, eps,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """A block of rows; of whole rows, if a layer normalization follows."""
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -61,8 +66,23 @@ def _finish(
     if residual is not None:
         at = residual + sample * residual_batch + row[:, None] * residual_row + channel[None, :]
         x += tl.load(at, mask=good, other=0.0).to(tl.float32)
-    goal = (sample * number + row) * channels
-    tl.store(out + goal[:, None] + channel[None, :], x.to(out.dtype.element_ty), mask=good)
+    goal = ((sample * number + row) * channels)[:, None] + channel[None, :]
+    x = x.to(out.dtype.element_ty)
+    tl.store(out + goal, x, mask=good)
+    if normalized is not None:
+        x = x.to(tl.float32)
+        if norm_affine is not None:
+            at = norm_affine + sample * norm_batch + channel
+            scale, offset = tl.load(at, mask=real, other=0.0), tl.load(at + norm_plane, mask=real, other=0.0)
+            x = _activate(x * scale[None, :] + offset[None, :], NORM_ACTIVATION)
+        else:
+            x = tl.where(real[None, :], x - tl.sum(x, 1)[:, None] / channels, 0.0)
+            x *= tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
+            if norm_weight is not None:
+                x *= tl.load(norm_weight + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+            if norm_bias is not None:
+                x += tl.load(norm_bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        tl.store(normalized + goal, x.to(out.dtype.element_ty), mask=good)
 
 
 def finish_rows(
@@ -76,15 +96,56 @@ def finish_rows(
 ) -> Tensor:
     """The reference's contract."""
     batch, number, channels = product.shape
-    channels = channels // 2 if gated else channels
-    out = product.new_empty(batch, number, channels)  # [B, N, Co]
-    pdl = product.is_cuda and torch.cuda.get_device_capability(product.device) >= (9, 0)
     block = 8 if batch * number <= 2048 else 32
-    launch(_finish, (triton.cdiv(number, block), triton.cdiv(channels, CHANNELS), batch),
-        out, product, bias, affine, residual, count, number, channels, product.stride(0), product.stride(1),
-        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1),
-        0 if residual is None else residual.stride(0), 0 if residual is None else residual.stride(1),
-        ACTIVATION=ACTIVATIONS[activation], GATED=gated, BM=block, BC=CHANNELS, PDL=pdl,
+    out = product.new_empty(batch, number, channels // 2 if gated else channels)  # [B, N, Co]
+    _launch(out, product, bias, affine, residual, count, activation, gated, block, CHANNELS)
+    return out
+
+
+def finish_norm_rows(
+    product: Tensor,
+    bias: Tensor | None,
+    affine: Tensor | None,
+    residual: Tensor | None,
+    count: Tensor,
+    activation: str,
+    gated: bool,
+    norm_affine: Tensor | None,
+    norm_activation: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The reference's contract."""
+    batch, number, channels = product.shape
+    out = product.new_empty(batch, number, channels // 2 if gated else channels)  # [B, N, Co]
+    normalized = torch.empty_like(out)
+    rows, columns = 8 if batch * number <= 2048 else 32, CHANNELS
+    if norm_affine is None:
+        columns = triton.next_power_of_2(out.shape[2])
+        rows = max(1, ELEMENTS // columns)
+    _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns,
+            (normalized, norm_affine, norm_weight, norm_bias), norm_activation, eps)  # fmt: skip
+    return out, normalized
+
+
+def _launch(
+    out: Tensor, product: Tensor, bias: Tensor | None, affine: Tensor | None, residual: Tensor | None, count: Tensor,
+    activation: str, gated: bool, rows: int, columns: int,
+    norm: tuple[Tensor | None, ...] = (None, None, None, None), norm_activation: str = "none", eps: float = 0.0,
+) -> None:  # fmt: skip
+    """``rows``, ``columns``: of a program. ``norm``: where normalized rows go, and what they are normalized with."""
+    batch, number, channels = out.shape
+    pdl = product.is_cuda and torch.cuda.get_device_capability(product.device) >= (9, 0)
+    launch(_finish, (triton.cdiv(number, rows), triton.cdiv(channels, columns), batch),
+        out, product, bias, affine, residual, count, *norm,
+        number, channels, product.stride(0), product.stride(1), *_strides(affine),
+        *_strides(residual), *_strides(norm[1]), eps,
+        ACTIVATION=ACTIVATIONS[activation], GATED=gated, NORM_ACTIVATION=ACTIVATIONS[norm_activation],
+        BM=rows, BC=columns, PDL=pdl, num_warps=4 if columns <= ELEMENTS else 8,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return out
+
+
+def _strides(tensor: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))

@@ -69,11 +69,12 @@ def _load_weight(
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
 def _multiply(
-    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, count, partial, locks,
-    n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride,
-    residual_stride, table_stride, affine_plane, affine_batch, taps, splits,
+    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
+    locks, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride,
+    residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
-    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -203,7 +204,13 @@ def _multiply(
     good = valid[:, None] & kept[None, :]
     if RESIDUAL:
         sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
-    tl.store(out + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+    result = sums.to(out.dtype.element_ty)
+    tl.store(out + goal * co + column[None, :], result, mask=good)
+    if normalized is not None:
+        at = norm_affine + sample[:, None] * norm_batch + column[None, :]
+        sums = result.to(tl.float32) * tl.load(at, mask=kept[None, :], other=0.0)
+        sums = _activate(sums + tl.load(at + norm_plane, mask=kept[None, :], other=0.0), NORM_ACTIVATION)
+        tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
 
 def multiply_rows(
@@ -223,13 +230,13 @@ def multiply_rows(
     positions: int,
     rows3: Tensor | None = None,
     config: Config | None = None,
+    norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
 ) -> Tensor:
-    """See the reference."""
+    """See the reference. ``norm``: where the rows go once more, normalized with this affine, and activated."""
     rows = _plain(rows)
     batch, n_in, c1 = rows.shape
     n_out = n_in if sources is None else sources.shape[1]
-    rows2, rows3 = (None if more is None else _plain(more) for more in (rows2, rows3))
-    residual = None if residual is None else _plain(residual)
+    rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     taps = 1 if sources is None else sources.shape[2]
     inner = weight.shape[1]
@@ -238,6 +245,7 @@ def multiply_rows(
         config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
+    normalized, norm_affine, norm_activation = norm
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
     steps = triton.cdiv(c1, config.k) * taps + triton.cdiv(c2 + c3, config.k)
@@ -253,18 +261,18 @@ def multiply_rows(
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
-        _or(bias, rows), _or(affine, rows), _or(residual, rows), count, partial, locks,
+        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
         n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
         0 if rows3 is None else rows3.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if residual is None else residual.stride(1),
         sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
-        0 if affine is None else affine.stride(0), 0 if affine is None else affine.stride(1), taps, splits,
+        *_strides(affine), *_strides(norm_affine), taps, splits,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
-        ACTIVATION=ACTIVATIONS[activation], SPLIT=splits > 1, EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma,
-        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl,
-        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], SPLIT=splits > 1,
+        EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
@@ -278,6 +286,10 @@ def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
+
+
+def _strides(affine: Tensor | None) -> tuple[int, int]:
+    return (0, 0) if affine is None else (affine.stride(0), affine.stride(1))
 
 
 def _plain(rows: Tensor) -> Tensor:

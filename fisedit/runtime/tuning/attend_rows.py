@@ -1,0 +1,192 @@
+"""Self-attention of active rows in the way that is fastest for its shape on this GPU."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit.runtime.calibration import copies_beyond_l2, grid
+from fisedit.runtime.kernels.attend_rows import reference
+from fisedit.runtime.kernels.attend_rows import triton as kernel
+from fisedit.runtime.kernels.gather_keys.triton import gather_keys
+from fisedit.runtime.kernels.launch import current
+from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
+
+FLASH, CUDNN = "flash", "cudnn"
+Way = str | kernel.Config
+"""The kernel by its own rule, in a configuration, or a library's attention after keys and values are gathered."""
+TILES = {
+    64: (
+        kernel.Config(64, 32, 4, 5),
+        kernel.Config(64, 64, 4, 5, registers=128),
+        kernel.Config(64, 64, 4, 3),
+        kernel.Config(64, 128, 4, 3),
+        kernel.Config(128, 64, 8, 5, registers=128),
+    ),
+    128: (kernel.Config(64, 32, 4, 5), kernel.Config(64, 64, 4, 5), kernel.Config(64, 64, 4, 3, registers=168)),
+    256: (kernel.Config(64, 32, 4, 3), kernel.Config(64, 64, 8, 3)),
+}
+"""By the channels of a head, at most."""
+SPLITS = 2
+"""Of each tile: the best ones, as far as one can tell."""
+LARGEST_HEAD = {FLASH: 256, CUDNN: 128}
+"""Channels of a head that a library takes; always a multiple of 8."""
+LEAST_WORK = 1 << 30
+"""Multiply-adds from which on it may pay to write keys and values first."""
+SIGNATURE = inspect.signature(reference.attend_rows)
+
+
+def attend_rows(*arguments: Any, **named: Any) -> Tensor:
+    """The kernel of this name, over a recorded map in the fastest known way; see its reference.
+
+    Interpreted on a CPU, nothing is timed.
+    """
+    given = SIGNATURE.bind(*arguments, **named).arguments
+    if given["query"].is_cuda and has_ways(given):
+        return run_fastest(Call(given), timings_of(given["query"].device))
+    return run(RULE, given)
+
+
+def has_ways(given: Mapping[str, Any]) -> bool:
+    """Whether there is a choice: over a whole map, in half precision, of rows that begin at multiples of 16 bytes."""
+    query = given["query"]
+    head_dim = query.shape[2] // given["heads"]
+    if given["table"] is None or given["key_count"] is not None or query.element_size() != 2 or head_dim > 256:
+        return False
+    steps = (head_dim, query.stride(0), query.stride(1))
+    return query.stride(2) == 1 and query.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The shape of a self-attention, all but the number of queries: what its timings are kept by."""
+
+    batch: int
+    heads: int
+    head_dim: int
+    keys: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Attention:
+        """That of the arguments of an ``attend_rows`` with a table."""
+        (batch, _, width), heads = given["query"].shape, given["heads"]
+        return Attention(batch, heads, width // heads, given["table"].shape[1], given["query"].dtype)
+
+    @property
+    def kind(self) -> str:
+        return "self-attention"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        shape = f"{self.batch} x {self.heads} heads of {self.head_dim}, {self.keys} keys"
+        return (shape, str(self.dtype).removeprefix("torch."))
+
+
+def candidates(attention: Attention, number: int) -> list[Way]:
+    """The ways that are worth timing for about ``number`` queries of each sample."""
+    number, pairs = grid(number), attention.batch * attention.heads
+    shape = (number, attention.keys, pairs)
+    rule = kernel.choose_config(number, attention.keys, attention.head_dim, pairs, attention.dtype.itemsize, True)
+    ways: list[Way] = []
+    for tile in next(tiles for largest, tiles in TILES.items() if attention.head_dim <= largest):
+        if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512):
+            ways += [replace(tile, split=split) for split in kernel.best_splits(tile, *shape)[:SPLITS]]
+    work = 2 * math.prod(shape) * attention.head_dim
+    libraries = [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
+    return [RULE, *(way for way in ways if way != rule), *libraries]
+
+
+class Call:
+    """An ``attend_rows`` with a table by its arguments; see :class:`fisedit.runtime.tuning.choose.Call`."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, self.attention = given, Attention.of(given)
+        self.kind, self.key = self.attention.kind, self.attention.key
+        self.number, self.positions = int(given["query"].shape[1]), self.attention.keys
+
+    def ways(self, number: int) -> list[Way]:
+        return candidates(self.attention, number)
+
+    def run(self, way: Any) -> Tensor:
+        return run(way, self.given)
+
+    def rehearse(self, way: Any) -> Tensor:
+        return run(way, self.given)
+
+    def stopwatch(self) -> Stopwatch:
+        return Stopwatch(self.given)
+
+
+def run(way: Way, given: Mapping[str, Any]) -> Tensor:
+    if way in (FLASH, CUDNN):
+        return _library(way, given)
+    return kernel.attend_rows(**given, config=way if isinstance(way, kernel.Config) else None)
+
+
+def _library(way: Way, given: Mapping[str, Any]) -> Tensor:
+    """Keys and values in one piece each, then PyTorch's attention: of one library by its own op, since to allow only
+    this one in ``scaled_dot_product_attention`` would be a setting of all threads."""
+    query = given["query"]
+    whole = gather_keys(*(given[name] for name in ("key", "value", "recorded_key", "recorded_value", "table")))
+    if current() is not None:
+        return query.new_empty(query.shape)  # nothing to compile
+    split = [rows.unflatten(2, (given["heads"], -1)).transpose(1, 2) for rows in (query, *whole)]  # [B, h, N or R, d]
+    if way == FLASH:
+        out = torch.ops.aten._scaled_dot_product_flash_attention(*split, scale=given["scale"])[0]
+    else:
+        out = torch.ops.aten._scaled_dot_product_cudnn_attention(*split, None, False, scale=given["scale"])[0]
+    return out.transpose(1, 2).flatten(2)  # laid out as the query was: no copy
+
+
+class Stopwatch:
+    """Times the ways of a self-attention on random rows; recorded maps come from memory."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given, attention, query = given, Attention.of(given), given["query"]
+        shape = (attention.batch, attention.keys, query.shape[2])
+        self.maps = copies_beyond_l2(*(_random(query, *shape) for _ in range(2)), most=16)
+        self.recorded = [tuple(map(self.read_as_given, pair)) for pair in self.maps]
+        self.sized: tuple[int, dict[str, Any]] = (0, {})
+
+    def __call__(self, way: Any, number: int) -> float:
+        """µs for ``number`` queries of each sample; infinite where the GPU or a library cannot do it."""
+        if self.sized[0] != number:
+            self.sized = (number, self.with_rows(number))
+        given = self.sized[1]
+        runs = [
+            partial(run, way, {**given, "recorded_key": key, "recorded_value": value}) for key, value in self.recorded
+        ]
+        if way in (FLASH, CUDNN):
+            try:
+                runs[0]()
+            except RuntimeError:  # not for these shapes, this GPU or this build of PyTorch
+                return math.inf
+        return time_way(runs)
+
+    def read_as_given(self, recorded: Tensor) -> Tensor:
+        """A map ``[B, R, C]``, or the addresses int64 ``[B]`` of its samples."""
+        if self.given["recorded_key"].dtype != torch.int64:
+            return recorded
+        return torch.tensor([sample.data_ptr() for sample in recorded], device=recorded.device)
+
+    def with_rows(self, number: int) -> dict[str, Any]:
+        """The arguments for ``number`` queries: slices of one buffer, as projections of one product are."""
+        batch, _, width = self.given["query"].shape
+        masks, positions = self.given["table"].shape
+        query, key, value = _random(self.given["query"], batch, number, 3 * width).chunk(3, -1)
+        place = torch.arange(positions, device=self.given["table"].device, dtype=torch.int32)
+        table = place.where(place < number, place + number).repeat(masks, 1)  # [M, R]
+        count = torch.full_like(self.given["count"], number)
+        return {**self.given, "query": query, "key": key, "value": value, "table": table, "count": count}
+
+
+def _random(like: Tensor, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=like.dtype, device=like.device)

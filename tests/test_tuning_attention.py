@@ -1,0 +1,185 @@
+"""Every way to attend gives the attention, and the fastest one is taken. Without a GPU, interpreted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from fisedit.runtime.calibration import Timings  # noqa: E402
+from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.attend_rows.triton import Config, choose_config  # noqa: E402
+from fisedit.runtime.kernels.launch import rehearse  # noqa: E402
+from fisedit.runtime.tuning import attend_rows as tuning  # noqa: E402
+from fisedit.runtime.tuning.choose import RULE, choose_way, run_fastest  # noqa: E402
+
+HEADS, DIM, ACTIVE, KEYS = 2, 16, 5, 24
+SD2 = [tuning.Attention(2, heads, 64, keys, torch.float16) for heads, keys in ((5, 9216), (10, 2304), (20, 576))]
+LIBRARIES = ("_scaled_dot_product_flash_attention", "_scaled_dot_product_cudnn_attention")
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, torch.float16)
+
+
+def arguments() -> dict[str, Any]:
+    """Five rows of which four are real, over a map of 24 positions; slices of one product, as in a graph."""
+    query, key, value = random(2, ACTIVE, 3 * HEADS * DIM, seed=1).chunk(3, -1)
+    recorded = [random(2, KEYS, HEADS * DIM, seed=seed) for seed in (2, 3)]
+    table = torch.arange(KEYS, dtype=torch.int32) + ACTIVE
+    table[[3, 4, 11, 20]] = torch.arange(ACTIVE - 1, dtype=torch.int32)
+    return {
+        "query": query, "key": key, "value": value, "recorded_key": recorded[0], "recorded_value": recorded[1],
+        "table": table[None].to(DEVICE), "count": torch.tensor([ACTIVE - 1], dtype=torch.int32, device=DEVICE),
+        "key_count": None, "locks": torch.zeros(64, dtype=torch.int32, device=DEVICE), "heads": HEADS, "scale": 0.2,
+    }  # fmt: skip
+
+
+def attend_like(library: str) -> Callable[..., tuple[Tensor]]:
+    """The op of a library, on a CPU: it takes views, and lays its result out as the query."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *rest: Any, scale: float) -> tuple[Tensor]:
+        assert rest == ((None, False) if "cudnn" in library else ())
+        assert all(t.stride(3) == 1 and t.stride(1) == DIM for t in (query, key, value))  # no copies
+        logits = query.double() @ key.double().transpose(2, 3) * scale
+        out = (logits.softmax(-1) @ value.double()).half()
+        return (torch.empty_like(query).copy_(out),)
+
+    return attend
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        for library in LIBRARIES:
+            monkeypatch.setattr(torch.ops.aten, library, attend_like(library))
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, split=2), tuning.FLASH, tuning.CUDNN], ids=str)
+def test_every_way_gives_the_attention(way: tuning.Way) -> None:
+    given = arguments()
+    wanted = reference.attend_rows(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+                                     for v in given.values()))  # fmt: skip
+    out = tuning.run(way, given)
+    assert out.shape == wanted.shape and out.is_contiguous()
+    torch.testing.assert_close(out[:, : ACTIVE - 1].double(), wanted[:, : ACTIVE - 1], atol=2e-3, rtol=0)
+
+
+def test_there_is_a_choice_over_whole_maps_in_half_precision() -> None:
+    given = arguments()
+    query = given["query"]
+    assert tuning.has_ways(given)
+    for change in (
+        {"table": None},
+        {"key_count": torch.ones(2, dtype=torch.int32)},
+        {"query": query.float()},
+        {"query": query[..., 4:28]},  # not at multiples of 16 bytes
+        {"heads": 8},  # of four channels
+    ):
+        assert not tuning.has_ways(given | change)
+
+
+def test_nothing_is_timed_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "run", lambda way, given: way)
+    monkeypatch.setattr(tuning, "timings_of", None)
+    given = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in arguments().items()}
+    assert tuning.attend_rows(*given.values()) == RULE
+
+
+def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
+    timings, asked = Timings.load(DEVICE, tmp_path), []
+
+    def measure(way: Any, rows: int) -> float:
+        asked.append((str(way), rows))
+        return 1.0 if str(way).startswith("64x32") else 2.0
+
+    call = tuning.Call(arguments())
+    chosen = choose_way(call, timings, measure)
+    assert isinstance(chosen, Config) and chosen.n == 32 and choose_way(call, timings, measure) == chosen
+    assert {rows for _, rows in asked} == {6, 8, 11, 16}  # 5, and to 70 % of the map
+    assert len(asked) == len(set(asked))
+    for rows in (6, 11):
+        assert {way for way, at in asked if at == rows} == set(map(str, call.ways(rows)))
+    timings.calibrate = "off"
+    far = tuning.Call(arguments() | {"query": random(2, 100, HEADS * DIM, seed=1)})
+    assert choose_way(far, timings, measure) == RULE
+
+
+def test_libraries_attend_nothing_in_a_rehearsal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was never computed would be their input."""
+    for library in LIBRARIES:
+        monkeypatch.setattr(torch.ops.aten, library, None)
+    monkeypatch.setattr(tuning, "LEAST_WORK", 0)
+    given, timings = arguments(), Timings.load(DEVICE, tmp_path)
+    call = tuning.Call(given)
+    assert {tuning.FLASH, tuning.CUDNN} < set(call.ways(ACTIVE))
+    monkeypatch.setattr(tuning.kernel, "attend_rows", lambda **given: given["query"].contiguous())
+    monkeypatch.setattr(tuning, "gather_keys", lambda *rows: rows[2:4])
+    with rehearse() as first:
+        assert run_fastest(call, timings).shape == given["query"].shape
+    assert first.news
+    with rehearse(decide=True):
+        out = run_fastest(call, timings, lambda way, rows: 1.0 if way == tuning.CUDNN else 2.0)
+    assert out.shape == given["query"].shape and out.is_contiguous()
+    with rehearse() as again:
+        run_fastest(call, timings)
+    assert not again.news
+
+
+@pytest.mark.usefixtures("libraries")
+def test_rows_to_time_are_attended_like_those_of_a_graph() -> None:
+    """Twelve of them, the first twelve positions of the map, in both kinds of memory."""
+    given = arguments()
+    sized = tuning.Stopwatch(given).with_rows(12)
+    assert sized["query"].shape == (2, 12, HEADS * DIM) and sized["query"].stride() == (12 * 96, 96, 1)
+    assert int(sized["count"]) == 12 and tuning.has_ways(sized)
+    assert sized["table"].tolist() == [[*range(12), *range(24, 36)]]
+    torch.testing.assert_close(tuning.run(RULE, sized), reference.attend_rows(**sized), atol=2e-3, rtol=0)
+    many = tuning.Stopwatch(given).with_rows(32)  # a grid point past the map's end
+    assert int(many["table"].max()) < 32
+
+    pointers = torch.tensor([rows.data_ptr() for rows in given["recorded_key"]], device=DEVICE)
+    stopwatch = tuning.Stopwatch(given | {"recorded_key": pointers, "recorded_value": pointers})
+    for (key, value), (key_at, value_at) in zip(stopwatch.maps, stopwatch.recorded, strict=True):
+        assert key_at.tolist() == [rows.data_ptr() for rows in key]
+        assert value_at.tolist() == [rows.data_ptr() for rows in value]
+
+
+def test_a_library_that_refuses_is_never_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **named: Any) -> None:
+        raise RuntimeError("No valid execution plans built.")
+
+    for library in LIBRARIES:
+        monkeypatch.setattr(torch.ops.aten, library, refuse)
+    monkeypatch.setattr(tuning, "time_way", lambda runs: 1.0)
+    stopwatch = tuning.Stopwatch(arguments())
+    assert [stopwatch(way, 8) for way in (RULE, tuning.FLASH, tuning.CUDNN)] == [1.0, float("inf"), float("inf")]
+
+
+@pytest.mark.parametrize("attention", SD2, ids=lambda attention: str(attention.keys))
+def test_ways_are_few_and_the_rule_is_not_timed_twice(attention: tuning.Attention) -> None:
+    for number in (8, 32, 128, 512, 2896, 5793):
+        ways = tuning.candidates(attention, number)
+        assert ways[0] == RULE and len(set(map(str, ways))) == len(ways) <= 12
+        configs = [way for way in ways if isinstance(way, Config)]
+        assert choose_config(number, attention.keys, 64, 2 * attention.heads, 2, True) not in configs
+        assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
+
+
+def test_libraries_are_asked_where_they_can_win() -> None:
+    def libraries(attention: tuning.Attention, number: int) -> list[tuning.Way]:
+        return [way for way in tuning.candidates(attention, number) if way in (tuning.FLASH, tuning.CUDNN)]
+
+    assert libraries(SD2[0], 2765) == libraries(SD2[0], 461) == [tuning.FLASH, tuning.CUDNN]
+    assert libraries(SD2[2], 32) == []
+    assert libraries(tuning.Attention(2, 8, 160, 4096, torch.bfloat16), 1024) == [tuning.FLASH]
