@@ -126,3 +126,6 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
         linear = weight[:, :channels].contiguous()
         check(dtype, number, None, rows=rows, weight=linear, residual=residual, **common)
         check(dtype, number, None, rows=rows, weight=linear, activation="gelu", gated=True, **common)
+        more = {"rows2": random(2, number, channels, seed=7, dtype=dtype), "rows3": residual}
+        wide = random(outputs, 10 * channels + outputs, seed=8, dtype=dtype) / 50
+        check(dtype, number, None, rows=rows, recorded=recorded, sources=table, weight=wide, **more, **common)
