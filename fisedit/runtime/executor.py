@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -132,7 +133,9 @@ class Executable:
     constants: dict[str, Any] = field(default_factory=dict)
     packed: Made = field(default_factory=Made)
     timestep: str = ""
-    _addresses: list[int] = field(default_factory=list)
+    _addresses: list[int] = field(default_factory=list)  # of the weights
+    _watched: list[weakref.ref[Any]] = field(default_factory=list)
+    _freed: list[weakref.ref[Any]] = field(default_factory=list)
 
     @property
     def step(self) -> Stage:
@@ -178,7 +181,8 @@ class Executable:
 
     def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
         """Run the stages before the timestep's, where weights or text changed; whether any ran."""
-        self._notice_moves()
+        if memo.constants is None or self._freed:
+            self._notice_moves()
         ran = memo.constants is not self.constants
         if ran:
             memo.begin(self.constants)
@@ -193,15 +197,18 @@ class Executable:
     def _notice_moves(self) -> None:
         """Make the constants, at first and after weights were moved (``.to``, offloading).
 
-        A weight that is moved stays the same object, and PyTorch does not count it as a write: only its address tells.
-        So all are looked at in every call, once, in a loop that is not Python's.
+        A moved weight stays the same object and PyTorch does not count it as a write: only its address tells. To read
+        700 addresses takes longer than all else that a call does on the host, so that is done when an edit begins;
+        after that the memory of each weight says when it is freed. As long as it is not, it can be read.
         """
         addresses = list(map(Tensor.data_ptr, self._weights))
         if self._addresses != addresses:
             stage = self.before.get("weights")
             packed = pack_weights(stage.module, self.packed) if stage is not None else ()
             self.constants = dict(zip(stage.values if stage is not None else (), packed, strict=True))
-            self._addresses = addresses
+        if self._addresses != addresses or self._freed:
+            self._addresses, self._freed = addresses, []
+            self._watched = [weakref.ref(weight.untyped_storage(), self._freed.append) for weight in self._weights]
 
     def timestep_row(self, inputs: Mapping[str, Tensor], memo: Memo) -> Row | None:
         """What the timestep stage makes for this call; ``None`` for a graph without one."""
