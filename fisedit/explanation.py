@@ -84,14 +84,15 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
 
     names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}
-    sources, second = get(node, "sources"), rows_of(get(node, "rows2"))
+    sources, more = get(node, "sources"), (rows_of(get(node, name)) for name in ("rows2", "rows3"))
+    second, third = (0 if source is None else source.channels for source in more)
     kind, first = rows_of(node), rows_of(get(node, "rows"))
     assert kind is not None and first is not None
     norm = norm_of(**node.kwargs) if is_op(node, fisedit.multiply_norm_rows.default) else ""
     return Product(
         taps=0 if sources is None else math.prod(sources.meta["table"].of.kernel),
         batch=kind.batch,
-        channels=(first.channels, 0 if second is None else second.channels),
+        channels=(first.channels, second, third),
         outputs=kind.channels * (2 if given["gated"] else 1),
         dtype=dtype,
         fused=fused_parts(given, full and get(node, "full") is not False, "" if full and norm == "normalize" else norm),

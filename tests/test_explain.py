@@ -106,7 +106,7 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
 
     node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
     product = product_of(node, torch.float32, False)
-    assert product == Product(9, 2, (16, 0), 16, torch.float32, "bias residual normalize")
+    assert product == Product(9, 2, (16, 0, 0), 16, torch.float32, "bias residual normalize")
     assert product_of(node, torch.float32, True).fused == "bias residual"  # its norm needs it first
     node = next(node for node in products if "norm_weight" in node.kwargs)
     assert product_of(node, torch.float32, True).fused == "bias layer_norm"

@@ -179,9 +179,27 @@ class Upsampled(nn.Module):
         return self.last(self.up(self.down(x)).sigmoid() * t.cos()[:, None, None, None])
 
 
+class Wide(nn.Module):
+    """Wide enough for products that become one: a shortcut with its convolution, two linear layers in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(3, 64, 1)
+        self.inner, self.outer = nn.Conv2d(128, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1)
+        self.around, self.norm = nn.Conv2d(128, 64, 1), nn.GroupNorm(4, 64)
+        self.wide, self.back, self.project = (nn.Conv2d(64, 64, 1) for _ in range(3))
+        self.last = nn.Conv2d(64, 3, 1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = torch.cat([self.first(x), self.second(x)], 1)
+        x = self.around(x) + self.outer(self.norm(self.inner(x)).sigmoid())
+        return self.last(self.project(x + self.back(self.wide(x).sigmoid() * t.cos()[:, None, None, None])) + x)
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "max pooling and transposed convolutions": lambda: TutorialUNet(bilinear=False),
     "an upsampling by itself": Upsampled,
+    "products that become one": Wide,
     "grouped filters": SongStyleUNet,
     "linear attention": lambda: LinearAttentionUNet(linear=True),
     "bilinear": lambda: TutorialUNet(bilinear=True),

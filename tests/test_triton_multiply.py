@@ -59,6 +59,25 @@ def test_epilogues(split: int) -> None:
     check(torch.float32, 10, config, **common, activation="gelu", gated=True)
 
 
+@pytest.mark.parametrize("split", [1, 2])
+def test_three_sources_of_channels(split: int) -> None:
+    more = {"rows2": random(2, 10, 32, seed=5), "rows3": random(2, 10, 64, seed=6)}
+    check(torch.float32, 9, Config(16, 16, 32, 4, 2, split), rows=random(2, 10, 64), **more,
+          weight=random(24, 160, seed=1), bias=random(24, seed=2))  # fmt: skip
+
+
+@pytest.mark.parametrize(("three", "masks", "split"), [(False, 1, 1), (False, 2, 3), (True, 2, 1), (True, 1, 11)])
+def test_channels_of_the_outputs_after_those_of_a_convolution(three: bool, masks: int, split: int) -> None:
+    """More outputs than inputs; split between the taps, inside them and behind them."""
+    rows, recorded = random(2, 7, 64), random(2, 30, 64, seed=1)
+    sources = torch.randint(-1, 7 + 30, (masks, 11, 9), generator=torch.Generator().manual_seed(2))
+    merged = random(2, 11, 96, seed=3)
+    rows2, rows3 = merged[..., 32:], random(2, 11, 32, seed=4) if three else None
+    weight = random(24, 9 * 64 + 64 + 32 * three, seed=5) / 12
+    check(torch.float32, 10, Config(16, 16, 32, 4, 2, split), rows=rows, recorded=recorded, rows2=rows2, rows3=rows3,
+          sources=sources.int().to(DEVICE), weight=weight, residual=random(2, 11, 24, seed=6))  # fmt: skip
+
+
 def test_two_sources_of_channels() -> None:
     merged = random(2, 10, 3 * 64)
     check(torch.float32, 10, Config(16, 16, 32, 4, 2), rows=merged[..., 64:128], rows2=random(2, 10, 32, seed=5),
@@ -107,3 +126,6 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
         linear = weight[:, :channels].contiguous()
         check(dtype, number, None, rows=rows, weight=linear, residual=residual, **common)
         check(dtype, number, None, rows=rows, weight=linear, activation="gelu", gated=True, **common)
+        more = {"rows2": random(2, number, channels, seed=7, dtype=dtype), "rows3": residual}
+        wide = random(outputs, 10 * channels + outputs, seed=8, dtype=dtype) / 50
+        check(dtype, number, None, rows=rows, recorded=recorded, sources=table, weight=wide, **more, **common)

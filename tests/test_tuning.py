@@ -70,6 +70,8 @@ FUSED: dict[str, dict[str, Any]] = {
     "a bias alone": {"activation": "none", "residual": None},
     "a gate": {"gated": True, "activation": "gelu", "residual": None},
     "a gate, all rows active": {"gated": True, "activation": "gelu", "full": True, "residual": None},
+    "three sources": {"rows2": random(2, ACTIVE, 128, seed=8), "rows3": random(2, ACTIVE, 64, seed=10),
+                      "weight": random(OUTPUTS, 256, seed=9) * 0.05},
     "two sources": {"rows2": random(2, ACTIVE, 192, seed=8), "weight": random(OUTPUTS, 256, seed=9) * 0.05},
 }  # fmt: skip
 
@@ -79,6 +81,22 @@ def test_the_library_is_followed_by_all_that_is_fused(name: str) -> None:
     given = arguments(1) | FUSED[name]
     check(tuning.run(tuning.LIBRARY, given), given)
     check(tuning.run(tuning.RULE, given), given)
+
+
+def with_more(three: bool) -> dict[str, Any]:
+    """A convolution with channels of the outputs' own rows."""
+    given = arguments(9)
+    more = {"rows2": random(2, ACTIVE, 128, seed=8), "rows3": random(2, ACTIVE, 64, seed=10) if three else None}
+    return given | more | {"weight": random(OUTPUTS, 9 * CHANNELS + 128 + 64 * three, seed=9) * 0.05}
+
+
+@pytest.mark.parametrize("three", [False, True])
+def test_a_convolution_with_channels_of_its_outputs(three: bool) -> None:
+    given = with_more(three)
+    product = tuning.Product.of(given)
+    assert product.channels == (CHANNELS, 128, 64 * three) and product.steps(64) == 9 + 2 + three
+    for way in tuning.candidates(product, ACTIVE):
+        check(tuning.run(way, given), given)
 
 
 NO_NORM = {"norm_affine": None, "norm_activation": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0}
@@ -194,10 +212,9 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
     assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 
-@pytest.mark.parametrize("taps", [1, 9])
-def test_arguments_are_timed_for_other_numbers_of_rows(taps: int) -> None:
+@pytest.mark.parametrize("given", [arguments(1), arguments(9), with_more(True)], ids=["linear", "conv", "with more"])
+def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) -> None:
     """What one program computes for rows of its own, it computes for their repetitions."""
-    given = arguments(taps)
     given["count"].fill_(ACTIVE - 1)  # the last row is padding
     wanted = reference.multiply_rows(**given)
     sized = tuning.Stopwatch(given).with_rows(11)

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult
 from fisedit.passes.fuse_linear import CHUNK
-from fisedit.passes.fused import ancestors, get, is_bare, multiply, take_over
+from fisedit.passes.fused import get, is_bare, multiply, of_parameters, take_over
 from fisedit.passes.ir import Rows, args, aten, is_op, rows_of
 from fisedit.passes.remove_identities import is_flat
 
@@ -32,10 +32,8 @@ def compose_linear(gm: GraphModule) -> PassResult:
 
 def _is_linear(node: Any) -> bool:
     """Whether a node is a linear layer of one source, its weights made of parameters alone, with nothing fused yet."""
-    if not is_bare(node) or get(node, "rows2") is not None or get(node, "sources") is not None:
-        return False
-    weights = [get(node, name) for name in ("weight", "bias") if get(node, name) is not None]
-    return all(before.all_input_nodes or before.op == "get_attr" for before in ancestors(weights))
+    alone = is_bare(node) and get(node, "rows2") is None and get(node, "sources") is None
+    return alone and of_parameters(node)
 
 
 def _parts(outer: Node) -> tuple[Node, Node] | None:

@@ -14,7 +14,7 @@ from fisedit.runtime.plan import Table
 MULTIPLY = {
     "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None,
     "affine": None, "full": False, "residual": None, "count": None, "locks": None, "activation": "none",
-    "gated": False, "positions": 0,
+    "gated": False, "positions": 0, "rows3": None,
 }  # fmt: skip
 """The arguments of ``multiply_rows`` in their order, with what they are where nothing is fused."""
 
@@ -48,6 +48,12 @@ def is_bare(node: Any) -> bool:
         return False
     after = ("affine", "residual", "activation", "gated")
     return all(get(node, name) == MULTIPLY[name] for name in after)
+
+
+def of_parameters(product: Node) -> bool:
+    """Whether the weights of a ``multiply_rows`` are made of the model's parameters alone: known beforehand."""
+    weights = [get(product, name) for name in ("weight", "bias") if get(product, name) is not None]
+    return all(before.all_input_nodes or before.op == "get_attr" for before in ancestors(weights))
 
 
 def take_over(graph: Graph, old: Node, new: Node) -> None:

@@ -25,6 +25,7 @@ from fisedit.passes.fuse_epilogues import fuse_epilogues
 from fisedit.passes.fuse_layer_norm import fuse_layer_norm
 from fisedit.passes.fuse_linear import fuse_linear
 from fisedit.passes.fuse_norms import fuse_norms
+from fisedit.passes.fuse_sums import fuse_sums
 from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
@@ -63,6 +64,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_attention,
         fuse_linear,
         compose_linear,
+        fuse_sums,
         batch_group_norms,
         fuse_epilogues,
         fuse_layer_norm,

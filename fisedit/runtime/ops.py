@@ -15,7 +15,8 @@ library = torch.library.Library("fisedit", "DEF")
 
 _PRODUCT = (
     "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
-    "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions"
+    "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions, "
+    "Tensor? rows3=None"
 )
 
 SCHEMAS = {
@@ -103,7 +104,7 @@ def _(query, key, value, mask, query_recorded, key_recorded, index, weight, head
 
 @torch.library.register_fake("fisedit::multiply_rows", lib=library)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
-                   gated, positions):  # fmt: skip
+                   gated, positions, rows3=None):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 

@@ -57,6 +57,7 @@ MATCHED = {
     "fuse_attention": (8, "fisedit.row_attention", "fisedit.attend_rows", 8),
     "fuse_linear": (65, None, "fisedit.multiply_rows", 20 + 37),
     "compose_linear": (0, None, "fisedit.multiply_rows", 20 + 37),  # too narrow
+    "fuse_sums": (0, None, "fisedit.multiply_rows", 20 + 37),  # too narrow
     "batch_group_norms": (21, "fisedit.group_norm_rows", "fisedit.normalize_rows", 21),
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
@@ -317,6 +318,52 @@ def test_linear_layers_that_are_left_alone(given: dict[str, int]) -> None:
     model = Projected(True, **given).eval()
     gm, results = fused(model)
     assert results["compose_linear"].matched == 0
+    assert error(model, gm) < 1e-5
+
+
+class Shortcut(Toy):
+    """A residual block whose input, joined of two or one, goes by a 1x1 convolution around two others. Narrow, or read
+    twice: left alone."""
+
+    def __init__(self, two: bool = True, bias: bool = True, width: int = 64, again: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.two, self.again = two, again
+        self.first, self.second = nn.Conv2d(8, 64, 3, padding=1), nn.Conv2d(8, width, 3, padding=1)
+        self.inner = nn.Conv2d(64 + width * two, 64, 3, padding=1)
+        self.outer, self.around = nn.Conv2d(64, 128, 3, padding=1, bias=bias), nn.Conv2d(64 + width * two, 128, 1)
+        self.last = nn.Conv2d(128, 8, 1)
+
+    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        x = self.first(sample)
+        if self.two:
+            x = torch.cat([x, self.second(sample)], 1)
+        around = self.around(x)
+        h = around + self.outer(F.silu(self.inner(F.silu(x))))
+        return self.last(F.silu(h * around if self.again else h))
+
+
+@pytest.mark.parametrize(("two", "bias"), [(True, True), (False, False)])
+def test_a_convolution_and_the_shortcut_around_it_are_one(two: bool, bias: bool) -> None:
+    model = Shortcut(two, bias).eval()
+    gm, results = fused(model)
+    assert results["fuse_sums"].matched == 1
+    (joined,) = (node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default) and get(node, "rows2"))
+    assert (get(joined, "rows3") is not None) == two and get(joined, "recorded") is not None
+    assert get(joined, "weight").meta["stage"] == get(joined, "bias").meta["stage"] == "weights"
+    assert get(joined, "weight").meta["val"].shape == (128, 9 * 64 + 64 + 64 * two)
+    assert get(joined, "activation") == "silu"
+    plain, _ = captured(Shortcut(two, bias).eval(), *pipeline.edit_passes("cached"))
+    plan = MaskPlan(torch.eye(*SIZE, dtype=torch.bool), CostModel("rows"))
+    assert count_macs(gm.graph, plan) == count_macs(plain.graph, plan)
+    assert error(model, gm) < 1e-5
+
+
+@pytest.mark.parametrize("given", [{"width": 32}, {"again": True}])
+def test_sums_that_are_left_alone(given: dict[str, int]) -> None:
+    model = Shortcut(**given).eval()
+    gm, results = fused(model)
+    assert results["fuse_sums"].matched == 0
     assert error(model, gm) < 1e-5
 
 

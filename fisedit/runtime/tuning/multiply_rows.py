@@ -86,13 +86,13 @@ class Product:
 
     Args:
         taps: rows that an output reads; 0 for a linear layer.
-        channels: of one row, of both sources. outputs: rows of the weight.
+        channels: of one row, of all three sources. outputs: rows of the weight.
         fused: what else is computed, from :func:`fused_parts`.
     """
 
     taps: int
     batch: int
-    channels: tuple[int, int]
+    channels: tuple[int, int, int]
     outputs: int
     dtype: torch.dtype
     fused: str
@@ -100,11 +100,11 @@ class Product:
     @staticmethod
     def of(given: Mapping[str, Any]) -> Product:
         """That of the arguments of a ``multiply_rows``."""
-        rows, rows2, sources = given["rows"], given["rows2"], given["sources"]
-        channels = (rows.shape[2], 0 if rows2 is None else rows2.shape[2])
+        rows, sources = given["rows"], given["sources"]
+        rows2, rows3 = (0 if more is None else more.shape[2] for more in (given["rows2"], given.get("rows3")))
         fused = fused_parts(given, given["full"], norm_of(**given["norm"]) if "norm" in given else "")
         taps = 0 if sources is None else sources.shape[2]
-        return Product(taps, len(rows), channels, given["weight"].shape[0], rows.dtype, fused)
+        return Product(taps, len(rows), (rows.shape[2], rows2, rows3), given["weight"].shape[0], rows.dtype, fused)
 
     @property
     def kind(self) -> str:
@@ -114,6 +114,11 @@ class Product:
     def key(self) -> tuple[str, ...]:
         inputs = "+".join(str(channels) for channels in self.channels if channels)
         return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
+
+    def steps(self, size: int) -> int:
+        """Of the inner dimension, so many channels at a time."""
+        first, *more = (triton.cdiv(channels, size) for channels in self.channels)
+        return first * max(self.taps, 1) + sum(more)
 
     @property
     def columns(self) -> int:
@@ -170,8 +175,7 @@ def rows_of(given: Mapping[str, Any]) -> int:
 @cache
 def candidates(product: Product, number: int) -> list[Way]:
     """The ways that are worth timing for about ``number`` rows of each sample."""
-    inner = sum(product.channels) * max(product.taps, 1)
-    if product.dtype == torch.float32 or inner < 64:
+    if product.dtype == torch.float32 or product.steps(1) < 64:
         return [RULE, LIBRARY]
     ways: list[Way] = []
     for tile in TILES:
@@ -214,8 +218,8 @@ def _stage_bytes(tile: kernel.Config, product: Product) -> int:
 def _split(tile: kernel.Config, product: Product, number: int) -> int:
     """How often the work is split, for about one program a multiprocessor: never more, where each has much to do."""
     share = MULTIPROCESSORS / _tiles(tile, product, product.batch * grid(number))
-    steps = sum(triton.cdiv(channels, tile.k) for channels in product.channels) * max(product.taps, 1)
-    return max(1, min(math.floor(share) if product.taps > 1 else round(share), steps // LEAST_STEPS))
+    most = product.steps(tile.k) // LEAST_STEPS
+    return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Any:
@@ -238,13 +242,13 @@ def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
     bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
     count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    norm: Mapping[str, Any] | None = None,
+    rows3: Tensor | None = None, norm: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
-    if rows2 is not None:
-        rows = torch.cat([rows, rows2], -1)  # [B, N, C+C2]
     if sources is not None:
-        rows = gather_patches(rows, recorded, sources, count).flatten(2)  # [B, N', taps*C]
+        rows = gather_patches(rows, recorded, sources, count, rows2, rows3).flatten(2)  # [B, N', taps*C + C2 + C3]
+    elif rows2 is not None:
+        rows = torch.cat([rows, rows2] if rows3 is None else [rows, rows2, rows3], -1)  # [B, N, C + C2 + C3]
     if full:
         affine, activation = None, activation if gated else "none"
     if norm is not None:
@@ -284,6 +288,6 @@ class Stopwatch:
     def with_rows(self, number: int) -> dict[str, Any]:
         """The arguments for ``number`` rows: the real ones over and over."""
         place = torch.arange(number, device=self.given["rows"].device) % self.real
-        names = ("rows", "rows2", "residual") if self.given["sources"] is None else ("sources", "residual")
-        changes = {name: self.given[name][:, place] for name in names if self.given[name] is not None}
+        names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
+        changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
         return {**self.given, **changes, "count": torch.full_like(self.given["count"], number)}

@@ -27,19 +27,21 @@ def multiply_rows(
     activation: str,
     gated: bool,
     positions: int,
+    rows3: Tensor | None = None,
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
-    ``out = act((patches @ weight.T + bias) * affine[0] + affine[1]) + residual``, where ``patches`` are
+    ``out = act((cat(patches, rows2, rows3) @ weight.T + bias) * affine[0] + affine[1]) + residual``, where ``patches``
+    are
 
-    - the rows themselves, or ``cat(rows, rows2)`` along the channels;
+    - the rows themselves;
     - with ``sources``, the ``taps`` input rows that each output reads: a convolution (implicit GEMM).
 
     Args:
-        rows: ``[B, N, C]``. rows2: ``[B, N, C2]``.
+        rows: ``[B, N, C]``. rows2, rows3: further channels of each output's own row, ``[B, N', C2]``, ``[B, N', C3]``.
         recorded: ``[B, R, C]``: the recorded map that inactive inputs are read from.
         sources: int32 ``[M, N', taps]``: v < N is active row v, v >= N recorded position v - N, -1 a row of zeros.
-        weight: ``[Co, taps * C]``, taps outermost. bias: ``[Co]``, in any dtype.
+        weight: ``[Co, taps * C + C2 + C3]``, taps outermost. bias: ``[Co]``, in any dtype.
         affine: float32 ``[2, B, Co]``, scale and offset of each sample; not applied, nor the activation, if ``full``.
         residual: ``[B, N', Co]``, added last.
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
@@ -49,14 +51,12 @@ def multiply_rows(
     Returns:
         ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
-    if rows2 is not None:
-        rows = torch.cat([rows, rows2], -1)
-    if sources is not None:
-        rows = _patches(rows, recorded, sources)  # [B, N', taps*C]
+    patches = rows if sources is None else _patches(rows, recorded, sources)  # [B, N', taps*C]
+    patches = torch.cat([part for part in (patches, rows2, rows3) if part is not None], -1)
     if bias is None or bias.dtype == weight.dtype:
-        out = F.linear(rows, weight, bias)  # [B, N', Co]
+        out = F.linear(patches, weight, bias)  # [B, N', Co]
     else:
-        out = F.linear(rows, weight) + bias
+        out = F.linear(patches, weight) + bias
     if gated:
         value, gate = out.chunk(2, -1)
         out = value * ACTIVATIONS[activation](gate)

@@ -69,10 +69,10 @@ def _load_weight(
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
 def _multiply(
-    out, rows, rows2, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial, locks,
-    n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, recorded_stride, residual_stride, table_stride,
-    affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
-    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, BIAS: tl.constexpr,
+    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
+    locks, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride,
+    residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
+    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -99,8 +99,8 @@ def _multiply(
     column = tile_n * BN + tl.arange(0, BN)
     kept = column < co
     step = tl.arange(0, BK)
-    chunks = tl.cdiv(c1 + c2, BK)
-    steps = chunks * taps
+    chunks = tl.cdiv(c1, BK)
+    steps = inner // BK if TWO else chunks * taps
     first, last = 0, steps
     if SPLIT:
         each = tl.cdiv(steps, splits)
@@ -121,24 +121,32 @@ def _multiply(
         shift = tl.multiple_of(shift, [16 // ITEM])
     else:
         offset = (own + place) * rows_stride
-        if TWO:
-            shift = (rows2.to(tl.int64) - rows.to(tl.int64)) // ITEM
-            offset2 = tl.multiple_of(shift, 16 // ITEM) + (own + place) * rows2_stride - c1
+    if TWO:  # after the taps
+        mine = (sample * n_out + place).to(tl.int64)
+        apart = (rows2.to(tl.int64) - rows.to(tl.int64)) // ITEM
+        offset2 = tl.multiple_of(apart, 16 // ITEM) + mine * rows2_stride
+        if THREE:
+            apart = (rows3.to(tl.int64) - rows.to(tl.int64)) // ITEM
+            offset3 = tl.multiple_of(apart, 16 // ITEM) + mine * rows3_stride - c2
 
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
     if GATHER:
-        index = tl.load(table + first // chunks, mask=valid, other=-1)
+        index = tl.load(table + min(first // chunks, taps - 1), mask=valid, other=-1)
     for number in tl.range(first, last):
-        tap = number // chunks
-        channel = (number - tap * chunks) * BK + step
+        tap = min(number // chunks, taps) if TWO else number // chunks
+        begin = (number - tap * chunks) * BK
+        channel = begin + step
         if GATHER:
             offset = tl.where(index < n_in, (own + index) * rows_stride, shift + (index - n_in).to(tl.int64) * c1)
             wanted = index >= 0
         else:
             wanted = valid
         if TWO:
-            start = tl.where((number - tap * chunks) * BK < c1, offset, offset2)
+            start = tl.where(tap < taps, offset, offset2)
+            wanted = tl.where(tap < taps, wanted, valid)
+            if THREE:
+                start = tl.where((tap < taps) | (begin < c2), start, offset3)
         else:
             start = offset
         if EVEN_C:
@@ -147,7 +155,7 @@ def _multiply(
             a = tl.load(
                 rows + start[:, None] + channel[None, :], mask=wanted[:, None] & (channel < c1)[None, :], other=0.0
             )
-        at = tap * (c1 + c2) + (number - tap * chunks) * BK
+        at = number * BK if EVEN_C else tap * c1 + begin
         w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N)
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
@@ -156,7 +164,7 @@ def _multiply(
             )
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
-            index = tl.load(table + min(number + 1, last - 1) // chunks, mask=valid, other=-1)
+            index = tl.load(table + min((number + 1) // chunks, taps - 1), mask=valid, other=-1)
 
     if SPLIT:
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
@@ -220,6 +228,7 @@ def multiply_rows(
     activation: str,
     gated: bool,
     positions: int,
+    rows3: Tensor | None = None,
     config: Config | None = None,
     norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
 ) -> Tensor:
@@ -227,37 +236,39 @@ def multiply_rows(
     rows = _plain(rows)
     batch, n_in, c1 = rows.shape
     n_out = n_in if sources is None else sources.shape[1]
-    rows2, residual = (None if given is None else _plain(given) for given in (rows2, residual))
-    c2 = 0 if rows2 is None else rows2.shape[2]
+    rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
+    c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     taps = 1 if sources is None else sources.shape[2]
     inner = weight.shape[1]
     co = weight.shape[0] // (2 if gated else 1)
     if config is None:
-        config = choose(batch * n_out, co, inner, math.gcd(c1, c2), gated, sources is not None, rows.dtype)
+        config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
     normalized, norm_affine, norm_activation = norm
     out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
-    splits = _splits(config.split, triton.cdiv(c1 + c2, config.k) * taps, tiles, locks.numel())
+    steps = triton.cdiv(c1, config.k) * taps + triton.cdiv(c2 + c3, config.k)
+    splits = _splits(config.split, steps, tiles, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
     pdl = rows.is_cuda
-    even_c = (c1 % config.k == 0) and (c2 % config.k == 0)
-    assert even_c or rows2 is None, "two sources of rows have whole chunks of channels"
+    even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
+    assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
     tma = TMA and rows.is_cuda and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles, splits),
-        out, rows, _or(rows2, rows), _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows),
-        _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
+        out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
+        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
         n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
+        0 if rows3 is None else rows3.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if residual is None else residual.stride(1),
         sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
         *_strides(affine), *_strides(norm_affine), taps, splits,
-        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None,
+        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], SPLIT=splits > 1,
         EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
