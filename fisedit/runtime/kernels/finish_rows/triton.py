@@ -42,16 +42,24 @@ def _finish(
     BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of rows; of whole rows, if a layer normalization follows."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     last = tl.load(count)
     if tl.program_id(0) * BM >= last:
         return
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sample = tl.program_id(2).to(tl.int64)
     row, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.program_id(1) * BC + tl.arange(0, BC)
     real = channel < channels
     good = (row < last)[:, None] & real[None, :]
+    if norm_affine is not None:  # what does not wait for the rows is loaded beside them
+        at = norm_affine + sample * norm_batch + channel
+        norm_scale, norm_offset = tl.load(at, mask=real, other=0.0), tl.load(at + norm_plane, mask=real, other=0.0)
+    else:
+        if norm_weight is not None:
+            norm_scale = tl.load(norm_weight + channel, mask=real, other=0.0).to(tl.float32)
+        if norm_bias is not None:
+            norm_offset = tl.load(norm_bias + channel, mask=real, other=0.0).to(tl.float32)
     place = sample * product_batch + row * product_row
     x = _load_biased(product, bias, place, channel, real, good)
     if GATED:
@@ -72,16 +80,14 @@ def _finish(
     if normalized is not None:
         x = x.to(tl.float32)
         if norm_affine is not None:
-            at = norm_affine + sample * norm_batch + channel
-            scale, offset = tl.load(at, mask=real, other=0.0), tl.load(at + norm_plane, mask=real, other=0.0)
-            x = _activate(x * scale[None, :] + offset[None, :], NORM_ACTIVATION)
+            x = _activate(x * norm_scale[None, :] + norm_offset[None, :], NORM_ACTIVATION)
         else:
             x = tl.where(real[None, :], x - tl.sum(x, 1)[:, None] / channels, 0.0)
             x *= tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
             if norm_weight is not None:
-                x *= tl.load(norm_weight + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+                x *= norm_scale[None, :]
             if norm_bias is not None:
-                x += tl.load(norm_bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+                x += norm_offset[None, :]
         tl.store(normalized + goal, x.to(out.dtype.element_ty), mask=good)
 
 

@@ -16,24 +16,28 @@ def _layer_norm(
     out, rows, weight, bias, count, number, channels, rows_batch, rows_row, eps,
     BM: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     last = tl.load(count)
     if tl.program_id(0) * BM >= last:
         return
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     sample = tl.program_id(1).to(tl.int64)
     row, channel = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
     real = channel < channels
     good = (row < last)[:, None] & real[None, :]
     at = rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :]
     x = tl.load(at, mask=good, other=0.0).to(tl.float32)  # [BM, D]
+    if weight is not None:
+        scale = tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)
+    if bias is not None:
+        offset = tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)
     x = tl.where(real[None, :], x - tl.sum(x, 1)[:, None] / channels, 0.0)
     y = x * tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]
     if weight is not None:
-        y *= tl.load(weight + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        y *= scale[None, :]
     if bias is not None:
-        y += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+        y += offset[None, :]
     place = (sample * number + row) * channels
     tl.store(out + place[:, None] + channel[None, :], y.to(out.dtype.element_ty), mask=good)
 

@@ -13,14 +13,14 @@ CHANNELS = 128
 
 @triton.jit(do_not_specialize=["number"])
 def _normalize(
-    out, rows, affine, count, number, channels, first_channel, out_channels, rows_batch, rows_row,
+    out, rows, affine, last, number, channels, first_channel, out_channels, rows_batch, rows_row,
     affine_plane, affine_batch, channel_block, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Rows of one input: its ``channels`` become those from ``first_channel`` on."""
     sample = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     channel = channel_block * BC + tl.arange(0, BC)
-    good = (row < tl.load(count))[:, None] & (channel < channels)[None, :]
+    good = (row < last)[:, None] & (channel < channels)[None, :]
     at = affine + sample * affine_batch + first_channel + channel
     scale = tl.load(at, mask=channel < channels, other=0.0)
     offset = tl.load(at + affine_plane, mask=channel < channels, other=0.0)
@@ -37,17 +37,18 @@ def _normalize_both(
     out, rows, rows2, affine, count, number, c1, c2, rows_batch, rows_row, rows2_batch, rows2_row,
     affine_plane, affine_batch, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    last = tl.load(count)
+    if tl.program_id(0) * BM >= last:
+        return
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if tl.program_id(0) * BM >= tl.load(count):
-        return
     block, blocks = tl.program_id(1), tl.cdiv(c1, BC)
     if block < blocks:
-        _normalize(out, rows, affine, count, number, c1, 0, c1 + c2, rows_batch, rows_row,
+        _normalize(out, rows, affine, last, number, c1, 0, c1 + c2, rows_batch, rows_row,
                    affine_plane, affine_batch, block, SILU, BM, BC)  # fmt: skip
     elif rows2 is not None:
-        _normalize(out, rows2, affine, count, number, c2, c1, c1 + c2, rows2_batch, rows2_row,
+        _normalize(out, rows2, affine, last, number, c2, c1, c1 + c2, rows2_batch, rows2_row,
                    affine_plane, affine_batch, block - blocks, SILU, BM, BC)  # fmt: skip
 
 
