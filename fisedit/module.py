@@ -146,8 +146,9 @@ class CompiledUNet(nn.Module):
             NestedSessionError: inside another ``record`` or ``edit`` of this model.
             UnsupportedCaptureError, UnsupportedDtypeError: at the first call, if the model cannot be captured.
         """
-        recording = self._new_recording()
-        with self._open(RecordSession(recording, self.program)):
+        state = self._weights()
+        recording = self._new_recording(state)
+        with self._open(RecordSession(recording, self.program), state):
             yield recording
         recording.complete = True
 
@@ -192,9 +193,9 @@ class CompiledUNet(nn.Module):
         several = isinstance(base, (list, tuple))
         bases = list(base) if several else [base]
         each = [_for_each("mask", mask, bases, several), _for_each("alignment", alignment, bases, several)]
-        config = detect or DetectConfig()
-        edits = Edits(self._new_edit(b, m, a, config, record) for b, m, a in zip(bases, *each, strict=True))
-        with self._open(EditSession(edits, self.program, self.cost_model)):
+        config, state = detect or DetectConfig(), self._weights()
+        edits = Edits(self._new_edit(b, m, a, config, record, state) for b, m, a in zip(bases, *each, strict=True))
+        with self._open(EditSession(edits, self.program, self.cost_model), state):
             yield edits if several else edits[0]
         for edit in edits:
             if edit.recording is not None:
@@ -204,18 +205,19 @@ class CompiledUNet(nn.Module):
                 edit.recording.compact()
 
     def _new_edit(
-        self, base: Recording, mask: Any, alignment: TokenAlignment | None, detect: DetectConfig, record: bool
-    ) -> Edit:
+        self, base: Recording, mask: Any, alignment: TokenAlignment | None, detect: DetectConfig, record: bool,
+        state: ModelState,
+    ) -> Edit:  # fmt: skip
         if not isinstance(base, Recording):
             raise UnknownOptionError(option="base", given=base, allowed="a recording that record() or edit() gave")
-        base.check_editable(self._identity, self.model_name, self._weights())
+        base.check_editable(self._identity, self.model_name, state)
         if mask is not None:
             size = next(iter(base.calls.values())).sample.shape[-2:]
             mask = masks.user_mask(mask, (int(size[0]), int(size[1])))[None]
-        return Edit(base, detect, self._new_recording() if record else None, alignment, mask)
+        return Edit(base, detect, self._new_recording(state) if record else None, alignment, mask)
 
-    def _new_recording(self) -> Recording:
-        return Recording(self._identity, self.model_name, self._weights())
+    def _new_recording(self, state: ModelState) -> Recording:
+        return Recording(self._identity, self.model_name, state)
 
     def _weights(self) -> ModelState:
         """The model as it is now. Graphs made of it as it was before are dropped."""
@@ -229,11 +231,11 @@ class CompiledUNet(nn.Module):
             return live.state
 
     @contextmanager
-    def _open(self, session: Session) -> Iterator[None]:
+    def _open(self, session: Session, state: ModelState) -> Iterator[None]:
+        """Let a session run the calls of this thread; ``state`` is the model's at its beginning."""
         active = _sessions.get()
         if id(self) in active:
             raise NestedSessionError(opened=session.name, active=active[id(self)].name)
-        state = self._weights()
         token = _sessions.set({**active, id(self): session})
         self._count_sessions(1)
         try:

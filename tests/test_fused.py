@@ -23,8 +23,9 @@ from torch import Tensor, nn  # noqa: E402
 import fisedit  # noqa: E402
 from fisedit.passes.count_macs import count_macs  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
-from fisedit.runtime.executor import Memo  # noqa: E402
+from fisedit.runtime.executor import Input, Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
+from fisedit.runtime.timetable import Timetable  # noqa: E402
 
 SIZE = (6, 8)
 TOLERANCE = 1e-5
@@ -132,6 +133,40 @@ def test_active_keys_alone() -> None:
     wanted = harness("reference", "active").edit(mask)
     assert relative_error(fused(harness("triton", "active"), mask), wanted) <= TOLERANCE
     assert relative_error(harness("reference").edit(mask), wanted) > TOLERANCE
+
+
+def test_what_a_replay_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The row of each timestep is copied to where the captured graph reads; after a move of weights it is captured
+    again, and only then."""
+    h = Harness(*small(), provider="triton")
+    stage, memo = h.program.executable("edit").before["timestep"], Memo(timetable=Timetable([7.0, 3.0]))
+    replay = h.program.replays().take(mask_of("blob").expand(2, -1, -1), 2, h.call.device)
+    monkeypatch.setattr(replay, "_call", lambda: ([], {}))
+    monkeypatch.setattr(replay, "_capture", lambda: setattr(replay, "graph", Graph()))
+
+    class Graph:
+        def replay(self) -> None:
+            """The kernels are no part of this test."""
+
+    def run(timestep: float) -> list[Tensor]:
+        inputs = {**h.call.tensors, "timesteps": torch.full((2,), timestep, device=DEVICE)}
+        assert memo.timetable is not None
+        memo.timetable.now = timestep
+        replay.run(inputs, h.cache, memo)
+        wanted = stage.module(*[replay.executable.fetch(i, stage, inputs, None, None, memo) for i in stage.inputs])
+        read = [replay._argument(Input.value(name)) for name in stage.values]
+        for value, alone in zip(read, wanted, strict=True):
+            torch.testing.assert_close(value, alone, rtol=1e-5, atol=1e-6)
+        return read
+
+    first = run(7.0)
+    captured: Any = Graph()
+    replay.graph = captured
+    assert all(a.data_ptr() == b.data_ptr() for a, b in zip(first, run(3.0), strict=True)) and replay.graph is captured
+    weight = next(h.model.parameters())
+    weight.data = weight.data.clone()
+    run(7.0)
+    assert replay.graph is not captured
 
 
 @pytest.mark.nightly

@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from fisedit.runtime.packed_weights import Made, pack_weights
 from fisedit.runtime.plan import Table
-from fisedit.runtime.timetable import Row, Timetable, counted, run_stage, same
+from fisedit.runtime.timetable import Row, Rows, Timetable, counted, run_stage, same
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,6 @@ class Memo:
     timetable: Timetable | None = None
     bytes_loaded: int = 0
 
-    def begin(self, constants: Mapping[str, Any]) -> None:
-        """Start anew for a graph with these constants."""
-        self.constants, self.values = constants, dict(constants)
-        self.inputs.clear()
-        if self.timetable is not None:
-            self.timetable.forget()
-
 
 @dataclass
 class Executable:
@@ -133,6 +126,7 @@ class Executable:
     constants: dict[str, Any] = field(default_factory=dict)
     packed: Made = field(default_factory=Made)
     timestep: str = ""
+    _rows: Rows = field(default_factory=dict)
     _addresses: list[int] = field(default_factory=list)  # of the weights
     _watched: list[weakref.ref[Any]] = field(default_factory=list)
     _freed: list[weakref.ref[Any]] = field(default_factory=list)
@@ -181,11 +175,11 @@ class Executable:
 
     def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
         """Run the stages before the timestep's, where weights or text changed; whether any ran."""
-        if memo.constants is None or self._freed:
+        if memo.constants is not self.constants or self._freed:
             self._notice_moves()
         ran = memo.constants is not self.constants
         if ran:
-            memo.begin(self.constants)
+            self._begin(memo)
         stage = self.before.get("edit")
         if stage is not None and _is_due(stage, inputs, memo):
             with torch.no_grad():
@@ -194,18 +188,27 @@ class Executable:
             ran = True
         return ran
 
+    def _begin(self, memo: Memo) -> None:
+        """Start anew with a memo of another graph, or of weights that were moved."""
+        memo.constants, memo.values = self.constants, dict(self.constants)
+        memo.inputs.clear()
+        if memo.timetable is not None:
+            # What depends on timestep and weights alone also holds for other edits.
+            memo.timetable.begin({} if self._timestep_reads else self._rows)
+
     def _notice_moves(self) -> None:
         """Make the constants, at first and after weights were moved (``.to``, offloading).
 
         A moved weight stays the same object and PyTorch does not count it as a write: only its address tells. To read
-        700 addresses takes longer than all else that a call does on the host, so that is done when an edit begins;
-        after that the memory of each weight says when it is freed. As long as it is not, it can be read.
+        700 addresses is much of what a call costs on the host, so that is done when an edit begins; after that the
+        memory of each weight says when it is freed. As long as it is not, a captured graph may read it.
         """
         addresses = list(map(Tensor.data_ptr, self._weights))
         if self._addresses != addresses:
             stage = self.before.get("weights")
             packed = pack_weights(stage.module, self.packed) if stage is not None else ()
             self.constants = dict(zip(stage.values if stage is not None else (), packed, strict=True))
+            self._rows = {}
         if self._addresses != addresses or self._freed:
             self._addresses, self._freed = addresses, []
             self._watched = [weakref.ref(weight.untyped_storage(), self._freed.append) for weight in self._weights]
@@ -230,6 +233,8 @@ class Executable:
     @cached_property
     def _timestep_reads(self) -> list[Input]:
         """What the timestep stage reads that may change within an edit, besides the timestep."""
+        if "timestep" not in self.before:
+            return []
         constants = self.before["weights"].values if "weights" in self.before else ()
         lasting = {Input.user(self.timestep), *map(Input.value, constants)}
         return [wanted for wanted in self.before["timestep"].inputs if wanted not in lasting]

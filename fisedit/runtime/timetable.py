@@ -16,6 +16,8 @@ from torch.nn.functional import pad
 
 AHEAD = 64
 """Timesteps that are computed at once: runs may have thousands."""
+KEPT = 256
+"""Rows of a graph that are kept, of about half a megabyte each."""
 ALIGNMENT = 16
 """Bytes: kernels load so much at a time."""
 
@@ -34,7 +36,7 @@ class Packing:
             data = value.reshape(len(value), -1).contiguous().view(torch.uint8)  # [S, bytes]
             length = data.shape[1]
             pieces.append((start, length, value.dtype, value.shape[1:]))
-            packed.append(pad(data, (0, -length % ALIGNMENT)))
+            packed.append(pad(data, (0, -length % ALIGNMENT)) if length % ALIGNMENT else data)
             start += packed[-1].shape[1]
         return Packing(pieces), torch.cat(packed, 1)
 
@@ -51,6 +53,10 @@ class Row:
     data: Tensor
 
 
+Rows = dict[tuple[float, int], Row]
+"""Rows by timestep and number of samples."""
+
+
 @dataclass
 class Timetable:
     """The rows of the timesteps that an edit comes to.
@@ -62,8 +68,12 @@ class Timetable:
 
     schedule: Sequence[float]
     now: float = math.nan
-    _rows: dict[float, Row] = field(default_factory=dict)
+    _rows: Rows = field(default_factory=dict)
     _others: list[tuple[Tensor, int]] | None = None
+
+    def begin(self, rows: Rows) -> None:
+        """Start anew for another graph, or for weights that were moved, with rows that are known."""
+        self._rows, self._others = rows, None
 
     def row(self, given: Tensor, others: list[tuple[Tensor, int]], compute: Callable[[Tensor], list[Row]]) -> Row:
         """The row of the present timestep.
@@ -73,22 +83,22 @@ class Timetable:
             others: what else the stage reads that may change, with the count of writes to it, -1 if that is unknown.
             compute: makes the rows of S timesteps ``[S, B]``.
         """
-        first = self._others is None
-        lasting = first or same(self._others or [], others)
+        lasting = self._others is None or same(self._others, others)
         if not lasting:
             self._rows = {}
         self._others = others
-        if self.now not in self._rows:
-            # Where something else changes in every call, rows made ahead would never be used.
-            values = self._block() if lasting else [self.now]
-            timesteps = torch.tensor(values, dtype=given.dtype).to(given.device, non_blocking=True)  # [S]
-            rows = compute(timesteps[:, None].expand(-1, len(given)))
-            self._rows = dict(zip(values, rows, strict=True))
-        return self._rows[self.now]
-
-    def forget(self) -> None:
-        """The graph or its weights are others."""
-        self._rows, self._others = {}, None
+        key = self.now, len(given)
+        if (known := self._rows.get(key)) is not None:
+            return known
+        # Where something else changes in every call, rows made ahead would never be used.
+        values = self._block() if lasting else [self.now]
+        timesteps = torch.tensor(values, dtype=given.dtype).to(given.device, non_blocking=True)  # [S]
+        rows = compute(timesteps[:, None].expand(-1, len(given)))
+        made = {(value, len(given)): row for value, row in zip(values, rows, strict=True)}
+        if len(self._rows) + len(made) > KEPT:
+            self._rows.clear()
+        self._rows.update(made)
+        return made[key]
 
     def _block(self) -> list[float]:
         """The timesteps around the present one, cut at fixed places, so that any order of calls uses whole blocks."""
