@@ -30,6 +30,7 @@ from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.prefetch_weights import prefetch_weights
 from fisedit.passes.read_in_place import read_in_place
 from fisedit.passes.remove_identities import remove_identities
 from fisedit.passes.share_stored_maps import share_stored_maps
@@ -69,6 +70,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_epilogues,
         fuse_layer_norm,
         fuse_norms,
+        prefetch_weights,
     ]
 
 

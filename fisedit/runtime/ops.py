@@ -16,7 +16,7 @@ library = torch.library.Library("fisedit", "DEF")
 _PRODUCT = (
     "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
     "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions, "
-    "Tensor? rows3=None"
+    "Tensor? rows3=None, Tensor? prefetch=None"
 )
 
 SCHEMAS = {
@@ -47,7 +47,8 @@ SCHEMAS = {
     'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05) '
     "-> (Tensor, Tensor)",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
-    "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) -> Tensor",
+    "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale, "
+    "Tensor? prefetch=None) -> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
     "layer_norm_rows": "(Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor count) -> Tensor",
     "normalize_rows": "(Tensor rows, Tensor? rows2, Tensor affine, str activation, Tensor count, bool done) -> Tensor",
@@ -104,7 +105,7 @@ def _(query, key, value, mask, query_recorded, key_recorded, index, weight, head
 
 @torch.library.register_fake("fisedit::multiply_rows", lib=library)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
-                   gated, positions, rows3=None):  # fmt: skip
+                   gated, positions, rows3=None, prefetch=None):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 
@@ -116,7 +117,8 @@ def _(*product, **norm):
 
 
 @torch.library.register_fake("fisedit::attend_rows", lib=library)
-def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale):
+def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale,
+      prefetch=None):  # fmt: skip
     return query.new_empty(query.shape)  # [B, N, h*d]
 
 

@@ -242,20 +242,23 @@ def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
     bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
     count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    rows3: Tensor | None = None, norm: Mapping[str, Any] | None = None,
+    rows3: Tensor | None = None, prefetch: Tensor | None = None, norm: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
     parts = [part for part in (rows, rows2, rows3) if part is not None]
     if sources is not None:
-        parts = [gather_patches(rows, recorded, sources, count, rows2, rows3).flatten(2)]  # [B, N', taps*C + C2 + C3]
+        parts = [
+            gather_patches(rows, recorded, sources, count, rows2, rows3, prefetch=weight).flatten(2)
+        ]  # [B, N', ...]
     if full:
         affine, activation = None, activation if gated else "none"
     if norm is not None:
+        norm = {**norm, "prefetch": prefetch}
         return finish_norm_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, **norm)
     bare = affine is None and residual is None and activation == "none" and not gated and len(parts) == 1
     if bare and (bias is None or bias.dtype == weight.dtype):
         return F.linear(parts[0], weight, bias)  # [B, N', Co]
-    return finish_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated)
+    return finish_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, prefetch)
 
 
 def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
@@ -269,7 +272,9 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
 
 def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
     """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
-    and changes little; of the library all of it, and of both a layer norm, which are launches of their own."""
+    and changes little; of the library all of it, and of both a layer norm, which are launches of their own. Nothing is
+    asked for ahead."""
+    given = {name: value for name, value in given.items() if name != "prefetch"}
     if way == LIBRARY:
         return given
     activation = given["activation"] if given["gated"] else "none"

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
@@ -183,16 +184,18 @@ def _recorded_base(pointer, recorded, sample, batch_stride, number, row_stride, 
     return base - number.to(tl.int64) * row_stride
 
 
-@triton.jit(do_not_specialize=["number", "keys", "splits"])
+@triton.jit(do_not_specialize=["number", "keys", "splits", "ahead_size"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-    number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row, value_batch, value_head,
-    value_row, recorded_key_batch, recorded_key_row, recorded_value_batch, recorded_value_row, table_batch,
+    ahead, ahead_size, number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
+    value_batch, value_head, value_row, recorded_key_batch, recorded_key_row, recorded_value_batch,
+    recorded_value_row, table_batch,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
     ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
+        prefetch_by_grid(ahead, ahead_size)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # Nothing that is loaded up to the early return waits for anything else.
@@ -250,6 +253,7 @@ def attend_rows(
     locks: Tensor,
     heads: int,
     scale: float | None,
+    prefetch: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """The reference's contract, for float32, float16 and bfloat16 and heads of up to 256 channels.
@@ -272,7 +276,8 @@ def attend_rows(
     pdl = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
     launch(_attend, (tiles, splits, batch * heads),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-        number, keys, splits, heads, (head_dim**-0.5 if scale is None else scale) * LOG2_E,
+        *prefetched(prefetch, query), number, keys, splits, heads,
+        (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
         *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),
         table.stride(0) if table is not None and table.shape[0] > 1 else 0,

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 CHANNELS = 128
@@ -33,9 +34,10 @@ def _load_biased(product, bias, place, channel, real, good):
     return x
 
 
-@triton.jit(do_not_specialize=["number"])
+@triton.jit(do_not_specialize=["number", "ahead_size"])
 def _finish(
     out, product, bias, affine, residual, count, normalized, norm_affine, norm_weight, norm_bias,
+    ahead, ahead_size,
     number, channels, product_batch, product_row, affine_plane, affine_batch, residual_batch, residual_row,
     norm_plane, norm_batch, eps,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
@@ -43,6 +45,8 @@ def _finish(
 ):  # fmt: skip
     """A block of rows; of whole rows, if a layer normalization follows."""
     last = tl.load(count)
+    if PDL:
+        prefetch_by_grid(ahead, ahead_size)
     if tl.program_id(0) * BM >= last:
         return
     if PDL:
@@ -99,12 +103,13 @@ def finish_rows(
     count: Tensor,
     activation: str,
     gated: bool,
+    prefetch: Tensor | None = None,
 ) -> Tensor:
-    """The reference's contract."""
+    """The reference's contract; ``prefetch``: the weights of a later product, to ask memory for meanwhile."""
     batch, number, channels = product.shape
     block = 8 if batch * number <= 2048 else 32
     out = product.new_empty(batch, number, channels // 2 if gated else channels)  # [B, N, Co]
-    _launch(out, product, bias, affine, residual, count, activation, gated, block, CHANNELS)
+    _launch(out, product, bias, affine, residual, count, activation, gated, block, CHANNELS, prefetch)
     return out
 
 
@@ -121,6 +126,7 @@ def finish_norm_rows(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
+    prefetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference's contract."""
     batch, number, channels = product.shape
@@ -130,14 +136,14 @@ def finish_norm_rows(
     if norm_affine is None:
         columns = triton.next_power_of_2(out.shape[2])
         rows = max(1, ELEMENTS // columns)
-    _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns,
+    _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns, prefetch,
             (normalized, norm_affine, norm_weight, norm_bias), norm_activation, eps)  # fmt: skip
     return out, normalized
 
 
 def _launch(
     out: Tensor, product: Tensor, bias: Tensor | None, affine: Tensor | None, residual: Tensor | None, count: Tensor,
-    activation: str, gated: bool, rows: int, columns: int,
+    activation: str, gated: bool, rows: int, columns: int, prefetch: Tensor | None,
     norm: tuple[Tensor | None, ...] = (None, None, None, None), norm_activation: str = "none", eps: float = 0.0,
 ) -> None:  # fmt: skip
     """``rows``, ``columns``: of a program. ``norm``: where normalized rows go, and what they are normalized with."""
@@ -145,7 +151,7 @@ def _launch(
     pdl = product.is_cuda and torch.cuda.get_device_capability(product.device) >= (9, 0)
     launch(_finish, (triton.cdiv(number, rows), triton.cdiv(channels, columns), batch),
         out, product, bias, affine, residual, count, *norm,
-        number, channels, product.stride(0), product.stride(1), *_strides(affine),
+        *prefetched(prefetch, product), number, channels, product.stride(0), product.stride(1), *_strides(affine),
         *_strides(residual), *_strides(norm[1]), eps,
         ACTIVATION=ACTIVATIONS[activation], GATED=gated, NORM_ACTIVATION=ACTIVATIONS[norm_activation],
         BM=rows, BC=columns, PDL=pdl, num_warps=4 if columns <= ELEMENTS else 8,

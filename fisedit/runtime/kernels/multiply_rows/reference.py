@@ -28,6 +28,7 @@ def multiply_rows(
     gated: bool,
     positions: int,
     rows3: Tensor | None = None,
+    prefetch: Tensor | None = None,
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
@@ -47,6 +48,7 @@ def multiply_rows(
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
         activation: a key of ``ACTIVATIONS``.
         positions: all rows of the outputs' level; not read here. Who chooses kernels by timing prepares for so many.
+        prefetch: the weights of a later product, which a kernel may ask memory for meanwhile; not read here.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
     Returns:
         ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.

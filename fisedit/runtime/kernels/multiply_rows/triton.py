@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -67,11 +68,11 @@ def _load_weight(
     return tile
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits"])
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits", "ahead_size"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
-    locks, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride,
-    residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
+    locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride,
+    recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
@@ -165,6 +166,8 @@ def _multiply(
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
             index = tl.load(table + min((number + 1) // chunks, taps - 1), mask=valid, other=-1)
+    if PDL:
+        prefetch(ahead, ahead_size, tile * splits + tl.program_id(1), tiles_m * tiles_n * splits)
 
     if SPLIT:
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
@@ -229,6 +232,7 @@ def multiply_rows(
     gated: bool,
     positions: int,
     rows3: Tensor | None = None,
+    prefetch: Tensor | None = None,
     config: Config | None = None,
     norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
 ) -> Tensor:
@@ -262,7 +266,8 @@ def multiply_rows(
     launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
         _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
-        n_in, n_out, batch, c1, c2, inner, co, rows.stride(1), 0 if rows2 is None else rows2.stride(1),
+        *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co, rows.stride(1),
+        0 if rows2 is None else rows2.stride(1),
         0 if rows3 is None else rows3.stride(1),
         recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if residual is None else residual.stride(1),

@@ -1,0 +1,44 @@
+"""Have the weights of the next product on their way to L2 while a kernel before it computes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST = 16 << 20
+"""Bytes that are asked for ahead: more would push out what is needed before."""
+
+
+@triton.jit
+def prefetch(weight, size, program, programs):
+    """Ask for a program's share of the first ``size`` bytes (PTX ``cp.async.bulk.prefetch``, since sm_90)."""
+    share = tl.cdiv(tl.cdiv(size, programs), 128) * 128
+    first = program * share
+    length = min(share, size - first)
+    if length > 0:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred one;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 one, thread, 0;
+            @one cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [weight.to(tl.int64) + first, length], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_by_grid(weight, size):
+    """:func:`prefetch` by all programs of a launch."""
+    program = tl.program_id(0) + tl.num_programs(0) * (tl.program_id(1) + tl.num_programs(1) * tl.program_id(2))
+    prefetch(weight, size, program, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2))
+
+
+def prefetched(weight: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int]:
+    """The tensor that :func:`prefetch` takes and the bytes to ask for: 0 and any tensor if there is no weight."""
+    if weight is None or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return otherwise, 0
+    return weight, min(weight.numel() * weight.element_size(), MOST) // 16 * 16
