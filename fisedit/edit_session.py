@@ -25,6 +25,7 @@ from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.cuda_graph import Replay, Replays
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.timetable import Timetable
 from fisedit.sameness import Copies, Same
 from fisedit.timing import Span
 
@@ -341,6 +342,8 @@ class EditSession:
             detect = program.executable("detect", store)
             inputs = {**call.tensors, **self._control(group, call, key, recorded)}
             return lambda: detect.run(inputs, source=source)
+        group.memo.timetable = group.memo.timetable or Timetable(group.lanes[0].edit.base.timesteps)
+        group.memo.timetable.now = key[0]
         if program.fused:
             return self._replay(group, call, program, source, store)
         sparse = program.executable("edit", store)
@@ -359,11 +362,12 @@ class EditSession:
         self, group: Group, call: Call, program: Program, source: _Loading, store: bool
     ) -> Callable[[], Computed]:
         """A sparse call on a GPU: a captured graph for masks of these sizes, which the session keeps until it ends."""
-        if group.replay is None or group.replays is not program.replays(store):
+        replays = program.replays(store)
+        if group.replay is None or group.replays is not replays:
             group.give_back()
-            group.replays = program.replays(store)
+            group.replays = replays
             masks = group.stack_masks(torch.device("cpu"))
-            group.replay = group.replays.take(masks, call.batch, call.device)
+            group.replay = replays.take(masks, call.batch, call.device)
         replay = group.replay
         return lambda: replay.run(call.tensors, source, group.memo)
 

@@ -72,7 +72,9 @@ class Program:
         """The captured CUDA graphs of the fused edit graph."""
         executable = self.executable("edit", store)
         with self._lock:
-            return self._replays.setdefault(store, Replays(executable))
+            if store not in self._replays:
+                self._replays[store] = Replays(executable)
+            return self._replays[store]
 
     @property
     def _compiles(self) -> bool:

@@ -173,8 +173,8 @@ class Recording:
         Raises:
             RecordingMismatchError: the run has no such timestep, or fewer calls of it.
         """
-        if key in self.calls:
-            return self.calls[key]
+        if (recorded := self.calls.get(key)) is not None:
+            return recorded
         timestep, occurrence = key
         if timestep in self.timesteps:
             calls = sum(1 for t, _ in self.calls if t == timestep)
@@ -236,6 +236,8 @@ class RecordSession:
         outputs, stored = executable.run(call.tensors)
         span.end()
         cache = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
+        if program.fused:  # made now, while the GPU is busy for long, and kept
+            cache.addresses(program.executable("edit").step.views)
         kept = [clone_detached(output) for output in outputs]
         made = self.recording.keep(call, cache, kept, span, self.texts)
         self.recording.calls[self.counter.next(call)] = made

@@ -27,7 +27,8 @@ def lower(gm: GraphModule, provider: str = "reference") -> Executable:
         node.meta.setdefault("stage", "step")
     present = [stage for stage in STAGES if any(node.meta["stage"] == stage for node in gm.graph.nodes)]
     stages = [_cut(gm, stage, provider) for stage in present if stage == "step" or _computes(gm, stage)]
-    return Executable(stages, addressed=provider == "triton")
+    roles = {node.meta.get("role"): str(node.target) for node in gm.graph.nodes if node.op == "placeholder"}
+    return Executable(stages, addressed=provider == "triton", timestep=roles.get("timestep", ""))
 
 
 def _computes(gm: GraphModule, stage: str) -> bool:

@@ -10,54 +10,53 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit.runtime.executor import Executable, Input, Memo, SlotSource, Stage, Store
+from fisedit.runtime.executor import Executable, Input, Memo, SlotSource, Store
 from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import Buckets, LevelMasks, RowPlan
+from fisedit.runtime.timetable import Row, counted, same
 
 KEPT = 12
 """Captured graphs of one model that wait for masks of their sizes."""
 
 
 class Replay:
-    """The timestep and step stages of an edit graph for rows of fixed bucket sizes: captured at its first call.
+    """The step stage of an edit graph for rows of fixed bucket sizes: captured at its first call.
 
-    What changes between calls is copied into buffers of the graph's own: the sample, the timestep, the addresses of
-    the recorded values, few small loads. Results are copies. It belongs to one session at a time.
+    What changes between calls is copied into buffers of the graph's own: the sample, the row of the timestep, the
+    addresses of the recorded values, few small loads. Results are copies. It belongs to one session at a time.
     """
 
     def __init__(self, executable: Executable, buckets: Buckets, batch: int, device: torch.device) -> None:
-        self.executable, self.buckets, self.batch = executable, buckets, batch
-        self.stages = [stage for stage in executable.stages if stage.name in ("timestep", "step")]
+        self.executable, self.buckets, self.batch, self.step = executable, buckets, batch, executable.step
         self.plan = RowPlan(table_keys(executable), buckets, batch, device)
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._buffers: dict[Any, Tensor] = {}
-        self._seen: dict[Any, tuple[Tensor, int]] = {}
-        self._made = {name for stage in self.stages for name in stage.values}  # handed on within the graph
-        self._changing = {
-            id(stage): [i for i in stage.inputs if i.kind != "table" and i.name not in self._made or i.kind == "views"]
-            for stage in self.stages
-        }
+        self._buffers: dict[Input, Tensor] = {}
+        self._seen: dict[Input, tuple[Tensor, int]] = {}
+        self._row: Row | None = None  # the buffer of what depends on the timestep alone
+        timestep = executable.before.get("timestep")
+        self._of_timestep = [Input.value(name) for name in timestep.values] if timestep is not None else []
+        values = [wanted for wanted in self.step.inputs if wanted.kind == "value"]
+        self._values = [wanted for wanted in values if wanted not in self._of_timestep]
+        self._each_call = [wanted for wanted in self.step.inputs if wanted.kind not in ("value", "table")]
         self._memo: Memo | None = None
+        self._constants: Mapping[str, Any] | None = None  # another object after weights were moved
         self._results: tuple[list[Tensor], dict[Store, Tensor]] = ([], {})
-        used = {id(weight): weight for stage in self.stages for weight in stage.weights}
-        self._weights = list(used.values())
-        self._frozen: list[int] = []
 
     def run(
         self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo
     ) -> tuple[list[Tensor], dict[Store, Tensor]]:
         """One call, as :meth:`Executable.run`."""
         ran = self.executable.prepare(inputs, memo)
+        if self._constants is not self.executable.constants:
+            self._constants, self.graph = self.executable.constants, None
         self._fill(inputs, source, memo, values=ran or memo is not self._memo)
         self._memo = memo
         if self.plan.device.type != "cuda":
             with torch.no_grad():
                 return self._call()
-        frozen = [weight.data_ptr() for weight in self._weights]
-        if self.graph is None or frozen != self._frozen:
+        if self.graph is None:
             self._capture()
-            self._frozen = frozen
         assert self.graph is not None
         self.graph.replay()
         outputs, stored = self._results
@@ -66,6 +65,7 @@ class Replay:
     def end_session(self) -> None:
         """Hold nothing of the session any more but what lies in the buffers."""
         self._memo = None
+        self._seen.clear()
 
     def _fill(self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, values: bool) -> None:
         """Bring the buffers up to date; what is the same as in the last call is not copied again.
@@ -73,53 +73,46 @@ class Replay:
         Args:
             values: whether results of the stages before may have changed.
         """
-        changed: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for stage in self.stages:
-            for wanted in self._changing[id(stage)]:
-                if wanted.kind == "value" and not values:
-                    continue
-                key = (id(stage), wanted) if wanted.kind == "views" else wanted
-                value = self.executable.fetch(wanted, stage, inputs, self.plan, source, memo)
-                if not isinstance(value, Tensor):
-                    continue
-                version = -1 if value.is_inference() else value._version
-                seen = self._seen.get(key)
-                if seen is not None and seen[0] is value and seen[1] == version >= 0:
-                    continue
-                self._seen[key] = (value, version)
-                if wanted.name in self.executable.constants and wanted.kind == "value":
-                    self._buffers[key] = value  # read where it is
-                    self.graph = None
-                    continue
-                buffer = self._buffers.get(key)
-                if buffer is None or buffer.shape != value.shape:
-                    self._buffers[key] = value.clone(memory_format=torch.preserve_format)
-                    self.graph = None
-                else:
-                    pair = changed.setdefault(value.dtype, ([], []))
-                    pair[0].append(buffer)
-                    pair[1].append(value)
-        for buffers, given in changed.values():
-            torch._foreach_copy_(buffers, given)
+        copies = Copies()
+        for wanted in (*self._each_call, *self._values) if values else self._each_call:
+            value = self.executable.fetch(wanted, self.step, inputs, self.plan, source, memo)
+            if not isinstance(value, Tensor):
+                continue
+            seen = counted(value)
+            if wanted in self._seen and same([seen], [self._seen[wanted]]):
+                continue
+            self._seen[wanted] = seen
+            buffer = self._buffers.get(wanted)
+            if wanted.kind == "value" and wanted.name in self.executable.constants:
+                self.graph = None if buffer is not value else self.graph
+                self._buffers[wanted] = value  # read where it is
+            elif buffer is None or buffer.shape != value.shape:
+                self._buffers[wanted], self.graph = value.clone(memory_format=torch.preserve_format), None
+            else:
+                copies.add(buffer, value)
+        self._fill_row(self.executable.timestep_row(inputs, memo), copies)
+        copies.make()
+
+    def _fill_row(self, row: Row | None, copies: Copies) -> None:
+        if row is None:
+            return
+        if self._row is None:
+            self._row = Row(row.packing, row.data.clone())
+            self._buffers |= zip(self._of_timestep, self._row.packing.unpack(self._row.data), strict=True)
+        else:
+            assert row.packing == self._row.packing
+            copies.add(self._row.data, row.data)
 
     def _call(self) -> tuple[list[Tensor], dict[Store, Tensor]]:
-        values: dict[str, Any] = {}
-        outputs: tuple[Any, ...] = ()
-        for stage in self.stages:
-            arguments = [self._argument(stage, wanted, values) for wanted in stage.inputs]
-            outputs = stage.module(*arguments)
-            values.update(zip(stage.values, outputs[stage.results :], strict=False))
-        step = self.stages[-1]
-        stored = outputs[step.results + len(step.values) :]
-        return list(outputs[: step.results]), dict(zip(step.stores, stored, strict=True))
+        outputs = self.step.module(*[self._argument(wanted) for wanted in self.step.inputs])
+        stored = outputs[self.step.results + len(self.step.values) :]
+        return list(outputs[: self.step.results]), dict(zip(self.step.stores, stored, strict=True))
 
-    def _argument(self, stage: Stage, wanted: Input, values: dict[str, Any]) -> Any:
+    def _argument(self, wanted: Input) -> Any:
         if wanted.kind == "table":
             assert wanted.key is not None
             return self.plan.table(wanted.key)
-        if wanted.kind == "value" and wanted.name in values:
-            return values[wanted.name]
-        return self._buffers[(id(stage), wanted) if wanted.kind == "views" else wanted]
+        return self._buffers[wanted]
 
     def _capture(self) -> None:
         with torch.no_grad():
@@ -133,6 +126,25 @@ class Replay:
             torch.cuda.synchronize()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self._results = self._call()
+
+
+class Copies:
+    """Copies between tensors, in few launches."""
+
+    def __init__(self) -> None:
+        self._by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+
+    def add(self, to: Tensor, value: Tensor) -> None:
+        pair = self._by_dtype.setdefault(value.dtype, ([], []))
+        pair[0].append(to)
+        pair[1].append(value)
+
+    def make(self) -> None:
+        for buffers, values in self._by_dtype.values():
+            if len(values) == 1:  # a copy of memory: quicker for one large tensor than the kernel for many
+                buffers[0].copy_(values[0])
+            else:
+                torch._foreach_copy_(buffers, values)
 
 
 def table_keys(executable: Executable) -> set[Table]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +14,7 @@ from torch.fx import GraphModule
 
 from fisedit.runtime.packed_weights import Made, pack_weights
 from fisedit.runtime.plan import Table
+from fisedit.runtime.timetable import Row, Timetable, counted, run_stage, same
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,27 @@ class Plan(Protocol):
 
 @dataclass
 class Memo:
-    """What one edit keeps between calls: the results of the stages that do not run in every call."""
+    """What one edit keeps between calls: the results of the stages that do not run in every call.
+
+    Attributes:
+        constants: those of the graph that the rest belongs to.
+        alive: what kernels under way may still read by its address.
+        timetable: of the run that is edited; ``None`` if it is not known which timesteps will come.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, tuple[tuple[Tensor, int], ...]] = field(default_factory=dict)
-    alive: list[Tensor] = field(default_factory=list)  # what kernels under way may still read by its address
+    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    constants: Mapping[str, Any] | None = None
+    alive: list[Tensor] = field(default_factory=list)
+    timetable: Timetable | None = None
     bytes_loaded: int = 0
+
+    def begin(self, constants: Mapping[str, Any]) -> None:
+        """Start anew for a graph with these constants."""
+        self.constants, self.values = constants, dict(constants)
+        self.inputs.clear()
+        if self.timetable is not None:
+            self.timetable.forget()
 
 
 @dataclass
@@ -107,14 +124,32 @@ class Executable:
     """A lowered graph: its stages in the order they run.
 
     ``addressed``: its kernels take the addresses of what they read in place, not the tensors. ``constants``: what is
-    made of the weights alone, once; ``packed``: what other graphs made of them.
+    made of the weights alone; another object after the weights were moved. ``packed``: what other graphs made of them.
+    ``timestep``: the model's input that it is.
     """
 
     stages: list[Stage]
     addressed: bool = False
     constants: dict[str, Any] = field(default_factory=dict)
     packed: Made = field(default_factory=Made)
-    _packed: list[int] = field(default_factory=list)
+    timestep: str = ""
+    _addresses: list[int] = field(default_factory=list)  # of the weights
+    _watched: list[weakref.ref[Any]] = field(default_factory=list)
+    _freed: list[weakref.ref[Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> Stage:
+        """The stage that runs in every call."""
+        return self.stages[-1]
+
+    @cached_property
+    def before(self) -> dict[str, Stage]:
+        """The other stages by name."""
+        return {stage.name: stage for stage in self.stages[:-1]}
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        return list({id(weight): weight for stage in self.stages for weight in stage.weights}.values())
 
     def run(
         self,
@@ -134,36 +169,70 @@ class Executable:
         Returns:
             The user outputs, and the stored values.
         """
-        memo = memo or Memo()
-        self.prepare(inputs, memo)
-        outputs: tuple[Any, ...] = ()
+        memo, step = memo or Memo(), self.step
+        if self.before:
+            self.prepare(inputs, memo)
+        if row := self.timestep_row(inputs, memo):
+            memo.values.update(zip(self.before["timestep"].values, row.packing.unpack(row.data), strict=True))
         with torch.no_grad():
-            for stage in self.stages:
-                if stage.name == "step" or (stage.name == "timestep" and _is_due(stage, inputs, memo)):
-                    outputs = stage.module(*[self.fetch(w, stage, inputs, plan, source, memo) for w in stage.inputs])
-                    memo.values.update(zip(stage.values, outputs[stage.results :], strict=False))
-        step = self.stages[-1]
+            outputs = step.module(*[self.fetch(w, step, inputs, plan, source, memo) for w in step.inputs])
         stored = outputs[step.results + len(step.values) :]
         return list(outputs[: step.results]), dict(zip(step.stores, stored, strict=True))
 
     def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
         """Run the stages before the timestep's, where weights or text changed; whether any ran."""
-        ran = False
-        for stage in self.stages:
-            if stage.name == "weights":
-                addresses = [weight.data_ptr() for weight in stage.weights]
-                if addresses != self._packed:  # at first, and after the weights were moved
-                    self.constants = dict(zip(stage.values, pack_weights(stage.module, self.packed), strict=True))
-                    self._packed, ran = addresses, True
-                    memo.inputs.clear()
-                if any(memo.values.get(name) is not value for name, value in self.constants.items()):
-                    memo.values.update(self.constants)
-            elif stage.name == "edit" and _is_due(stage, inputs, memo):
-                with torch.no_grad():
-                    outputs = stage.module(*[self.fetch(w, stage, inputs, None, None, memo) for w in stage.inputs])
-                memo.values.update(zip(stage.values, outputs, strict=True))
-                ran = True
+        if memo.constants is None or self._freed:
+            self._notice_moves()
+        ran = memo.constants is not self.constants
+        if ran:
+            memo.begin(self.constants)
+        stage = self.before.get("edit")
+        if stage is not None and _is_due(stage, inputs, memo):
+            with torch.no_grad():
+                outputs = stage.module(*[self.fetch(w, stage, inputs, None, None, memo) for w in stage.inputs])
+            memo.values.update(zip(stage.values, outputs, strict=True))
+            ran = True
         return ran
+
+    def _notice_moves(self) -> None:
+        """Make the constants, at first and after weights were moved (``.to``, offloading).
+
+        A moved weight stays the same object and PyTorch does not count it as a write: only its address tells. To read
+        700 addresses takes longer than all else that a call does on the host, so that is done when an edit begins;
+        after that the memory of each weight says when it is freed. As long as it is not, it can be read.
+        """
+        addresses = list(map(Tensor.data_ptr, self._weights))
+        if self._addresses != addresses:
+            stage = self.before.get("weights")
+            packed = pack_weights(stage.module, self.packed) if stage is not None else ()
+            self.constants = dict(zip(stage.values if stage is not None else (), packed, strict=True))
+        if self._addresses != addresses or self._freed:
+            self._addresses, self._freed = addresses, []
+            self._watched = [weakref.ref(weight.untyped_storage(), self._freed.append) for weight in self._weights]
+
+    def timestep_row(self, inputs: Mapping[str, Tensor], memo: Memo) -> Row | None:
+        """What the timestep stage makes for this call; ``None`` for a graph without one."""
+        stage, timetable = self.before.get("timestep"), memo.timetable
+        if stage is None:
+            return None
+        given = inputs[self.timestep]  # [B]
+
+        def compute(timesteps: Tensor) -> list[Row]:
+            arguments = [self.fetch(wanted, stage, inputs, None, None, memo) for wanted in stage.inputs]
+            with torch.no_grad():
+                return run_stage(stage.module, arguments, stage.inputs.index(Input.user(self.timestep)), timesteps)
+
+        if timetable is None:
+            return compute(given[None])[0]
+        others = [counted(self.fetch(wanted, stage, inputs, None, None, memo)) for wanted in self._timestep_reads]
+        return timetable.row(given, others, compute)
+
+    @cached_property
+    def _timestep_reads(self) -> list[Input]:
+        """What the timestep stage reads that may change within an edit, besides the timestep."""
+        constants = self.before["weights"].values if "weights" in self.before else ()
+        lasting = {Input.user(self.timestep), *map(Input.value, constants)}
+        return [wanted for wanted in self.before["timestep"].inputs if wanted not in lasting]
 
     def fetch(
         self,
@@ -198,14 +267,6 @@ class Executable:
 
 def _is_due(stage: Stage, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
     """Whether a stage's own inputs are other tensors than last time, or may have been written to since."""
-    tensors = [inputs[i.name] for i in stage.inputs if i.kind == "user"]
-    if any(tensor.is_inference() for tensor in tensors):
-        return True  # made in inference mode, which does not count writes
-    used = tuple((tensor, tensor._version) for tensor in tensors)
-    seen = memo.inputs.get(stage.name)
-    if seen is not None and all(a is b and v == w for (a, v), (b, w) in zip(used, seen, strict=True)):
-        return False
-    memo.inputs[stage.name] = used
-    if stage.name == "edit":
-        memo.inputs.pop("timestep", None)  # it may read this stage's values
-    return True
+    used = [counted(inputs[wanted.name]) for wanted in stage.inputs if wanted.kind == "user"]
+    seen, memo.inputs[stage.name] = memo.inputs.get(stage.name), used
+    return seen is None or not same(used, seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,9 +59,10 @@ class StepCache:
         if slots in self._addresses:
             return self._addresses[slots], []
         values = [self.load(slot) for slot in slots]
-        whole = [value if value[0].is_contiguous() else value.contiguous() for value in values]
-        starts = [[v.data_ptr() + n * v.stride(0) * v.element_size() for n in range(self.batch)] for v in whole]
-        table = torch.tensor(starts, dtype=torch.int64).to(whole[0].device if whole else "cpu", non_blocking=True)
+        whole = [v if v.is_contiguous() or v[0].is_contiguous() else v.contiguous() for v in values]
+        begins = np.array([(v.data_ptr(), v.stride(0) * v.element_size()) for v in whole], np.int64).reshape(-1, 2)
+        starts = torch.from_numpy(begins[:, :1] + begins[:, 1:] * np.arange(self.batch))  # [slots, batch]
+        table = starts.to(whole[0].device if whole else "cpu", non_blocking=True)
         if all(value is self.values.get(slot) for value, slot in zip(whole, slots, strict=True)):
             self._addresses[slots] = table
             return table, []
