@@ -239,8 +239,7 @@ def multiply_rows(
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     taps = 1 if sources is None else sources.shape[2]
-    inner = weight.shape[1]
-    co = weight.shape[0] // (2 if gated else 1)
+    co, inner = weight.shape[0] // (2 if gated else 1), weight.shape[1]
     if config is None:
         config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
     if full:
