@@ -243,8 +243,7 @@ def multiply_rows(
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     taps = 1 if sources is None else sources.shape[2]
-    inner = weight.shape[1]
-    co = weight.shape[0] // (2 if gated else 1)
+    co, inner = weight.shape[0] // (2 if gated else 1), weight.shape[1]
     if config is None:
         config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
     if full:
@@ -266,13 +265,11 @@ def multiply_rows(
     launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
         _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
-        *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co, rows.stride(1),
-        0 if rows2 is None else rows2.stride(1),
-        0 if rows3 is None else rows3.stride(1),
-        recorded.stride(0) if recorded is not None and not addresses else 0,
-        0 if residual is None else residual.stride(1),
+        *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co,
+        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
+        0 if addresses else _stride(recorded, 0), _stride(residual, 1),
         sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
-        *_strides(affine), *_strides(norm_affine), taps, splits,
+        _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, splits,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], SPLIT=splits > 1,
@@ -293,8 +290,8 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     return other if tensor is None else tensor
 
 
-def _strides(affine: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if affine is None else (affine.stride(0), affine.stride(1))
+def _stride(tensor: Tensor | None, dimension: int) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)
 
 
 def _plain(rows: Tensor) -> Tensor:
