@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -128,8 +127,6 @@ class Executable:
     timestep: str = ""
     _rows: Rows = field(default_factory=dict)
     _addresses: list[int] = field(default_factory=list)  # of the weights
-    _watched: list[weakref.ref[Any]] = field(default_factory=list)
-    _freed: list[weakref.ref[Any]] = field(default_factory=list)
 
     @property
     def step(self) -> Stage:
@@ -175,8 +172,7 @@ class Executable:
 
     def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
         """Run the stages before the timestep's, where weights or text changed; whether any ran."""
-        if memo.constants is not self.constants or self._freed:
-            self._notice_moves()
+        self._notice_moves()
         ran = memo.constants is not self.constants
         if ran:
             self._begin(memo)
@@ -199,19 +195,14 @@ class Executable:
     def _notice_moves(self) -> None:
         """Make the constants, at first and after weights were moved (``.to``, offloading).
 
-        A moved weight stays the same object and PyTorch does not count it as a write: only its address tells. To read
-        700 addresses is much of what a call costs on the host, so that is done when an edit begins; after that the
-        memory of each weight says when it is freed. As long as it is not, a captured graph may read it.
+        A moved weight stays the same object and PyTorch does not count it as a write: only its address tells.
         """
         addresses = list(map(Tensor.data_ptr, self._weights))
         if self._addresses != addresses:
             stage = self.before.get("weights")
             packed = pack_weights(stage.module, self.packed) if stage is not None else ()
             self.constants = dict(zip(stage.values if stage is not None else (), packed, strict=True))
-            self._rows = {}
-        if self._addresses != addresses or self._freed:
-            self._addresses, self._freed = addresses, []
-            self._watched = [weakref.ref(weight.untyped_storage(), self._freed.append) for weight in self._weights]
+            self._addresses, self._rows = addresses, {}
 
     def timestep_row(self, inputs: Mapping[str, Tensor], memo: Memo) -> Row | None:
         """What the timestep stage makes for this call; ``None`` for a graph without one."""

@@ -10,6 +10,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 @dataclass
 class Rehearsal:
@@ -33,6 +36,11 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
         kernel[tuple(grid)](*args, **kwargs)
     else:
         kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+
+def overlaps(tensor: Tensor) -> bool:
+    """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 def current() -> Rehearsal | None:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 LOG2_E = 1.4426950408889634
@@ -273,7 +273,7 @@ def attend_rows(
     size = tiles * batch * heads * splits * config.m * (padded + 2) if splits > 1 else 0
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
-    pdl = {"launch_pdl": True} if query.is_cuda and torch.cuda.get_device_capability(query.device) >= (9, 0) else {}
+    pdl = {"launch_pdl": True} if overlaps(query) else {}
     launch(_attend, (tiles, splits, batch * heads),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
         *prefetched(prefetch, query), number, keys, splits, heads,

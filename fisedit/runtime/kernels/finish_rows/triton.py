@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -148,7 +148,7 @@ def _launch(
 ) -> None:  # fmt: skip
     """``rows``, ``columns``: of a program. ``norm``: where normalized rows go, and what they are normalized with."""
     batch, number, channels = out.shape
-    pdl = product.is_cuda and torch.cuda.get_device_capability(product.device) >= (9, 0)
+    pdl = overlaps(product)
     launch(_finish, (triton.cdiv(number, rows), triton.cdiv(channels, columns), batch),
         out, product, bias, affine, residual, count, *norm,
         *prefetched(prefetch, product), number, channels, product.stride(0), product.stride(1), *_strides(affine),

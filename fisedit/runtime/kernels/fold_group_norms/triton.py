@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 CHANNELS = 256
 
@@ -56,7 +56,7 @@ def fold_group_norms(
     batch, total = table.shape[1], weight.shape[0]
     places = _places(tuple(means), tuple(rstds), tuple(groups), tuple(channels), weight.device)
     out = weight.new_empty(2, batch, total)  # [2, B, S]
-    pdl = weight.is_cuda and torch.cuda.get_device_capability(weight.device) >= (9, 0)
+    pdl = overlaps(weight)
     launch(_fold, (triton.cdiv(total, CHANNELS), batch),
         out, table, places, weight, bias, shift, total, batch,
         shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,

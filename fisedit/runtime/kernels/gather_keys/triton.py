@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def gather_keys(
     aligned = aligned and all(t.data_ptr() % 16 == 0 for t in given if t.dtype != torch.int64)
     block = min(256, max(64, width & -width))  # without a rest, for heads of 64
     rows_block = 4096 // block
-    pdl = key.is_cuda and torch.cuda.get_device_capability(key.device) >= (9, 0)
+    pdl = overlaps(key)
     launch(_gather, (triton.cdiv(positions, rows_block), triton.cdiv(width, block), batch),
         keys, values, *given, table, number, positions, width, *(stride for pair in strides for stride in pair),
         table.stride(0) if table.shape[0] > 1 else 0,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 
@@ -85,7 +85,7 @@ def gather_patches(
     addresses = recorded is not None and recorded.dtype == torch.int64
     if recorded is not None and not addresses:
         recorded = recorded.contiguous()
-    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    pdl = overlaps(rows)
     blocks = sum(triton.cdiv(size, block) for size in (channels, c2, c3))
     launch(_gather, (triton.cdiv(n_out * taps, rows_block), blocks, batch),
         out, rows, rows if recorded is None else recorded, sources, rows2, rows3, count, n_in, n_out, channels,

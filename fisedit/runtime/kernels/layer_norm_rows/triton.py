@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 ELEMENTS = 2048
 """Of a program of 128 threads: one row of up to 2048 channels, or several shorter ones."""
@@ -49,7 +49,7 @@ def layer_norm_rows(rows: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     padded = triton.next_power_of_2(channels)
     block = max(1, ELEMENTS // padded)
     out = rows.new_empty(batch, number, channels)  # [B, N, C]
-    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    pdl = overlaps(rows)
     launch(_layer_norm, (triton.cdiv(number, block), batch),
         out, rows, weight, bias, count, number, channels, rows.stride(0), rows.stride(1), eps,
         BM=block, D=padded, PDL=pdl, num_warps=4 if padded <= 2048 else 8, **({"launch_pdl": True} if pdl else {}),

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
@@ -184,8 +184,8 @@ def _multiply(
         gates = tl.zeros((BM, BN), tl.float32)
         mine = partial + (tile * splits).to(tl.int64) * SIZE
         for first in range(0, splits, 4):
-            for ahead in tl.static_range(4):  # four loads under way
-                there = first + ahead < splits
+            for more in tl.static_range(4):  # four loads under way
+                there = first + more < splits
                 sums += tl.load(mine + inside, mask=there, other=0.0, cache_modifier=".cg")
                 if GATED:
                     gates += tl.load(mine + BM * BN + inside, mask=there, other=0.0, cache_modifier=".cg")
@@ -248,8 +248,7 @@ def multiply_rows(
         config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
-    normalized, norm_affine, norm_activation = norm
-    out = rows.new_empty(batch, n_out, co)  # [B, N', Co]
+    out, (normalized, norm_affine, norm_activation) = rows.new_empty(batch, n_out, co), norm  # [B, N', Co]
     tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
     steps = triton.cdiv(c1, config.k) * taps + triton.cdiv(c2 + c3, config.k)
     splits = _splits(config.split, steps, tiles, locks.numel())
@@ -257,18 +256,17 @@ def multiply_rows(
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
-    pdl = rows.is_cuda
+    pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
-    tma = TMA and rows.is_cuda and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    tma = TMA and pdl and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
         _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
         *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co,
-        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
-        0 if addresses else _stride(recorded, 0), _stride(residual, 1),
-        sources.stride(0) if sources is not None and sources.shape[0] > 1 else 0,
+        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
+        _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, splits,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,

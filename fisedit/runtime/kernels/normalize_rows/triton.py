@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
@@ -63,7 +63,7 @@ def normalize_rows(
     batch, number, c1 = rows.shape
     c2 = rows2.shape[2] if rows2 is not None else 0
     out = rows.new_empty(batch, number, c1 + c2)  # [B, N, C1+C2]
-    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    pdl = overlaps(rows)
     blocks = triton.cdiv(c1, CHANNELS) + triton.cdiv(c2, CHANNELS)
     block = 8 if batch * number <= 2048 else 32
     launch(_normalize_both, (triton.cdiv(number, block), blocks, batch),

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -87,7 +87,7 @@ def renew_affine(
     other = rows if rows2 is None else rows2
     moved = None if shift is None else shift.expand(batch, 1, c1 + c2)
     columns = triton.next_power_of_2(size)
-    pdl = rows.is_cuda and torch.cuda.get_device_capability(rows.device) >= (9, 0)
+    pdl = overlaps(rows)
     launch(_renew, (groups, batch),
         out, rows, other, affine, counts, rows if weight is None else weight, rows if bias is None else bias,
         rows if moved is None else moved, number, c1, c2, size, eps, rows.stride(0), rows.stride(1), other.stride(0),

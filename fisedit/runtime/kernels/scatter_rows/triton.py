@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch
+from fisedit.runtime.kernels.launch import launch, overlaps
 
 
 @triton.jit(do_not_specialize=["number", "positions", "index_stride"])
@@ -33,7 +33,7 @@ def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     number = index.shape[1]
     block = min(128, triton.next_power_of_2(channels))
     rows_block = max(1, 2048 // block)
-    pdl = base.is_cuda and torch.cuda.get_device_capability(base.device) >= (9, 0)
+    pdl = overlaps(base)
     launch(_scatter, (triton.cdiv(number, rows_block), triton.cdiv(channels, block), batch),
         out, index, rows, number, positions, channels, index.stride(0) if index.shape[0] > 1 else 0, rows.stride(0),
         rows.stride(1), PDL=pdl, BM=rows_block, BC=block, **({"launch_pdl": True} if pdl else {}),
