@@ -76,7 +76,10 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
     return (wait(device) - start) * 1e3
 
 
-def prepare(name: str, published: Published, device: torch.device, dtype: torch.dtype, steps: int) -> Subject:
+def prepare(
+    name: str, published: Published, device: torch.device, dtype: torch.dtype, steps: int, **options: Any
+) -> Subject:
+    """``options``: of ``fisedit.compile``."""
     unet = build(published, device, dtype)
     unet.to(memory_format=torch.channels_last)
     call = arguments(published, published.size, device, dtype)
@@ -84,7 +87,7 @@ def prepare(name: str, published: Published, device: torch.device, dtype: torch.
     call["sample"] = call["sample"].contiguous(memory_format=torch.channels_last)
     timesteps = torch.linspace(950, 50, steps).long().to(device)
     dense = compiled(unet, "reduce-overhead") if device.type == "cuda" else unet
-    return Subject(name, published, unet, call, list(timesteps), fisedit.compile(unet), dense)
+    return Subject(name, published, unet, call, list(timesteps), fisedit.compile(unet, **options), dense)
 
 
 def compiled(unet: nn.Module, mode: str) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ import fisedit
 from fisedit.environment import describe_environment, environment_line
 from fisedit.recording import Recording
 
-BLOB_SHARES = (0.05, 0.15, 0.30, 0.60, 0.80, 1.00)
+BLOB_SHARES = "0.05,0.15,0.30,0.60,0.80,1.00"
 WAYS = ("compiled", "record", "outside", "eager")
 """Ways to call the dense model: by the baseline, recording, outside sessions, as diffusers does."""
 WARM = 2
@@ -265,9 +265,8 @@ def memory(subject: Subject, base: Recording) -> dict[str, float]:
     return {name: size / 2**30 for name, size in held.items()}
 
 
-def mask_set(size: tuple[int, int], quick: bool, count: int) -> dict[str, list[Tensor]]:
+def mask_set(size: tuple[int, int], shares: Sequence[float], count: int) -> dict[str, list[Tensor]]:
     """Masks by name: a blob each, and the ragged family."""
-    shares = BLOB_SHARES[:2] if quick else BLOB_SHARES
     blobs = {f"blob {share:.0%}": [blob(size, share)] for share in shares}
     ragged = family(size, count)
     return {**blobs, f"ragged, {count} masks": ragged}
@@ -350,15 +349,15 @@ def profile_edit(subject: Subject, base: Recording, mask: Tensor) -> list[dict[s
 
 
 def measure_model(
-    subject: Subject, results: Results, *, repeats: int, quick: bool, ragged_masks: int, ways: Sequence[str],
-    autotune: float, profile: list[str], variants: list[str],
+    subject: Subject, results: Results, *, repeats: int, shares: Sequence[float], ragged_masks: int,
+    ways: Sequence[str], autotune: float, profile: list[str], variants: list[str],
 ) -> list[Row]:  # fmt: skip
     name = subject.name
     subject.wanted = float32_output(subject)
     dense = measure_dense(subject, results, ways, repeats, autotune)
     _, base = measure_record(subject, subject.ours)
     macs_dense = count_macs(subject, results)
-    masks, rows = mask_set(subject.published.size, quick, ragged_masks), []
+    masks, rows = mask_set(subject.published.size, shares, ragged_masks), []
     for kind, of_kind in masks.items():
         rows.append(
             measure_masks(subject, base, kind, of_kind, max(2, repeats if len(of_kind) == 1 else 2), macs_dense)
@@ -390,6 +389,8 @@ def main(
     profile: Annotated[list[str], typer.Option(help="Masks whose sparse call is profiled: --profile 'blob 5%'.")] = [],  # noqa: B006
     variant: Annotated[list[str], typer.Option(help="To compare: --variant dense_above=1.1.")] = [],  # noqa: B006
     max_autotune: Annotated[float, typer.Option(help="Seconds to allow it; 0 leaves it out.")] = 0.0,
+    blobs: Annotated[str, typer.Option(help="Active shares of the masks of one region.")] = BLOB_SHARES,
+    dense: Annotated[str, typer.Option(help="How what we run dense is compiled; 'eager': not at all.")] = "inductor",
     quick: Annotated[bool, typer.Option(help="Blobs of 5 and 15 % and four ragged masks.")] = False,
     tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
 ) -> None:
@@ -399,12 +400,13 @@ def main(
     environment = {**describe_environment(device), "dtype": str(of).removeprefix("torch."), "batch": 2}
     print(environment_line(environment), environment["dtype"], flush=True)
     results, rows = Results(output, {"environment": environment}), []
+    shares = [float(share) for share in blobs.split(",")][: 2 if quick or tiny else None]
     for name, published in ({"tiny": TINY} if tiny else {name: MODELS[name] for name in models.split(",")}).items():
         with torch.no_grad():
-            subject = prepare(name, published, device, of, steps)
+            subject = prepare(name, published, device, of, steps, dense=dense)
             with measured(subject):
                 rows += measure_model(
-                    subject, results, repeats=repeats, quick=quick or tiny, profile=profile, variants=variant,
+                    subject, results, repeats=repeats, shares=shares, profile=profile, variants=variant,
                     ragged_masks=4 if quick else ragged_masks, ways=["compiled", *ways.split(",")],
                     autotune=max_autotune,
                 )  # fmt: skip

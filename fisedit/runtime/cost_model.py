@@ -68,7 +68,7 @@ class CostModel:
 
     cost: Cost = "halo"
     halo: HaloCost = HaloCost()
-    dense_above: float = 0.5
+    dense_above: float = 0.85
 
     def prefers_dense(self, share: float, device: torch.device) -> bool:
         """Whether a U-Net call of which ``share`` (0 to 1) is active is expected to be faster dense than sparse."""

@@ -8,6 +8,8 @@ from torch import Tensor
 
 MOST = 16 << 20
 """Bytes that are asked for ahead: more would push out what is needed before."""
+MOST_ROWS = 128
+"""Products of so many rows wait for their weights; those of more for what they compute."""
 
 
 @triton.jit
@@ -37,8 +39,13 @@ def prefetch_by_grid(weight, size):
     prefetch(weight, size, program, tl.num_programs(0) * tl.num_programs(1) * tl.num_programs(2))
 
 
-def prefetched(weight: Tensor | None, otherwise: Tensor) -> tuple[Tensor, int]:
-    """The tensor that :func:`prefetch` takes and the bytes to ask for: 0 and any tensor if there is no weight."""
-    if weight is None or not weight.is_contiguous() or weight.data_ptr() % 16:
-        return otherwise, 0
+def prefetched(weight: Tensor | None, rows: Tensor) -> tuple[Tensor, int]:
+    """The tensor that :func:`prefetch` takes and the bytes to ask for, 0 if there is nothing to ask for.
+
+    Args:
+        rows: ``[B, N, C]``, what is computed meanwhile; any tensor stands for no weight.
+    """
+    many = rows.shape[0] * rows.shape[1] > MOST_ROWS
+    if weight is None or many or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return rows, 0
     return weight, min(weight.numel() * weight.element_size(), MOST) // 16 * 16

@@ -17,7 +17,7 @@ from fisedit.runtime.row_plan import SMALLEST
 
 RULE = "rule"
 """The way of an op's own kernel, by its own rule: taken where nothing is known."""
-LARGEST_SHARE = 0.7
+LARGEST_SHARE = 0.9
 """Of a level's positions: with more active rows, a call is expected to run dense."""
 
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
