@@ -68,6 +68,22 @@ def _load_weight(
     return tile
 
 
+@triton.jit
+def _scale(x, affine, plane, stride, sample, batch, column, kept, PAIR: tl.constexpr):
+    """``x`` by the scale and offset of each row's sample: of one or two samples, a row of each is loaded once."""
+    if PAIR:
+        at, other = affine + column, affine + (batch - 1) * stride + column
+        own = (sample == 0)[:, None]
+        x *= tl.where(own, tl.load(at, mask=kept, other=0.0)[None, :], tl.load(other, mask=kept, other=0.0)[None, :])
+        at, other = at + plane, other + plane
+        x += tl.where(own, tl.load(at, mask=kept, other=0.0)[None, :], tl.load(other, mask=kept, other=0.0)[None, :])
+    else:
+        at = affine + sample[:, None] * stride + column[None, :]
+        x *= tl.load(at, mask=kept[None, :], other=0.0)
+        x += tl.load(at + plane, mask=kept[None, :], other=0.0)
+    return x
+
+
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits", "ahead_size"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
@@ -77,7 +93,7 @@ def _multiply(
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
     per = tl.load(count)
@@ -196,9 +212,7 @@ def _multiply(
         if GATED:
             gates += tl.load(bias + co + column, mask=kept, other=0.0).to(tl.float32)[None, :]
     if AFFINE:
-        at = affine + sample[:, None] * affine_batch + column[None, :]
-        scale = tl.load(at, mask=kept[None, :], other=0.0)
-        sums = sums * scale + tl.load(at + affine_plane, mask=kept[None, :], other=0.0)
+        sums = _scale(sums, affine, affine_plane, affine_batch, sample, batch, column, kept, PAIR)
     if GATED:
         sums = sums * _activate(gates, ACTIVATION)
     else:
@@ -210,9 +224,9 @@ def _multiply(
     result = sums.to(out.dtype.element_ty)
     tl.store(out + goal * co + column[None, :], result, mask=good)
     if normalized is not None:
-        at = norm_affine + sample[:, None] * norm_batch + column[None, :]
-        sums = result.to(tl.float32) * tl.load(at, mask=kept[None, :], other=0.0)
-        sums = _activate(sums + tl.load(at + norm_plane, mask=kept[None, :], other=0.0), NORM_ACTIVATION)
+        sums = result.to(tl.float32)
+        sums = _scale(sums, norm_affine, norm_plane, norm_batch, sample, batch, column, kept, PAIR)
+        sums = _activate(sums, NORM_ACTIVATION)
         tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
 
@@ -270,10 +284,10 @@ def multiply_rows(
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, splits,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
-        ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], SPLIT=splits > 1,
-        EVEN_C=even_c, EVEN_N=co % config.n == 0, TMA=tma, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
-        **({"launch_pdl": True} if pdl else {}),
+        ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
+        EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        SPLIT=splits > 1, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
+        num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
