@@ -3,6 +3,7 @@
     python bench/each_kernel.py --output kernels.json
     python bench/each_kernel.py --regret                 also other tile sizes: is the chosen one the fastest?
     python bench/each_kernel.py --tuned                  in the measured way; the first time, it is measured
+    python bench/each_kernel.py --tuned --regret         also in all other ways, at the very numbers of rows
     python bench/each_kernel.py --tiny                   small shapes and the reference kernels, on any device
 
 Calls are captured in a CUDA graph and replayed, so that no launch is waited for; weights and recorded maps take turns
@@ -92,8 +93,14 @@ class Timed:
     floor: float | None
     tflops: float
     gigabytes: float
+    chosen: float | None = None
     best: float | None = None
     best_config: str = ""
+
+    @property
+    def regret(self) -> float:
+        """The time of what is chosen over that of the best."""
+        return (self.chosen or self.microseconds) / (self.best or self.microseconds)
 
 
 class Cases:
@@ -324,16 +331,38 @@ def with_best(timed: Timed, case: Case, device: torch.device) -> Timed:
     return replace(timed, best=best, best_config=name)
 
 
+def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
+    """``timed``, if it is of a tuned op, with the times of the way that is chosen for it and of the fastest one.
+
+    Timings are kept for a grid of numbers of rows; here all ways are timed for the case's own number.
+    """
+    from fisedit.runtime.tuning.choose import choose_way, time_way, timings_of
+
+    if case.op not in TILES or not (calls := [call_of(case.op, run) for run in case.runs])[0]:
+        return timed
+    chosen = str(choose_way(calls[0], timings_of(device)))
+    times = {str(way): time_way([partial(call.rehearse, way) for call in calls]) for way in calls[0].ways(case.rows)}
+    best = min(times, key=times.__getitem__)
+    return replace(timed, chosen=times[chosen], best=times[best], best_config=best)
+
+
+def call_of(op: str, run: Any) -> Any:
+    """A run of a tuned op as its tuning sees it; ``None`` where there is only one way."""
+    tuning = import_module(f"fisedit.runtime.tuning.{op}")
+    given = tuning.SIGNATURE.bind(*run.args, **run.keywords).arguments
+    return None if op == "attend_rows" and not tuning.has_ways(given) else tuning.Call(given)
+
+
 def regrets(timed: list[Timed]) -> list[str]:
     """A line for each kernel that chooses: its time over that of the best choices, all cases together."""
     lines = []
     for op in TILES:
         own = [one for one in timed if one.op == op and one.best is not None]
         if own:
-            worst = max(own, key=lambda one: one.microseconds / (one.best or one.microseconds))
-            total = sum(one.microseconds for one in own) / sum(one.best or 0.0 for one in own)
+            worst = max(own, key=lambda one: one.regret)
+            total = sum(one.chosen or one.microseconds for one in own) / sum(one.best or 0.0 for one in own)
             lines.append(
-                f"{op}: {total:.3f} of the best in all, at worst {worst.microseconds / (worst.best or 1):.2f} "
+                f"{op}: {total:.3f} of the best in all, at worst {worst.regret:.2f} "
                 f"({worst.shape}, {worst.rows} rows: {worst.best_config})"
             )
     return lines
@@ -385,7 +414,8 @@ def main(
                 cases = Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32")
                 for case in cases.all():
                     one = measure(case, name, peak, device)
-                    timed.append(with_best(one, case, device) if regret else one)
+                    best = with_best_way if tuning else with_best
+                    timed.append(best(one, case, device) if regret else one)
         folding = Cases(kernels, levels[-1], mask, device, "float32").folding(norms=61)
         timed.append(measure(folding, "any", peak, device))
     if output is not None:

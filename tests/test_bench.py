@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import each_kernel
@@ -132,11 +133,14 @@ def test_neighbor_sources_are_a_convolutions() -> None:
 
 
 def test_regret_of_kernels() -> None:
-    def timed(op: str, microseconds: float, best: float | None) -> each_kernel.Timed:
-        return each_kernel.Timed(op, "shape", 96, "blob", 8, microseconds, None, None, 0.0, 0.0, best, "64x64")
+    def timed(op: str, microseconds: float, best: float | None, chosen: float | None = None) -> each_kernel.Timed:
+        spent = each_kernel.Timed(op, "shape", 96, "blob", 8, microseconds, None, None, 0.0, 0.0)
+        return replace(spent, chosen=chosen, best=best, best_config="64x64")
 
     rows = [timed("multiply_rows", 10.0, 10.0), timed("multiply_rows", 30.0, 22.0), timed("attend_rows", 5.0, None)]
     assert each_kernel.regrets(rows) == [
         "multiply_rows: 1.250 of the best in all, at worst 1.36 (shape, 8 rows: 64x64)"
     ]
+    tuned = [timed("attend_rows", 50.0, 10.0, chosen=11.0), timed("attend_rows", 50.0, 10.0, chosen=10.0)]
+    assert each_kernel.regrets(tuned) == ["attend_rows: 1.050 of the best in all, at worst 1.10 (shape, 8 rows: 64x64)"]
     assert each_kernel.configurations("normalize_rows") == []
