@@ -16,6 +16,8 @@ from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import Buckets, LevelMasks, RowPlan
 from fisedit.runtime.timetable import Row, counted, same
 
+CAPTURING = threading.Lock()
+"""Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
 KEPT = 12
 """Captured graphs of one model that wait for masks of their sizes."""
 
@@ -115,7 +117,7 @@ class Replay:
         return self._buffers[wanted]
 
     def _capture(self) -> None:
-        with torch.no_grad():
+        with CAPTURING, torch.no_grad():
             with rehearse() as rehearsal:
                 self._call()
             if rehearsal.news:

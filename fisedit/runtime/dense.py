@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fisedit.errors import NotCompiledWarning, warn
+from fisedit.runtime.cuda_graph import CAPTURING
 from fisedit.runtime.executor import Executable, Stage
 
 logger = logging.getLogger("fisedit")
@@ -173,7 +174,7 @@ class CompiledStage:
                     self._compiled(*static)
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 outputs = self._compiled(*static)
         return _Captured(graph, static, outputs, self._addresses())
 
