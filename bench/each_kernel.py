@@ -349,7 +349,7 @@ def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
 def call_of(op: str, run: Any) -> Any:
     """A run of a tuned op as its tuning sees it; ``None`` where there is only one way."""
     tuning = import_module(f"fisedit.runtime.tuning.{op}")
-    given = tuning.SIGNATURE.bind(*run.args, **run.keywords).arguments
+    given = {**dict(zip(tuning.NAMES, run.args, strict=False)), **run.keywords}
     return None if op == "attend_rows" and not tuning.has_ways(given) else tuning.Call(given)
 
 

@@ -38,6 +38,15 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
         kernel.run(*args, grid=grid, warmup=True, **kwargs)
 
 
+def cdiv(number: int, by: int) -> int:
+    """A quotient, rounded up: ``triton.cdiv`` takes many times as long outside of a kernel."""
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
 def overlaps(tensor: Tensor) -> bool:
     """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)

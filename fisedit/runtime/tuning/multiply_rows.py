@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from fisedit.runtime.calibration import copies_beyond_l2, grid
 from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
+from fisedit.runtime.kernels.launch import cdiv, next_power_of_2
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
@@ -46,7 +46,7 @@ SHORT = 640
 """Channels of a linear layer that are few steps of a loop."""
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-SIGNATURE = inspect.signature(reference.multiply_rows)
+NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
@@ -54,7 +54,7 @@ def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
 
     Interpreted on a CPU, nothing is timed.
     """
-    return _compute(SIGNATURE.bind(*arguments, **named).arguments)
+    return _compute({**dict(zip(NAMES, arguments, strict=False)), **named})
 
 
 def multiply_norm_rows(
@@ -72,7 +72,7 @@ def multiply_norm_rows(
         return out, out
     norm = {"norm_affine": norm_affine, "norm_activation": norm_activation, "norm_weight": norm_weight,
             "norm_bias": norm_bias, "eps": eps}  # fmt: skip
-    return _compute({**SIGNATURE.bind(*product).arguments, "norm": norm})
+    return _compute({**dict(zip(NAMES, product, strict=False)), "norm": norm})
 
 
 def _compute(given: Mapping[str, Any]) -> Any:
@@ -117,7 +117,7 @@ class Product:
 
     def steps(self, size: int) -> int:
         """Of the inner dimension, so many channels at a time."""
-        first, *more = (triton.cdiv(channels, size) for channels in self.channels)
+        first, *more = (cdiv(channels, size) for channels in self.channels)
         return first * max(self.taps, 1) + sum(more)
 
     @property
@@ -186,9 +186,9 @@ def candidates(product: Product, number: int) -> list[Way]:
 
 def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
-    if tile.m > max(16, triton.next_power_of_2(rows)) or (tile.m < 64 and rows > 3 * tile.m):
+    if tile.m > max(16, next_power_of_2(rows)) or (tile.m < 64 and rows > 3 * tile.m):
         return False
-    if tile.m == 64 and triton.cdiv(rows, 128) * triton.cdiv(product.columns, 64) >= 2 * MULTIPROCESSORS:
+    if tile.m == 64 and cdiv(rows, 128) * cdiv(product.columns, 64) >= 2 * MULTIPROCESSORS:
         return False  # tiles of 128 rows are many enough, and read less
     if _tiles(tile, product, rows) * 2**17 < MULTIPROCESSORS * tile.m * tile.n:
         return False  # too few to fill the GPU, however the work is split
@@ -208,7 +208,7 @@ def _stages(tile: kernel.Config, product: Product) -> int:
 
 
 def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
-    return triton.cdiv(rows, tile.m) * triton.cdiv(product.columns, tile.n)
+    return cdiv(rows, tile.m) * cdiv(product.columns, tile.n)
 
 
 def _stage_bytes(tile: kernel.Config, product: Product) -> int:

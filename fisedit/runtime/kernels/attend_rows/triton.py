@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 LOG2_E = 1.4426950408889634
@@ -65,7 +65,7 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
 
 def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
     """How often the keys may be split, the best first."""
-    programs, blocks = triton.cdiv(queries, tile.m) * pairs, triton.cdiv(keys, tile.n)
+    programs, blocks = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n)
     return sorted(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
 
 
@@ -75,11 +75,11 @@ def _cost(programs: int, blocks: int, split: int) -> float:
     To start costs about four blocks; to write a part of the sums, two; to read them all, four and half a block for each
     part. A program that has its multiprocessor for itself takes half as long again, waiting.
     """
-    busiest = triton.cdiv(programs * split, MULTIPROCESSORS)
+    busiest = cdiv(programs * split, MULTIPROCESSORS)
     walks = busiest + busiest % 2 / 2
     if split == 1:
         return walks * (blocks + 4)
-    return walks * (triton.cdiv(blocks, split) + 6) + 4 + split / 2
+    return walks * (cdiv(blocks, split) + 6) + 4 + split / 2
 
 
 @triton.jit
@@ -266,10 +266,10 @@ def attend_rows(
     head_dim = width // heads
     keys = table.shape[1] if table is not None else key.shape[-2]
     config = config or choose_config(number, keys, head_dim, batch * heads, query.element_size(), table is not None)
-    tiles = triton.cdiv(number, config.m)
+    tiles = cdiv(number, config.m)
     splits = config.split if tiles * batch * heads <= locks.numel() else 1
     out = query.new_empty(batch, number, width)  # [B, N, h*d]
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, next_power_of_2(head_dim))
     size = tiles * batch * heads * splits * config.m * (padded + 2) if splits > 1 else 0
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64

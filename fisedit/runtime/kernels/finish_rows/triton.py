@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
@@ -134,7 +134,7 @@ def finish_norm_rows(
     normalized = torch.empty_like(out)
     rows, columns = 8 if batch * number <= 2048 else 32, CHANNELS
     if norm_affine is None:
-        columns = triton.next_power_of_2(out.shape[2])
+        columns = next_power_of_2(out.shape[2])
         rows = max(1, ELEMENTS // columns)
     _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns, prefetch,
             (normalized, norm_affine, norm_weight, norm_bias), norm_activation, eps)  # fmt: skip
@@ -149,7 +149,7 @@ def _launch(
     """``rows``, ``columns``: of a program. ``norm``: where normalized rows go, and what they are normalized with."""
     batch, number, channels = out.shape
     pdl = overlaps(product)
-    launch(_finish, (triton.cdiv(number, rows), triton.cdiv(channels, columns), batch),
+    launch(_finish, (cdiv(number, rows), cdiv(channels, columns), batch),
         out, product, bias, affine, residual, count, *norm,
         *prefetched(prefetch, product), number, channels, product.stride(0), product.stride(1), *_strides(affine),
         *_strides(residual), *_strides(norm[1]), eps,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 
 CHANNELS = 256
 
@@ -57,7 +57,7 @@ def fold_group_norms(
     places = _places(tuple(means), tuple(rstds), tuple(groups), tuple(channels), weight.device)
     out = weight.new_empty(2, batch, total)  # [2, B, S]
     pdl = overlaps(weight)
-    launch(_fold, (triton.cdiv(total, CHANNELS), batch),
+    launch(_fold, (cdiv(total, CHANNELS), batch),
         out, table, places, weight, bias, shift, total, batch,
         shift.stride(0) if shift is not None and shift.shape[0] > 1 else 0,
         SHIFT=shift is not None, BLOCK=CHANNELS, PDL=pdl, **({"launch_pdl": True} if pdl else {}),

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def gather_keys(
     block = min(256, max(64, width & -width))  # without a rest, for heads of 64
     rows_block = 4096 // block
     pdl = overlaps(key)
-    launch(_gather, (triton.cdiv(positions, rows_block), triton.cdiv(width, block), batch),
+    launch(_gather, (cdiv(positions, rows_block), cdiv(width, block), batch),
         keys, values, *given, table, number, positions, width, *(stride for pair in strides for stride in pair),
         table.stride(0) if table.shape[0] > 1 else 0,
         ADDRESSES=addresses, EVEN=width % block == 0, ALIGN=wide if aligned else 1, PDL=pdl,

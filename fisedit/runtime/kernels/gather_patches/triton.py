@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 
@@ -80,14 +80,14 @@ def gather_patches(
     inner = taps * channels + c2 + c3
     shape = (taps, channels) if rows2 is None else (inner,)
     out = rows.new_empty(batch, n_out, *shape)
-    block = min(256, triton.next_power_of_2(channels))
+    block = min(256, next_power_of_2(channels))
     rows_block = max(1, 2048 // block)
     addresses = recorded is not None and recorded.dtype == torch.int64
     if recorded is not None and not addresses:
         recorded = recorded.contiguous()
     pdl = overlaps(rows)
-    blocks = sum(triton.cdiv(size, block) for size in (channels, c2, c3))
-    launch(_gather, (triton.cdiv(n_out * taps, rows_block), blocks, batch),
+    blocks = sum(cdiv(size, block) for size in (channels, c2, c3))
+    launch(_gather, (cdiv(n_out * taps, rows_block), blocks, batch),
         out, rows, rows if recorded is None else recorded, sources, rows2, rows3, count, n_in, n_out, channels,
         c2, c3, inner, rows.stride(1), recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if rows2 is None else rows2.stride(1), 0 if rows3 is None else rows3.stride(1),

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 
 ELEMENTS = 2048
 """Of a program of 128 threads: one row of up to 2048 channels, or several shorter ones."""
@@ -45,11 +45,11 @@ def layer_norm_rows(rows: Tensor, weight: Tensor | None, bias: Tensor | None, ep
     """The reference's contract."""
     rows = rows if rows.stride(2) == 1 else rows.contiguous()
     batch, number, channels = rows.shape
-    padded = triton.next_power_of_2(channels)
+    padded = next_power_of_2(channels)
     block = max(1, ELEMENTS // padded)
     out = rows.new_empty(batch, number, channels)  # [B, N, C]
     pdl = overlaps(rows)
-    launch(_layer_norm, (triton.cdiv(number, block), batch),
+    launch(_layer_norm, (cdiv(number, block), batch),
         out, rows, weight, bias, count, number, channels, rows.stride(0), rows.stride(1), eps,
         BM=block, D=padded, PDL=pdl, num_warps=4 if padded <= 2048 else 8, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
@@ -263,8 +263,8 @@ def multiply_rows(
     if full:
         affine, activation = None, activation if gated else "none"
     out, (normalized, norm_affine, norm_activation) = rows.new_empty(batch, n_out, co), norm  # [B, N', Co]
-    tiles = triton.cdiv(batch * n_out, config.m) * triton.cdiv(co, config.n)
-    steps = triton.cdiv(c1, config.k) * taps + triton.cdiv(c2 + c3, config.k)
+    tiles = cdiv(batch * n_out, config.m) * cdiv(co, config.n)
+    steps = cdiv(c1, config.k) * taps + cdiv(c2 + c3, config.k)
     splits = _splits(config.split, steps, tiles, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
@@ -295,7 +295,7 @@ def multiply_rows(
 def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
     splits = min(wanted, steps, locks // tiles if tiles > locks else wanted)
-    return triton.cdiv(steps, triton.cdiv(steps, splits)) if splits > 1 else 1
+    return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
@@ -63,9 +63,9 @@ def normalize_rows(
     c2 = rows2.shape[2] if rows2 is not None else 0
     out = rows.new_empty(batch, number, c1 + c2)  # [B, N, C1+C2]
     pdl = overlaps(rows)
-    blocks = triton.cdiv(c1, CHANNELS) + triton.cdiv(c2, CHANNELS)
+    blocks = cdiv(c1, CHANNELS) + cdiv(c2, CHANNELS)
     block = 8 if batch * number <= 2048 else 32
-    launch(_normalize_both, (triton.cdiv(number, block), blocks, batch),
+    launch(_normalize_both, (cdiv(number, block), blocks, batch),
         out, rows, rows2, affine, count, number, c1, c2, rows.stride(0), rows.stride(1),
         rows2.stride(0) if rows2 is not None else 0, rows2.stride(1) if rows2 is not None else 0,
         affine.stride(0), affine.stride(1), SILU=activation == "silu", BM=block, BC=CHANNELS, PDL=pdl,

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import launch, next_power_of_2, overlaps
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -85,7 +85,7 @@ def renew_affine(
     out = affine.new_empty(2, batch, c1 + c2)
     other = rows if rows2 is None else rows2
     moved = None if shift is None else shift.expand(batch, 1, c1 + c2)
-    columns = triton.next_power_of_2(size)
+    columns = next_power_of_2(size)
     pdl = overlaps(rows)
     launch(_renew, (groups, batch),
         out, rows, other, affine, counts, rows if weight is None else weight, rows if bias is None else bias,

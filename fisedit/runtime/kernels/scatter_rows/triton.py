@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 
 
 @triton.jit(do_not_specialize=["number", "positions", "index_stride"])
@@ -31,10 +31,10 @@ def scatter_rows(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     batch, positions, channels = base.shape
     out = base.clone(memory_format=torch.contiguous_format)
     number = index.shape[1]
-    block = min(128, triton.next_power_of_2(channels))
+    block = min(128, next_power_of_2(channels))
     rows_block = max(1, 2048 // block)
     pdl = overlaps(base)
-    launch(_scatter, (triton.cdiv(number, rows_block), triton.cdiv(channels, block), batch),
+    launch(_scatter, (cdiv(number, rows_block), cdiv(channels, block), batch),
         out, index, rows, number, positions, channels, index.stride(0) if index.shape[0] > 1 else 0, rows.stride(0),
         rows.stride(1), PDL=pdl, BM=rows_block, BC=block, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
