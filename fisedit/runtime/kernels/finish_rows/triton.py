@@ -5,25 +5,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
 ELEMENTS = 2048
 """Of a program that normalizes whole rows: one of up to 2048 channels, or several shorter ones."""
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:
-        x = x * tl.sigmoid(x)
-    elif ACTIVATION == 2:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 3:
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return x
 
 
 @triton.jit
@@ -68,13 +57,13 @@ def _finish(
     x = _load_biased(product, bias, place, channel, real, good)
     if GATED:
         halves = bias if bias is None else bias + channels
-        x *= _activate(_load_biased(product + channels, halves, place, channel, real, good), ACTIVATION)
+        x *= activate(_load_biased(product + channels, halves, place, channel, real, good), ACTIVATION)
     else:
         if affine is not None:
             at = affine + sample * affine_batch + channel
             scale, offset = tl.load(at, mask=real, other=0.0), tl.load(at + affine_plane, mask=real, other=0.0)
             x = x * scale[None, :] + offset[None, :]
-        x = _activate(x, ACTIVATION)
+        x = activate(x, ACTIVATION)
     if residual is not None:
         at = residual + sample * residual_batch + row[:, None] * residual_row + channel[None, :]
         x += tl.load(at, mask=good, other=0.0).to(tl.float32)
@@ -84,7 +73,7 @@ def _finish(
     if normalized is not None:
         x = x.to(tl.float32)
         if norm_affine is not None:
-            x = _activate(x * norm_scale[None, :] + norm_offset[None, :], NORM_ACTIVATION)
+            x = activate(x * norm_scale[None, :] + norm_offset[None, :], NORM_ACTIVATION)
         else:
             x = tl.where(real[None, :], x - tl.sum(x, 1)[:, None] / channels, 0.0)
             x *= tl.rsqrt(tl.sum(x * x, 1) / channels + eps)[:, None]

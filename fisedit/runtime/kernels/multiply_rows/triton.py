@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
 from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
-ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,6 @@ class Config:
 
     def __str__(self) -> str:
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == 1:
-        x = x * tl.sigmoid(x)
-    elif ACTIVATION == 2:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == 3:
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    return x
 
 
 @triton.jit
@@ -214,9 +203,9 @@ def _multiply(
     if AFFINE:
         sums = _scale(sums, affine, affine_plane, affine_batch, sample, batch, column, kept, PAIR)
     if GATED:
-        sums = sums * _activate(gates, ACTIVATION)
+        sums = sums * activate(gates, ACTIVATION)
     else:
-        sums = _activate(sums, ACTIVATION)
+        sums = activate(sums, ACTIVATION)
     goal = (sample * n_out + place).to(tl.int64)[:, None]
     good = valid[:, None] & kept[None, :]
     if RESIDUAL:
@@ -226,7 +215,7 @@ def _multiply(
     if normalized is not None:
         sums = result.to(tl.float32)
         sums = _scale(sums, norm_affine, norm_plane, norm_batch, sample, batch, column, kept, PAIR)
-        sums = _activate(sums, NORM_ACTIVATION)
+        sums = activate(sums, NORM_ACTIVATION)
         tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
 
