@@ -116,6 +116,17 @@ def test_each_sample_has_its_own_statistics() -> None:
     assert relative_error(reference.edit(mask[1:], tensors=tensors)[1], wanted[1]) <= TOLERANCE
 
 
+def test_a_graph_made_in_inference_mode_serves_outside() -> None:
+    """Its buffers are not inference tensors, which nothing may write to outside."""
+    h = Harness(*small(), provider="triton")
+    with torch.inference_mode():
+        fused(h, mask_of("blob"))
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    wanted = harness("reference").edit(mask_of("blob"), tensors=tensors)
+    out = fused(h, mask_of("blob"), tensors)
+    assert relative_error(out, wanted) <= TOLERANCE and not out.is_inference()
+
+
 @pytest.mark.nightly
 def test_all_active_is_the_dense_model_of_other_inputs() -> None:
     h = harness("triton")

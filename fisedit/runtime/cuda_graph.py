@@ -49,20 +49,20 @@ class Replay:
         self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo
     ) -> tuple[list[Tensor], dict[Store, Tensor]]:
         """One call, as :meth:`Executable.run`."""
-        ran = self.executable.prepare(inputs, memo)
-        if self._constants is not self.executable.constants:
-            self._constants, self.graph = self.executable.constants, None
-        self._fill(inputs, source, memo, values=ran or memo is not self._memo)
-        self._memo = memo
-        if self.plan.device.type != "cuda":
-            with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # else its buffers could only be written in that mode
+            ran = self.executable.prepare(inputs, memo)
+            if self._constants is not self.executable.constants:
+                self._constants, self.graph = self.executable.constants, None
+            self._fill(inputs, source, memo, values=ran or memo is not self._memo)
+            self._memo = memo
+            if self.plan.device.type != "cuda":
                 return self._call()
-        if self.graph is None:
-            self._capture()
-        assert self.graph is not None
-        self.graph.replay()
-        outputs, stored = self._results
-        return [output.clone() for output in outputs], {store: value.clone() for store, value in stored.items()}
+            if self.graph is None:
+                self._capture()
+            assert self.graph is not None
+            self.graph.replay()
+            outputs, stored = self._results
+            return [output.clone() for output in outputs], {store: value.clone() for store, value in stored.items()}
 
     def end_session(self) -> None:
         """Hold nothing of the session any more but what lies in the buffers."""
@@ -117,7 +117,7 @@ class Replay:
         return self._buffers[wanted]
 
     def _capture(self) -> None:
-        with CAPTURING, torch.no_grad():
+        with CAPTURING:
             with rehearse() as rehearsal:
                 self._call()
             if rehearsal.news:
@@ -171,8 +171,9 @@ class Replays:
         with self._lock:
             idle = self._idle.get(key)
             replay = idle.pop() if idle else None
-        replay = replay or Replay(self.executable, projected.buckets, batch, device)
-        replay.plan.write(projected)
+        with torch.inference_mode(False), torch.no_grad():
+            replay = replay or Replay(self.executable, projected.buckets, batch, device)
+            replay.plan.write(projected)
         return replay
 
     def give_back(self, replay: Replay) -> None:
