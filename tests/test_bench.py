@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import each_kernel
 import pytest
@@ -18,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fisedit
+from fisedit.runtime.tuning import choose
 
 
 @pytest.mark.nightly
@@ -130,6 +133,27 @@ def test_neighbor_sources_are_a_convolutions() -> None:
     )()  # fmt: skip
     wanted = torch.nn.functional.conv2d(image, weight, padding=1)[..., active].transpose(1, 2)
     torch.testing.assert_close(out, wanted)
+
+
+def test_the_measured_way_beside_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way of a product is timed at the case's own number of rows; text attention has only one."""
+    active, level = blob((8, 8), 0.5), each_kernel.Level(8, 64)
+    kernels = {op: getattr(importlib.import_module(f"fisedit.runtime.tuning.{op}"), op)
+               for op in ("multiply_rows", "attend_rows")}  # fmt: skip
+    cases = each_kernel.Cases(kernels, level, active, active.device, "float16")
+    asked: list[int] = []
+
+    def time_way(runs: list[Any]) -> float:
+        asked.append(len(runs))
+        return 10.0 - len(asked)  # the last is the fastest
+
+    monkeypatch.setattr(choose, "time_way", time_way)
+    monkeypatch.setattr(choose, "choose_way", lambda call, timings: choose.RULE)
+    linear, text = cases.linear(64, 64), cases.text_attention()
+    spent = each_kernel.Timed(linear.op, linear.shape, 8, "blob", linear.rows, 50.0, None, None, 0.0, 0.0)
+    one = each_kernel.with_best_way(spent, linear, active.device)
+    assert (one.chosen, one.best, one.best_config) == (9.0, 10.0 - len(asked), "library") and len(asked) > 2
+    assert each_kernel.with_best_way(spent, text, active.device) is spent
 
 
 def test_regret_of_kernels() -> None:

@@ -127,6 +127,20 @@ def test_a_graph_made_in_inference_mode_serves_outside() -> None:
     assert relative_error(out, wanted) <= TOLERANCE and not out.is_inference()
 
 
+def test_a_call_that_failed_is_tried_again() -> None:
+    """What it had not copied yet is copied then."""
+    h, mask = harness("triton"), mask_of("blob")
+    source, memo, replays = h.poisoned(MaskPlan(mask, CostModel())), Memo(), h.program.replays()
+    replay = replays.take(mask.expand(h.call.batch, -1, -1), h.call.batch, h.call.device)
+    replay.run(h.call.tensors, source, memo)
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    with pytest.raises(AttributeError):
+        replay.run(tensors, object(), memo)  # type: ignore[arg-type]  # a source that has nothing
+    outputs, _ = replay.run(tensors, source, memo)
+    replays.give_back(replay)
+    assert relative_error(outputs[0], harness("reference").edit(mask, tensors=tensors)) <= TOLERANCE
+
+
 @pytest.mark.nightly
 def test_all_active_is_the_dense_model_of_other_inputs() -> None:
     h = harness("triton")

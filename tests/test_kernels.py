@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, library
 
 from fisedit.runtime import kernels, ops
 from fisedit.runtime.cost_model import CostModel
@@ -219,6 +219,6 @@ def test_every_op_passes_opcheck() -> None:
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
     for name, arguments in calls.items():
-        torch.library.opcheck(
+        library.opcheck(
             getattr(torch.ops.fisedit, name).default, arguments, test_utils=("test_schema", "test_faketensor")
         )

@@ -53,7 +53,8 @@ class Replay:
             ran = self.executable.prepare(inputs, memo)
             if self._constants is not self.executable.constants:
                 self._constants, self.graph = self.executable.constants, None
-            self._fill(inputs, source, memo, values=ran or memo is not self._memo)
+            values, self._memo = ran or memo is not self._memo, None
+            self._fill(inputs, source, memo, values)
             self._memo = memo
             if self.plan.device.type != "cuda":
                 return self._call()
@@ -75,7 +76,8 @@ class Replay:
         Args:
             values: whether results of the stages before may have changed.
         """
-        copies = Copies()
+        copies, news = Copies(), {}
+        row = self.executable.timestep_row(inputs, memo)
         for wanted in (*self._each_call, *self._values) if values else self._each_call:
             value = self.executable.fetch(wanted, self.step, inputs, self.plan, source, memo)
             if not isinstance(value, Tensor):
@@ -83,7 +85,7 @@ class Replay:
             seen = counted(value)
             if wanted in self._seen and same([seen], [self._seen[wanted]]):
                 continue
-            self._seen[wanted] = seen
+            news[wanted] = seen
             buffer = self._buffers.get(wanted)
             if wanted.kind == "value" and wanted.name in self.executable.constants:
                 self.graph = None if buffer is not value else self.graph
@@ -92,8 +94,9 @@ class Replay:
                 self._buffers[wanted], self.graph = value.clone(memory_format=torch.preserve_format), None
             else:
                 copies.add(buffer, value)
-        self._fill_row(self.executable.timestep_row(inputs, memo), copies)
+        self._fill_row(row, copies)
         copies.make()
+        self._seen |= news  # not before: what fails halfway is copied when it is tried again
 
     def _fill_row(self, row: Row | None, copies: Copies) -> None:
         if row is None:
@@ -124,10 +127,11 @@ class Replay:
                 with rehearse(decide=True):
                     self._call()
             self._call()  # libraries load their kernels
-            self.graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._results = self._call()
+        self.graph = graph  # not before: a capture that fails leaves nothing to replay
 
 
 class Copies:

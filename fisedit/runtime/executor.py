@@ -98,13 +98,14 @@ class Memo:
     """What one edit keeps between calls: the results of the stages that do not run in every call.
 
     Attributes:
+        inputs: what the edit stage was last run for.
         constants: those of the graph that the rest belongs to.
         alive: what kernels under way may still read by its address.
         timetable: of the run that is edited; ``None`` if it is not known which timesteps will come.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, list[tuple[Tensor, int]]] = field(default_factory=dict)
+    inputs: list[tuple[Tensor, int]] | None = None
     constants: Mapping[str, Any] | None = None
     alive: list[Tensor] = field(default_factory=list)
     timetable: Timetable | None = None
@@ -177,17 +178,17 @@ class Executable:
         if ran:
             self._begin(memo)
         stage = self.before.get("edit")
-        if stage is not None and _is_due(stage, inputs, memo):
+        used = [counted(inputs[i.name]) for i in stage.inputs if i.kind == "user"] if stage is not None else []
+        if stage is not None and (memo.inputs is None or not same(used, memo.inputs)):
             with torch.no_grad():
                 outputs = stage.module(*[self.fetch(w, stage, inputs, None, None, memo) for w in stage.inputs])
             memo.values.update(zip(stage.values, outputs, strict=True))
-            ran = True
+            memo.inputs, ran = used, True
         return ran
 
     def _begin(self, memo: Memo) -> None:
         """Start anew with a memo of another graph, or of weights that were moved."""
-        memo.constants, memo.values = self.constants, dict(self.constants)
-        memo.inputs.clear()
+        memo.constants, memo.values, memo.inputs = self.constants, dict(self.constants), None
         if memo.timetable is not None:
             # What depends on timestep and weights alone also holds for other edits.
             memo.timetable.begin({} if self._timestep_reads else self._rows)
@@ -259,10 +260,3 @@ class Executable:
         loaded = source.load(wanted.name, table)
         memo.bytes_loaded += loaded.numel() * loaded.element_size()
         return loaded
-
-
-def _is_due(stage: Stage, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
-    """Whether a stage's own inputs are other tensors than last time, or may have been written to since."""
-    used = [counted(inputs[wanted.name]) for wanted in stage.inputs if wanted.kind == "user"]
-    seen, memo.inputs[stage.name] = memo.inputs.get(stage.name), used
-    return seen is None or not same(used, seen)

@@ -8,10 +8,10 @@ H halo rows, R all rows of a level, C channels, T tiles, L text tokens, S channe
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx.node import has_side_effect
 
-library = torch.library.Library("fisedit", "DEF")
+namespace = library.Library("fisedit", "DEF")
 
 _PRODUCT = (
     "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
@@ -61,87 +61,87 @@ SCHEMAS = {
 STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_view", "cache_store")
 
 for _name, _schema in SCHEMAS.items():
-    library.define(_name + _schema)
+    namespace.define(_name + _schema)
 
 has_side_effect(torch.ops.fisedit.cache_store.default)
 
 
-@torch.library.register_fake("fisedit::gather_rows", lib=library)
+@library.register_fake("fisedit::gather_rows", lib=namespace)
 def _(rows: Tensor, index: Tensor) -> Tensor:
     return rows.new_empty(rows.shape[0], index.shape[1], rows.shape[2])  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::scatter_rows", lib=library)
+@library.register_fake("fisedit::scatter_rows", lib=namespace)
 def _(base: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     return torch.empty_like(base)  # [B, R, C]
 
 
-@torch.library.register_fake("fisedit::sparse_conv", lib=library)
+@library.register_fake("fisedit::sparse_conv", lib=namespace)
 def _(rows, halo, table, out_index, weight, bias, kernel_size, stride, dilation, groups):
     count = table.shape[1] if out_index is None else out_index.shape[1]
     return rows.new_empty(rows.shape[0], count, weight.shape[0])  # [B, N', Co]
 
 
-@torch.library.register_fake("fisedit::group_norm_rows", lib=library)
+@library.register_fake("fisedit::group_norm_rows", lib=namespace)
 def _(rows, mean, rstd, weight, bias, shift, eps, positions, count=None):
     return torch.empty_like(rows)  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::group_norm_stats", lib=library)
+@library.register_fake("fisedit::group_norm_stats", lib=namespace)
 def _(x, groups, weight, bias, eps):
     stats = x.new_empty(x.shape[0], groups, dtype=torch.promote_types(x.dtype, torch.float32))
     return torch.empty_like(x), stats, torch.empty_like(stats)
 
 
-@torch.library.register_fake("fisedit::row_attention", lib=library)
+@library.register_fake("fisedit::row_attention", lib=namespace)
 def _(query, key, value, mask, heads, scale, key_count=None):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, N, h*d]
 
 
-@torch.library.register_fake("fisedit::controlled_attention", lib=library)
+@library.register_fake("fisedit::controlled_attention", lib=namespace)
 def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]
 
 
-@torch.library.register_fake("fisedit::multiply_rows", lib=library)
+@library.register_fake("fisedit::multiply_rows", lib=namespace)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
                    gated, positions, rows3=None, prefetch=None):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 
 
-@torch.library.register_fake("fisedit::multiply_norm_rows", lib=library)
+@library.register_fake("fisedit::multiply_norm_rows", lib=namespace)
 def _(*product, **norm):
     out = _multiply_rows(*product)
     return out, torch.empty_like(out)
 
 
-@torch.library.register_fake("fisedit::attend_rows", lib=library)
+@library.register_fake("fisedit::attend_rows", lib=namespace)
 def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale,
       prefetch=None):  # fmt: skip
     return query.new_empty(query.shape)  # [B, N, h*d]
 
 
-@torch.library.register_fake("fisedit::gather_patches", lib=library)
+@library.register_fake("fisedit::gather_patches", lib=namespace)
 def _(rows, recorded, sources, count):
     return rows.new_empty(rows.shape[0], *sources.shape[1:], rows.shape[2])  # [B, N', taps, C]
 
 
-@torch.library.register_fake("fisedit::layer_norm_rows", lib=library)
+@library.register_fake("fisedit::layer_norm_rows", lib=namespace)
 def _(rows, weight, bias, eps, count):
     return rows.new_empty(rows.shape)  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::normalize_rows", lib=library)
+@library.register_fake("fisedit::normalize_rows", lib=namespace)
 def _(rows, rows2, affine, activation, count, done):
     return rows.new_empty(*rows.shape[:2], affine.shape[-1])  # [B, N, C]
 
 
-@torch.library.register_fake("fisedit::renew_affine", lib=library)
+@library.register_fake("fisedit::renew_affine", lib=namespace)
 def _(rows, rows2, affine, full, weight, bias, shift, groups, eps, counts):
     return torch.empty_like(affine)  # [2, B, C]
 
 
-@torch.library.register_fake("fisedit::fold_group_norms", lib=library)
+@library.register_fake("fisedit::fold_group_norms", lib=namespace)
 def _(recorded, means, rstds, groups, channels, weight, bias, shift):
     return weight.new_empty(2, recorded[0].shape[0], weight.shape[0])  # [2, B, S]

@@ -39,7 +39,7 @@ def _load(op: str, provider: str) -> Callable[..., Any]:
 
 
 for _name in PROVIDERS["reference"]:
-    ops.library.impl(_name, _load(_name, "reference"), "CompositeExplicitAutograd")
+    ops.namespace.impl(_name, _load(_name, "reference"), "CompositeExplicitAutograd")
 
 
 def choose_provider(provider: str, device: torch.device) -> str:
