@@ -1,4 +1,5 @@
-"""Scattered rows of recorded maps into buffers, reference and Triton kernel, against a loop over all pairs.
+"""Scattered rows of recorded maps into buffers, reference and Triton kernel, against a loop over all pairs; and rows
+as int8.
 
 Without a GPU the kernel runs interpreted.
 """
@@ -17,6 +18,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fisedit.runtime.cache.quantize import dequantize_rows, quantize_rows  # noqa: E402
 from fisedit.runtime.kernels.load_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.load_rows.moves import ROWS, Moves, plan_moves  # noqa: E402
 from fisedit.runtime.kernels.load_rows.triton import load_rows  # noqa: E402
@@ -178,3 +180,44 @@ def test_masks_must_be_one_or_the_batchs() -> None:
         plan_moves([[random_pairs(2, seed=0)] * 2], [0], [8], 3, "cpu")
     with pytest.raises(ValueError, match=r"\[1, 2\] masks for a batch of 2"):
         plan_moves([[random_pairs(2, seed=0)], [random_pairs(2, seed=0)] * 2], [0], [8], 2, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("size", [1.0, 1e-4, 300.0])
+def test_int8_is_off_by_half_a_step(dtype: torch.dtype, size: float) -> None:
+    rows = (torch.randn(2, 50, 40, generator=torch.Generator().manual_seed(0)) * size).to(DEVICE, dtype)
+    rows[0, 3, :] = 0
+    rows[1, 4, :] = rows[1, 4, 0]
+    steps, scales = quantize_rows(rows)
+    assert (steps.shape, steps.dtype) == (rows.shape, torch.int8)
+    assert (scales.shape, scales.dtype) == (rows.shape[:2], torch.float32)
+    assert steps.int().abs().amax(-1).eq(127).sum() == 99  # all rows but the one of zeros use the whole range
+    values = dequantize_rows(steps, scales, torch.float64)
+    error = (values - rows.double()).abs()
+    assert (error <= scales.double()[..., None] * 0.50001).all()  # and what float32 rounds
+    assert not values[0, 3].any() and scales[0, 3] > 0
+    rounded = dequantize_rows(steps, scales, dtype)
+    assert rounded.dtype == dtype and torch.equal(rounded, dequantize_rows(steps, scales, torch.float32).to(dtype))
+
+
+def test_int8_of_extreme_rows() -> None:
+    """The smallest numbers that there are, the largest, and those that are none."""
+    tiny = torch.finfo(torch.float32).tiny
+    finite = [[tiny / 64, -tiny / 3], [3e-45, -1e-44], [3e38, -1e38]]
+    rows = torch.tensor([*finite, [torch.inf, 1.0], [torch.nan, 1.0]], device=DEVICE)
+    steps, scales = quantize_rows(rows[None])
+    values = dequantize_rows(steps, scales, torch.float32)[0]
+    assert ((values - rows).abs()[:3] <= scales[0, :3, None] * 0.50001).all()
+    assert not values[3:].isfinite().any()
+
+
+def test_quantized_rows_are_what_the_kernel_reads() -> None:
+    """What was quantized and loaded is what PyTorch dequantizes."""
+    rows = torch.randn(1, SOURCES, 48, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    steps, scales = quantize_rows(rows)
+    pairs = random_pairs(40, seed=1)
+    out = torch.zeros(1, GOALS, 48, dtype=torch.float16, device=DEVICE)
+    origins, goals, factors = (addresses([each]).to(DEVICE) for each in (steps, out, scales))
+    load_rows(plan_moves([[pairs]], [0], [48], 1, DEVICE), origins, goals, torch.float16, factors)
+    source, place = pairs.T.to(DEVICE)
+    assert torch.equal(out[0, place], dequantize_rows(steps, scales, torch.float16)[0, source])
