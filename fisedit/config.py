@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from fisedit.errors import ScheduleTooShortError, UnknownOptionError
 from fisedit.mask import check_mask_options, is_whole
+from fisedit.runtime.cache.block import Kind
+from fisedit.runtime.cache.tiers import Budgets
 from fisedit.runtime.cost_model import COSTS, Cost
 
 
@@ -16,36 +20,130 @@ def _check(option: str, given: object, allowed: tuple[object, ...]) -> None:
         raise UnknownOptionError(option=option, given=given, allowed=allowed)
 
 
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+
+
+def parse_size(option: str, given: str | int | None) -> int | None:
+    """Bytes of a size such as ``"8GiB"``, ``"500 MB"`` or a number of bytes; ``None`` stays ``None``.
+
+    Raises:
+        UnknownOptionError: it is no size.
+    """
+    if given is None or (isinstance(given, int) and not isinstance(given, bool) and given >= 0):
+        return given
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", given) if isinstance(given, str) else None
+    if match is None or match[2].upper() not in UNITS:
+        raise UnknownOptionError(option=option, given=given, allowed="a size such as '8GiB', '500MB' or bytes")
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where recorded feature maps lie, and which are kept.
+
+    Args:
+        gpu, host: the most that recordings of a model may take of the GPU's and the host's memory (``"8GiB"``, or
+            bytes); ``None``: 60 % and 50 % of what is free when the first run is recorded.
+        disk: a folder for what finds no room there; ``None``: none.
+        storage: ``"exact"``, or ``"int8"``: feature maps in 8 bits with a scale for each row, half the memory and half
+            the traffic, and edits a little less exact.
+        steps: first and last step (1-based, inclusive; ``None``: the last one of the run) whose feature maps are kept.
+            Edits run dense in the others. ``None`` keeps all: edits with a given mask are then sparse from the start.
+        detect_steps: how many first steps can be detect steps of an edit, for which the queries of cross-attention
+            are kept; ``None``: those at 40 % and more of the first timestep, or those before ``steps``.
+
+    Raises:
+        UnknownOptionError: a value that an option does not take.
+    """
+
+    gpu: str | int | None = None
+    host: str | int | None = None
+    disk: str | Path | None = None
+    storage: Literal["exact", "int8"] = "exact"
+    steps: tuple[int, int | None] | None = None
+    detect_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        _check("storage", self.storage, ("exact", "int8"))
+        parse_size("gpu", self.gpu)
+        parse_size("host", self.host)
+        if self.disk is not None and not isinstance(self.disk, (str, Path)):
+            raise UnknownOptionError(option="disk", given=self.disk, allowed="a folder, or None")
+        if self.detect_steps is not None and not is_whole(self.detect_steps, 0):
+            raise UnknownOptionError(option="detect_steps", given=self.detect_steps, allowed="None or a whole number")
+        if self.steps is not None and not _is_selection(self.steps):
+            allowed = "None, or (first, last), whole numbers with 1 <= first <= last; last may be None"
+            raise UnknownOptionError(option="steps", given=self.steps, allowed=allowed)
+
+    @property
+    def budgets(self) -> Budgets:
+        folder = None if self.disk is None else Path(self.disk)
+        return Budgets(parse_size("gpu", self.gpu), parse_size("host", self.host), folder)
+
+    def kinds(self, step: int, share: float) -> frozenset[Kind]:
+        """What is kept of a step.
+
+        Args:
+            step: its number, 1-based. share: its timestep over the run's first one.
+        """
+        first, last = self.steps or (1, None)
+        kept: set[Kind] = {"small"}
+        if first <= step <= (last or step):
+            kept |= {"maps", "keys"}
+        detect = self.detect_steps
+        if detect is None and self.steps is not None and first > 1:
+            detect = first - 1
+        if step <= detect if detect is not None else share >= DETECTABLE:
+            kept |= {"queries"}
+        return frozenset(kept)
+
+
+def _is_selection(steps: object) -> bool:
+    if not isinstance(steps, (tuple, list)) or len(steps) != 2 or not is_whole(steps[0], 1):
+        return False
+    return steps[1] is None or (is_whole(steps[1], 1) and steps[0] <= steps[1])
+
+
+DETECTABLE = 0.4
+"""Of the first timestep of a run: an edit can seek its mask down to there."""
+
+
 @dataclass(frozen=True)
 class CompileConfig:
     """How the sparse graph is built.
 
     Args:
         kv: keys and values of self-attention: ``"cached"`` takes the recorded full map with the active rows rewritten
-            (accurate), ``"active"`` the active rows alone (the paper's approximation; nothing to load).
+            (accurate), ``"int8"`` the same, recorded in 8 bits, ``"active"`` the active rows alone (the paper's
+            approximation; nothing to load).
         cost: how convolutions are cut, see :class:`~fisedit.runtime.cost_model.CostModel`.
         provider: whose kernels run the edit: ``"triton"`` (fused, in CUDA graphs), ``"reference"`` (plain PyTorch), or
             ``"auto"``: Triton on a GPU that has it.
         dense: what runs dense on a GPU (calls outside sessions, recording, seeking a mask, edits of most of the image):
             ``"inductor"`` compiles it at the first such call, for a minute or two; ``"eager"`` never does. A CPU never
             compiles.
+        cache: where recorded feature maps lie, and which are kept.
 
     Raises:
         UnknownOptionError: a value that an option does not take.
     """
 
-    kv: Literal["cached", "active"] = "cached"
+    kv: Literal["cached", "int8", "active"] = "cached"
     cost: Cost = "halo"
     provider: str = "auto"
     dense: Literal["inductor", "eager"] = "inductor"
+    cache: CacheConfig = CacheConfig()
 
     def __post_init__(self) -> None:
         from fisedit.runtime.kernels import PROVIDERS
 
-        _check("kv", self.kv, ("cached", "active"))
+        _check("kv", self.kv, ("cached", "int8", "active"))
         _check("cost", self.cost, COSTS)
         _check("provider", self.provider, ("auto", *PROVIDERS))
         _check("dense", self.dense, ("inductor", "eager"))
+        if not isinstance(self.cache, CacheConfig):
+            raise UnknownOptionError(option="cache", given=self.cache, allowed="a CacheConfig")
 
 
 @dataclass(frozen=True)

@@ -319,6 +319,14 @@ class NotCompiledWarning(FISEditWarning):
     """Inductor could not compile a dense graph, which runs uncompiled."""
 
 
+class PageableMemoryWarning(FISEditWarning):
+    """Host memory could not be page-locked, so that copies from and to it hold the GPU up."""
+
+
+class CacheSpaceWarning(FISEditWarning):
+    """Recorded values found no place within the budgets, or the disk did not take them; the recording lacks them."""
+
+
 def warn(message: str, category: type[FISEditWarning]) -> None:
     """Warn at the line of the user's code that led here: the first that is not ours, diffusers' or torch's."""
     level, frame, passed = 1, inspect.currentframe(), ("fisedit", "diffusers", "torch", "contextlib")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch.fx import GraphModule
@@ -14,8 +15,10 @@ from fisedit.passes import ir, pipeline
 from fisedit.passes.base import GraphPass, PassLog, run_passes
 from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.lower import lower
+from fisedit.passes.slot_uses import slot_uses
 from fisedit.passes.slots import Slot
 from fisedit.runtime import dense
+from fisedit.runtime.cache.block import Use
 from fisedit.runtime.cuda_graph import Replays
 from fisedit.runtime.executor import Executable
 from fisedit.runtime.kernels import choose_provider
@@ -37,19 +40,15 @@ class Program:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def executable(self, kind: str, store: bool = False) -> Executable:
-        """``kind`` is ``"record"``, ``"detect"`` or ``"edit"``; ``store``: also keep what a later edit will load.
-
-        ``"dense"`` is the record graph, which need not keep what it stores.
-        """
-        if kind == "dense":
-            self.executable("record")
-            return self.executables["dense"]
+        """``kind`` is ``"record"``, ``"detect"`` or ``"edit"``; ``store``: also keep what a later edit will load."""
         name = f"{kind}_store" if store else kind
         if name not in self.executables:
+            slots = self.slots if store or kind == "record" else ()
+            quantize = self.quantized if slots else frozenset[str]()
             passes = {
-                "record": lambda: pipeline.record_passes(self.slots, self._compiles),
-                "detect": lambda: pipeline.detect_passes(self.slots if store else (), self._compiles),
-                "edit": lambda: pipeline.edit_passes(self.config.kv, self.slots if store else (), self.fused),
+                "record": lambda: pipeline.record_passes(slots, self._compiles, quantize),
+                "detect": lambda: pipeline.detect_passes(slots, self._compiles, quantize),
+                "edit": lambda: pipeline.edit_passes(self.kv, slots, self.fused, quantize),
             }[kind]()
             self.executables[name] = lower(self._run(name, passes), self.provider if kind == "edit" else "reference")
             self.executables[name].packed = self.packed
@@ -84,13 +83,9 @@ class Program:
 
     def _compile(self, name: str) -> None:
         """Let a dense graph be compiled at its first call, where such graphs are."""
-        plain = without_stores = self.executables[name]
         if self._compiles:
             self.compilations.append(dense.Compilation(name))
-            plain, without_stores = dense.compiled(plain, self.compilations[-1])
-        self.executables[name] = plain
-        if name == "record":
-            self.executables["dense"] = without_stores
+            self.executables[name] = dense.compiled(self.executables[name], self.compilations[-1])
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -99,6 +94,25 @@ class Program:
         self.executable("detect")
         loaded = loaded_slots(self.graphs["edit"].graph) | loaded_slots(self.graphs["detect"].graph)
         return tuple(sorted(loaded))
+
+    @cached_property
+    def uses(self) -> dict[str, Use]:
+        """How each slot of a recording is read."""
+        self.executable("edit")
+        self.executable("detect")
+        return slot_uses(self.graphs["edit"].graph, self.graphs["detect"].graph)
+
+    @property
+    def kv(self) -> str:
+        """The keys and values of self-attention that an edit sees."""
+        return "active" if self.config.kv == "active" else "cached"
+
+    @property
+    def quantized(self) -> frozenset[str]:
+        """The slots that are stored in 8 bits."""
+        kinds = {"maps", "keys", "queries"} if self.config.cache.storage == "int8" else set()
+        kinds |= {"keys"} if self.config.kv == "int8" else set()
+        return frozenset(slot for slot, use in self.uses.items() if use.kind in kinds)
 
     def _run(self, name: str, passes: list[GraphPass]) -> GraphModule:
         canonical = self.captured.module

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import args, fisedit, is_op, layout_of
+from fisedit.passes.ir import Rows, args, fisedit, is_op, layout_of
 from fisedit.passes.slots import Slot
 from fisedit.runtime.plan import Table
 
@@ -90,11 +90,11 @@ def _insert_stores(graph: Graph, slots: Iterable[Slot], packed: dict[str, Node])
                 continue
             if slot.origin in packed:
                 value = packed[slot.origin]
-                rows.store(graph, value, slot.key, value.meta["rows"].level)
+                rows.store(graph, value, slot.key, value.meta["rows"])
             elif (layout := layout_of(by_origin[slot.origin])) is not None:
                 full = rows.dense_to_rows(graph, by_origin[slot.origin], layout)
                 index = rows.table(graph, Table("active", layout.level))
                 active = graph.call_function(fisedit.gather_rows.default, (full, index))
-                rows.store(graph, active, slot.key, layout.level)
+                rows.store(graph, active, slot.key, Rows.of(layout))
             else:
                 rows.store(graph, by_origin[slot.origin], slot.key)

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import aten, bound_arguments, fisedit, layout_of, tensor
+from fisedit.passes.ir import Rows, aten, bound_arguments, fisedit, layout_of, tensor
 from fisedit.passes.slots import Slot
 
 
@@ -31,7 +31,7 @@ def insert_cache_stores(gm: GraphModule, slots: Iterable[Slot] = ()) -> PassResu
                 assert layout is not None
                 value = rows.dense_to_rows(graph, nodes[slot.origin], layout)
                 value = graph.call_function(aten.contiguous.default, (value,))  # so that rows are gathered in one piece
-                rows.store(graph, value, slot.key, layout.level)
+                rows.store(graph, value, slot.key, Rows.of(layout))
             else:
                 rows.store(graph, nodes[slot.origin], slot.key)
     return PassResult(len(wanted))

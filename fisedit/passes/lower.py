@@ -106,7 +106,7 @@ def _copy(cutter: _Cutter, node: Node, provider: str) -> None:
     if is_op(node, fisedit.table.default, fisedit.cache_load.default, fisedit.cache_view.default):
         return  # becomes an input where it is used
     if is_op(node, fisedit.cache_store.default):
-        store = Store(str(args(node)[1]), node.meta.get("table"))
+        store = Store(str(args(node)[1]), node.meta.get("table"), node.meta.get("dtype"))
         cutter.stores[store] = cutter.take(args(node)[0])
         return
     if is_op(node, fisedit.fold_group_norms.default):

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import partial
 
 from fisedit.passes.base import GraphPass
@@ -31,6 +31,7 @@ from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
 from fisedit.passes.prefetch_weights import prefetch_weights
+from fisedit.passes.quantize_stores import quantize_stores
 from fisedit.passes.read_in_place import read_in_place
 from fisedit.passes.remove_identities import remove_identities
 from fisedit.passes.share_stored_maps import share_stored_maps
@@ -44,8 +45,10 @@ def canonical_passes() -> list[GraphPass]:
     return [canonicalize_attention, canonicalize_ops, infer_domains]
 
 
-def edit_passes(kv: str, store: Iterable[Slot] = (), fuse: bool = False) -> list[GraphPass]:
-    """``fuse``: for kernels that gather, multiply and normalize in one (GPUs)."""
+def edit_passes(
+    kv: str, store: Iterable[Slot] = (), fuse: bool = False, quantize: Container[str] = ()
+) -> list[GraphPass]:
+    """``fuse``: for kernels that gather, multiply and normalize in one (GPUs). ``quantize``: slots, see record."""
     return [
         fold_group_norm,
         sparsify_conv,
@@ -53,6 +56,7 @@ def edit_passes(kv: str, store: Iterable[Slot] = (), fuse: bool = False) -> list
         sparsify_rowwise,
         eliminate_repacking,
         partial(insert_cache_loads, store=store),
+        *quantize_passes(quantize),
         *(fuse_passes() if fuse else []),
         hoist_step_invariant,
     ]
@@ -74,10 +78,19 @@ def fuse_passes() -> list[GraphPass]:
     ]
 
 
-def detect_passes(store: Iterable[Slot] = (), compiled: bool = False) -> list[GraphPass]:
-    return [*record_passes(store, compiled), control_attention]
+def detect_passes(
+    store: Iterable[Slot] = (), compiled: bool = False, quantize: Container[str] = ()
+) -> list[GraphPass]:
+    return [*record_passes(store, compiled, quantize), control_attention]
 
 
-def record_passes(store: Iterable[Slot], compiled: bool = False) -> list[GraphPass]:
-    """``compiled``: for a graph that is compiled for a GPU."""
-    return [partial(insert_cache_stores, slots=store), *([share_stored_maps] if compiled else [])]
+def record_passes(
+    store: Iterable[Slot], compiled: bool = False, quantize: Container[str] = ()
+) -> list[GraphPass]:
+    """``compiled``: for a graph that is compiled for a GPU. ``quantize``: the slots that are stored in 8 bits."""
+    shared = [share_stored_maps] if compiled else []
+    return [partial(insert_cache_stores, slots=store), *shared, *quantize_passes(quantize)]
+
+
+def quantize_passes(slots: Container[str]) -> list[GraphPass]:
+    return [partial(quantize_stores, slots=slots)] if slots else []

@@ -57,10 +57,12 @@ def table(graph: Graph, key: Table) -> Node:
     return node
 
 
-def store(graph: Graph, value: Node, slot: str, level: Level | None = None) -> None:
-    """Keep ``value`` in the cache slot ``slot``; ``level`` is given where it holds rows."""
+def store(graph: Graph, value: Node, slot: str, kind: Rows | None = None) -> None:
+    """Keep ``value`` in the cache slot ``slot``; ``kind`` is given where it holds rows."""
     node = graph.call_function(fisedit.cache_store.default, (value, slot))
-    node.meta["table"] = Table("active", level) if level is not None else None
+    node.meta["table"] = Table("active", kind.level) if kind is not None else None
+    if kind is not None:
+        node.meta["stores"] = kind
 
 
 def reshape(graph: Graph, node: Node, shape: Sequence[int]) -> Node:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisedit.runtime.executor import Executable, Input, Memo, SlotSource, Store
+from fisedit.runtime.executor import Executable, Input, Keep, Memo, SlotSource
 from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
-from fisedit.runtime.row_plan import Buckets, LevelMasks, RowPlan
+from fisedit.runtime.row_plan import Buckets, Halos, LevelMasks, RowPlan
 from fisedit.runtime.timetable import Row, counted, same
 
 CAPTURING = threading.Lock()
@@ -43,11 +43,11 @@ class Replay:
         self._each_call = [wanted for wanted in self.step.inputs if wanted.kind not in ("value", "table")]
         self._memo: Memo | None = None
         self._constants: Mapping[str, Any] | None = None  # another object after weights were moved
-        self._results: tuple[list[Tensor], dict[Store, Tensor]] = ([], {})
+        self._results: Sequence[Tensor] = ()
 
     def run(
-        self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo
-    ) -> tuple[list[Tensor], dict[Store, Tensor]]:
+        self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, keep: Keep | None = None
+    ) -> list[Tensor]:
         """One call, as :meth:`Executable.run`."""
         with torch.inference_mode(False), torch.no_grad():  # else its buffers could only be written in that mode
             ran = self.executable.prepare(inputs, memo)
@@ -57,13 +57,13 @@ class Replay:
             self._fill(inputs, source, memo, values)
             self._memo = memo
             if self.plan.device.type != "cuda":
-                return self._call()
+                return self.step.split(self._call(), keep)[: self.step.results]
             if self.graph is None:
                 self._capture()
             assert self.graph is not None
             self.graph.replay()
-            outputs, stored = self._results
-            return [output.clone() for output in outputs], {store: value.clone() for store, value in stored.items()}
+            outputs = self.step.split(self._results, keep)[: self.step.results]
+            return [output.clone() for output in outputs]
 
     def end_session(self) -> None:
         """Hold nothing of the session any more but what lies in the buffers."""
@@ -108,10 +108,8 @@ class Replay:
             assert row.packing == self._row.packing
             copies.add(self._row.data, row.data)
 
-    def _call(self) -> tuple[list[Tensor], dict[Store, Tensor]]:
-        outputs = self.step.module(*[self._argument(wanted) for wanted in self.step.inputs])
-        stored = outputs[self.step.results + len(self.step.values) :]
-        return list(outputs[: self.step.results]), dict(zip(self.step.stores, stored, strict=True))
+    def _call(self) -> Sequence[Tensor]:
+        return self.step.module(*[self._argument(wanted) for wanted in self.step.inputs])
 
     def _argument(self, wanted: Input) -> Any:
         if wanted.kind == "table":
@@ -168,16 +166,19 @@ class Replays:
         self._idle: OrderedDict[tuple[Buckets, int], list[Replay]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def take(self, masks: Tensor, batch: int, device: torch.device) -> Replay:
-        """A graph for masks bool ``[B, H, W]``, its tables filled; give it back with :meth:`give_back`."""
-        projected = LevelMasks(masks, self.levels)
+    def take(self, projected: LevelMasks, batch: int, device: torch.device, halos: Halos | None = None) -> Replay:
+        """A graph for masks at ``levels``, its tables filled; give it back with :meth:`give_back`.
+
+        Args:
+            halos: where recorded rows lie that are fetched; ``None``: recorded maps are read whole, in their place.
+        """
         key = (projected.buckets, batch)
         with self._lock:
             idle = self._idle.get(key)
             replay = idle.pop() if idle else None
         with torch.inference_mode(False), torch.no_grad():
             replay = replay or Replay(self.executable, projected.buckets, batch, device)
-            replay.plan.write(projected)
+            replay.plan.write(projected, halos)
         return replay
 
     def give_back(self, replay: Replay) -> None:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit.errors import NotCompiledWarning, warn
 from fisedit.runtime.cuda_graph import CAPTURING
-from fisedit.runtime.executor import Executable, Stage
+from fisedit.runtime.executor import Executable, Keep, Stage
 
 logger = logging.getLogger("fisedit")
 
@@ -34,8 +34,6 @@ MODEL_OPTIONS: dict[str, Any] = {"mode": "reduce-overhead", "dynamic": False}
 """How ``torch.compile`` is called."""
 WARMUPS = 2
 """Runs before a capture: libraries choose their kernels and allocate in them."""
-ALIGNMENT = 256
-"""Bytes to which kept values are aligned, as the allocator aligns its own."""
 VALUES = (type(None), bool, int, float, str)
 
 _compiling = threading.RLock()  # Dynamo and Inductor are global
@@ -97,8 +95,7 @@ class _Captured:
 class CompiledStage:
     """A dense stage of a graph, compiled at its first call; as it is where that fails.
 
-    Its results are in memory of their own: user outputs each, what it stores in one piece for each dtype and for rows
-    and other values apart, copied in few launches. Any thread may call it.
+    Its results are in memory of their own. Any thread may call it.
     """
 
     def __init__(self, stage: Stage, compilation: Compilation) -> None:
@@ -111,34 +108,26 @@ class CompiledStage:
         self._lock = threading.Lock()
         self._done: torch.cuda.Event | None = None
 
-    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return self.run(inputs, stores=True)
-
-    def without_stores(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """The user outputs alone: the same compiled graph, nothing kept of what it stores."""
-        return self.run(inputs, stores=False)
-
-    def run(self, inputs: Sequence[Tensor], stores: bool) -> tuple[Tensor, ...]:
-        """Run the stage.
+    def __call__(self, inputs: Sequence[Tensor], keep: Keep | None) -> list[Tensor]:
+        """Run the stage, a :data:`~fisedit.runtime.executor.Runner`.
 
         Args:
             inputs: its inputs, of the shapes and dtypes of the first call.
-            stores: whether to keep what it stores.
+            keep: is given what it stores: buffers that the next call overwrites.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if self.compilation.failure is None:
                 try:
-                    return self._run_compiled(inputs, stores)
+                    return self._run_compiled(inputs, keep)
+                except torch.OutOfMemoryError:
+                    raise  # recorded values may make room, and it is tried again
                 except Exception as error:
                     outputs = self.eager(*inputs)  # raises what the caller has to know
                     self.compilation.give_up(error)
-                    return self._unkept(outputs, stores)
-        return self._unkept(self.eager(*inputs), stores)
+                    return self._stage.split(outputs, keep)
+        return self._stage.split(self.eager(*inputs), keep)
 
-    def _unkept(self, outputs: tuple[Tensor, ...], stores: bool) -> tuple[Tensor, ...]:
-        return outputs if stores else outputs[: self._stage.results]
-
-    def _run_compiled(self, inputs: Sequence[Tensor], stores: bool) -> tuple[Tensor, ...]:
+    def _run_compiled(self, inputs: Sequence[Tensor], keep: Keep | None) -> list[Tensor]:
         captured = self._captured
         if captured is None:
             with _compiling, self.compilation.timed():
@@ -146,7 +135,7 @@ class CompiledStage:
         if captured.addresses != self._addresses():  # the weights were moved
             captured = self._captured = self._capture(inputs)
         if captured.graph is None:
-            return self._own(self._compiled(*inputs), stores)
+            return self._own(self._compiled(*inputs), keep)
         stream = torch.cuda.current_stream(inputs[0].device)
         if self._done is None:
             self._done = torch.cuda.Event()
@@ -154,9 +143,13 @@ class CompiledStage:
             stream.wait_event(self._done)  # another stream may still read the static buffers
         _copy_all(captured.inputs, inputs)
         captured.graph.replay()
-        outputs = self._own(captured.outputs, stores)
+        outputs = self._own(captured.outputs, keep)
         self._done.record(stream)
         return outputs
+
+    def _own(self, outputs: Sequence[Tensor], keep: Keep | None) -> list[Tensor]:
+        """Copies of outputs, which the next replay overwrites; ``keep`` makes those of what is stored."""
+        return [value.clone() for value in self._stage.split(outputs, keep)]
 
     def _addresses(self) -> list[int]:
         return [weight.data_ptr() for weight in self._weights]
@@ -178,36 +171,6 @@ class CompiledStage:
                 outputs = self._compiled(*static)
         return _Captured(graph, static, outputs, self._addresses())
 
-    def _own(self, outputs: Sequence[Tensor], stores: bool) -> tuple[Tensor, ...]:
-        """Copies of outputs, which the next replay overwrites."""
-        results = [value.clone() for value in outputs[: self._stage.results]]
-        if not stores:
-            return tuple(results)
-        first = self._stage.results + len(self._stage.values)
-        others = [value.clone() for value in outputs[self._stage.results : first]]
-        kinds = [store.rows is not None for store in self._stage.stores]
-        return (*results, *others, *copy_together(outputs[first:], kinds))
-
-
-def copy_together(values: Sequence[Tensor], kinds: Sequence[Any]) -> list[Tensor]:
-    """Contiguous copies of tensors, those of one dtype, device and kind in one piece of memory.
-
-    Args:
-        kinds: of each value; what is of different kinds may be freed apart.
-    """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    for number, (value, kind) in enumerate(zip(values, kinds, strict=True)):
-        groups[value.dtype, value.device, kind].append(number)
-    copies: dict[int, Tensor] = {}
-    for (dtype, device, _), numbers in groups.items():
-        step = ALIGNMENT // dtype.itemsize
-        lengths = [-(-values[n].numel() // step) * step for n in numbers]
-        pieces = torch.empty(sum(lengths), dtype=dtype, device=device).split(lengths)
-        for number, piece in zip(numbers, pieces, strict=True):
-            copies[number] = piece[: values[number].numel()].view(values[number].shape)
-        torch._foreach_copy_([copies[n] for n in numbers], [values[n] for n in numbers])
-    return [copies[number] for number in range(len(values))]
-
 
 def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     groups: dict[torch.dtype, list[int]] = defaultdict(list)
@@ -217,13 +180,10 @@ def _copy_all(to: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         torch._foreach_copy_([to[n] for n in numbers], [values[n] for n in numbers])
 
 
-def compiled(executable: Executable, compilation: Compilation) -> tuple[Executable, Executable]:
-    """An executable whose last stage is compiled, and one that runs the same without keeping its stores."""
+def compiled(executable: Executable, compilation: Compilation) -> Executable:
+    """An executable whose last stage is compiled."""
     *before, step = executable.stages
-    stage = CompiledStage(step, compilation)
-    with_stores: Any = replace(step, module=cast(Any, stage))
-    without: Any = replace(step, module=cast(Any, stage.without_stores), values=(), stores=())
-    return Executable([*before, with_stores]), Executable([*before, without])
+    return Executable([*before, replace(step, runner=CompiledStage(step, compilation))])
 
 
 @dataclass

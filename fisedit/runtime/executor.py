@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol
@@ -51,10 +51,21 @@ class Input:
 
 @dataclass(frozen=True)
 class Store:
-    """A slot that a graph writes; ``rows`` names the active rows of its level, ``None`` for values without rows."""
+    """A slot that a graph writes.
+
+    ``rows`` names the active rows of its level, ``None`` for values without rows; ``dtype`` is that of the value which
+    quantized rows stand for, ``None`` if they are not quantized.
+    """
 
     slot: str
     rows: Table | None
+    dtype: torch.dtype | None = None
+
+
+Keep = Callable[[dict[Store, Tensor]], None]
+"""Takes what a graph stores, before anything can overwrite it."""
+Runner = Callable[[Sequence[Any], Keep | None], list[Tensor]]
+"""Runs a stage: its inputs, and what takes its stores; returns the user outputs and the values of later stages."""
 
 
 @dataclass
@@ -62,7 +73,7 @@ class Stage:
     """A part of a graph that is run at one rhythm: once per model, per edit, per timestep, or per call.
 
     ``views`` are the slots that its kernels read in place. ``module`` returns ``results`` user outputs, then the
-    ``values`` of later stages, then the ``stores``.
+    ``values`` of later stages, then the ``stores``. ``runner``: what runs it in the module's place.
     """
 
     name: str
@@ -72,6 +83,20 @@ class Stage:
     values: tuple[str, ...]
     stores: tuple[Store, ...]
     views: tuple[str, ...] = ()
+    runner: Runner | None = None
+
+    def run(self, arguments: Sequence[Any], keep: Keep | None) -> list[Tensor]:
+        """The user outputs and the values of later stages; ``keep`` is given what it stores."""
+        if self.runner is not None:
+            return self.runner(arguments, keep)
+        return self.split(self.module(*arguments), keep)
+
+    def split(self, outputs: Sequence[Tensor], keep: Keep | None) -> list[Tensor]:
+        """Give the stores among the outputs of the module to ``keep``; returns the others."""
+        others = self.results + len(self.values)
+        if keep is not None and self.stores:
+            keep(dict(zip(self.stores, outputs[others:], strict=True)))
+        return list(outputs[:others])
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -150,16 +175,16 @@ class Executable:
         plan: Plan | None = None,
         source: SlotSource | None = None,
         memo: Memo | None = None,
-    ) -> tuple[list[Tensor], dict[Store, Tensor]]:
-        """Run all stages that are due.
+        keep: Keep | None = None,
+    ) -> list[Tensor]:
+        """Run all stages that are due; returns the user outputs.
 
         Args:
             inputs: the model's tensor inputs by name, and the controls of a detect graph.
             plan: the mask's tables, for an edit graph.
             source: the recorded step that ``load`` and ``views`` inputs come from.
             memo: kept between the calls of one edit; stages before ``step`` run only when their inputs changed.
-        Returns:
-            The user outputs, and the stored values.
+            keep: is given what the graph stores, which may be overwritten once it returns.
         """
         memo, step = memo or Memo(), self.step
         if self.before:
@@ -167,9 +192,8 @@ class Executable:
         if row := self.timestep_row(inputs, memo):
             memo.values.update(zip(self.before["timestep"].values, row.packing.unpack(row.data), strict=True))
         with torch.no_grad():
-            outputs = step.module(*[self.fetch(w, step, inputs, plan, source, memo) for w in step.inputs])
-        stored = outputs[step.results + len(step.values) :]
-        return list(outputs[: step.results]), dict(zip(step.stores, stored, strict=True))
+            outputs = step.run([self.fetch(w, step, inputs, plan, source, memo) for w in step.inputs], keep)
+        return outputs[: step.results]
 
     def prepare(self, inputs: Mapping[str, Tensor], memo: Memo) -> bool:
         """Run the stages before the timestep's, where weights or text changed; whether any ran."""

@@ -41,6 +41,7 @@ SCHEMAS = {
     "Tensor? key_count=None) -> Tensor",
     "controlled_attention": "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor query_recorded, "
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
+    "quantize_rows": "(Tensor rows) -> (Tensor, Tensor)",
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
     "multiply_rows": f"({_PRODUCT}) -> Tensor",
     "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
@@ -101,6 +102,12 @@ def _(query, key, value, mask, heads, scale, key_count=None):
 @library.register_fake("fisedit::controlled_attention", lib=namespace)
 def _(query, key, value, mask, query_recorded, key_recorded, index, weight, heads, scale):
     return query.new_empty(query.shape[0], query.shape[1], heads * value.shape[-1])  # [B, R, h*d]
+
+
+@library.register_fake("fisedit::quantize_rows", lib=namespace)
+def _(rows):
+    quantized = rows.new_empty(rows.shape, dtype=torch.int8)  # [B, N, C]
+    return quantized, rows.new_empty(rows.shape[:2], dtype=torch.float32)  # [B, N]
 
 
 @library.register_fake("fisedit::multiply_rows", lib=namespace)

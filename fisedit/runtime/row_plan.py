@@ -6,7 +6,7 @@ vectorized ops on the device of the buffers, from the masks alone; nothing waits
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -60,6 +60,49 @@ class LevelMasks:
                 (level, bucket(size, level[0] * level[1]), size == level[0] * level[1]) for level, size in sizes.items()
             ),
         )
+
+
+@dataclass(frozen=True)
+class Halos:
+    """Which recorded positions of each level the convolutions of masks read: int64 ``[h]`` for each mask, ascending.
+
+    What is fetched from another tier are these rows, one after the other.
+    """
+
+    positions: Mapping[Level, list[Tensor]]
+
+    @staticmethod
+    def of(masks: LevelMasks, geometries: Iterable[ConvGeometry], whole: Iterable[Level] = ()) -> Halos:
+        """The halos of all ``geometries``; of the levels ``whole`` every position."""
+        read: dict[Level, list[Tensor]] = {}
+        for geometry in geometries:
+            reads = read_positions(geometry, torch.device("cpu"))  # [R', taps]
+            marks = read.setdefault(geometry.source, [torch.zeros_like(mask) for mask in masks.at[geometry.source]])
+            for mark, target in zip(marks, masks.at[geometry.target], strict=True):
+                wanted = reads[target].flatten()
+                mark[wanted[wanted >= 0].long()] = True
+        for level, marks in read.items():
+            for mark, active in zip(marks, masks.at[level], strict=True):
+                mark &= ~active
+        positions = {level: [mark.nonzero()[:, 0] for mark in marks] for level, marks in read.items()}
+        for level in whole:
+            positions[level] = [torch.arange(level[0] * level[1])] * len(masks.at[level])
+        return Halos(positions)
+
+    def size(self, level: Level) -> int:
+        """Rows of the largest mask."""
+        return max(len(positions) for positions in self.positions[level])
+
+    def index(self, level: Level) -> Tensor:
+        """The positions, int64 ``[M, H]``, padded with the first position."""
+        return torch.nn.utils.rnn.pad_sequence(self.positions[level], batch_first=True)
+
+    def places(self, level: Level) -> Tensor:
+        """For each position its place among the fetched rows: int32 ``[M, R]``, 0 for those that are not read."""
+        places = torch.zeros(len(self.positions[level]), level[0] * level[1], dtype=torch.int32)
+        for row, positions in zip(places, self.positions[level], strict=True):
+            row[positions] = torch.arange(len(positions), dtype=torch.int32)
+        return places
 
 
 @lru_cache(maxsize=256)
@@ -119,22 +162,30 @@ class RowPlan:
             return self.full[key.of] == (key.kind == "full")
         return self._tables[key]
 
-    def write(self, masks: LevelMasks) -> None:
-        """Fill the tables for other masks of the same buckets."""
+    def write(self, masks: LevelMasks, halos: Halos | None = None) -> None:
+        """Fill the tables for other masks of the same buckets.
+
+        Args:
+            halos: the recorded rows that convolutions find one after the other; ``None``: they find whole maps.
+        """
         assert masks.buckets == self.buckets
         places: dict[Level, Tensor] = {}
+        fetched: dict[Level, Tensor] = {}
         active: dict[Level, Tensor] = {}
         for level, size in self.sizes.items():
             mask = masks.at[level].to(self.device, non_blocking=True)  # [M, R]
             positions = torch.arange(mask.shape[1], dtype=torch.int32, device=self.device)
             rank = mask.cumsum(1, dtype=torch.int32) - 1
-            places[level] = torch.where(mask, rank, positions + size)  # [M, R]
+            places[level] = fetched[level] = torch.where(mask, rank, positions + size)  # [M, R]
+            if halos is not None and level in halos.positions:
+                recorded = halos.places(level).to(self.device, non_blocking=True)
+                fetched[level] = torch.where(mask, rank, recorded + size)  # [M, R]
             padded = torch.full((len(mask), size + 1), mask.shape[1], dtype=torch.int64, device=self.device)
             goal = torch.where(mask, rank, size).long()
             active[level] = padded.scatter_(1, goal, positions.long().expand_as(goal))[:, :size]  # [M, N]
         for key, table in self._tables.items():
             if isinstance(key.of, ConvGeometry):
-                table.copy_(self._sources(key.of, places[key.of.source], active[key.of.target]))
+                table.copy_(self._sources(key.of, fetched[key.of.source], active[key.of.target]))
             elif key.kind == "active":
                 table.copy_(active[key.of])
             elif key.kind == "keys":

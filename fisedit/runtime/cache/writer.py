@@ -1,0 +1,52 @@
+"""Keep what a session records: by kind in blocks, on the tiers that have room."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fisedit.runtime.cache.block import SCALE, Kept, Kind, Use
+from fisedit.runtime.cache.tiers import Ring, Tiers
+from fisedit.runtime.executor import Store
+
+
+@dataclass
+class Writer:
+    """What stores the values of one session, behind its computing.
+
+    Attributes:
+        stored: bytes kept so far, by kind.
+    """
+
+    tiers: Tiers
+    stored: dict[Kind, int] = field(default_factory=dict)
+    _ring: Ring | None = None
+
+    def keep(
+        self, values: Mapping[Store, Tensor], uses: Mapping[str, Use], batch: int, kinds: frozenset[Kind] | None = None
+    ) -> dict[str, Kept]:
+        """Copies of recorded values, by slot; the values may be overwritten after this on the same stream.
+
+        Args:
+            uses: how slots are read.
+            batch: samples that they have.
+            kinds: what to keep; ``None`` is all.
+        """
+        groups: dict[Kind, dict[str, Tensor]] = {}
+        dtypes: dict[str, torch.dtype] = {}
+        for store, value in values.items():
+            kind = uses[store.slot.removeprefix(SCALE)].kind
+            if kinds is None or kind in kinds:
+                groups.setdefault(kind, {})[store.slot] = value
+                dtypes[store.slot] = store.dtype or value.dtype
+        if self._ring is None:
+            self._ring = self.tiers.ring(sum(value.nbytes for group in groups.values() for value in group.values()))
+        kept: dict[str, Kept] = {}
+        for kind, group in groups.items():
+            block = self.tiers.store(kind, group, self._ring)
+            self.stored[kind] = self.stored.get(kind, 0) + block.nbytes
+            kept |= {s: Kept(block, s, dtypes[s], batch) for s in group if not s.startswith(SCALE)}
+        return kept

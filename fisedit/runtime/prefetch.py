@@ -1,0 +1,346 @@
+"""Fetch what a sparse call reads of a recording while the call before it computes, from whichever tier it lies on.
+
+Of the maps that convolutions read only the rows around the mask are fetched, one after the other into buffers of fixed
+places; keys and values are read whole, where they lie if that is the GPU. There are two sets of buffers: one is read
+by the call under way, the other one filled for the next. On a GPU the copies run on a stream of their own, and streams
+wait for each other by events, never the host; only files, and memory that is not page-locked, are read by a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisedit.runtime.cache.block import Kind, Layout, Use
+from fisedit.runtime.cache.links import (
+    Link,
+    Reach,
+    Source,
+    addresses,
+    links,
+    memory,
+    newest,
+    origins,
+    overlay_at,
+    place,
+    shared_block,
+)
+from fisedit.runtime.cache.store import Overlay
+from fisedit.runtime.cache.tiers import Tiers
+from fisedit.runtime.geometry import Level
+from fisedit.runtime.kernels.load_rows.moves import Moves, plan_moves
+from fisedit.runtime.kernels.load_rows.reference import load_rows as load_rows_reference
+from fisedit.runtime.row_plan import Halos
+from fisedit.runtime.trace import span
+
+SETS = 2
+"""Sets of buffers: one is read while the other one is filled."""
+AHEAD = 3
+"""Calls for which the reading thread works ahead, where it has to."""
+FETCHED: tuple[Kind, ...] = ("maps", "keys")
+"""What is fetched; statistics and the like always lie where they are read."""
+
+
+@dataclass(frozen=True)
+class Wants:
+    """What a step stage reads: ``views``, in their place, and ``loads``, whole; ``uses``: how."""
+
+    views: tuple[str, ...]
+    loads: tuple[str, ...]
+    uses: Mapping[str, Use]
+    shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and channels, once they are known
+
+    def of(self, kind: Kind) -> list[str]:
+        return sorted({slot for slot in (*self.views, *self.loads) if self.uses[slot].kind == kind})
+
+    def level(self, slot: str) -> Level | None:
+        """The level of a map; ``None`` for what is read whole."""
+        use = self.uses[slot]
+        return use.geometries[0].source if use.kind == "maps" else None
+
+
+@dataclass
+class Buffers:
+    """One set: a piece of memory for each kind. ``goals``: its addresses, int64 ``[slots, B]``."""
+
+    data: dict[Kind, Tensor] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    goals: dict[Kind, Tensor] = field(default_factory=dict)
+    table: Tensor | None = None  # int64 [views, B]: where kernels read
+    ready: torch.cuda.Event | None = None
+    read: torch.cuda.Event | None = None
+    alive: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Fetched:
+    """The recorded values of one call, where they were fetched to; a :class:`SlotSource`."""
+
+    table: Tensor
+    values: Mapping[str, Tensor]
+    source: Source
+
+    def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
+        return self.table, []
+
+    def load(self, slot: str, index: Tensor | None = None) -> Tensor:
+        if index is None and (value := self.values.get(slot)) is not None:
+            return value
+        return self.source.load(slot, index)
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A call to fetch for: its recorded values, and how each kind of them is reached."""
+
+    source: Source
+    reach: Mapping[Kind, Reach]
+
+
+class Prefetch:
+    """Fetches the recorded values of one edit's sparse calls, in their order, each before it is asked for.
+
+    Args:
+        wants: what a call reads.
+        halos: which rows of the maps.
+        sources: the recorded values of call ``number``; ``None`` where none are read.
+        batch: samples of a call.
+        tiers: where recorded values lie.
+    """
+
+    def __init__(
+        self, wants: Wants, halos: Halos, sources: Callable[[int], Source | None], batch: int, tiers: Tiers
+    ) -> None:
+        self.wants, self.halos, self.sources, self.batch, self.tiers = wants, halos, sources, batch, tiers
+        self.device = tiers.device
+        self.bytes_loaded: dict[int, int] = {}
+        self._slots = {kind: wants.of(kind) for kind in FETCHED}
+        self._stream = torch.cuda.Stream(self.device, priority=-1) if tiers.on_gpu else None
+        self._sets = [Buffers() for _ in range(SETS)]
+        self._now = self._sets[0], -1
+        self._filled: dict[int, Fetched] = {}
+        self._coming: dict[int, Coming | None] = {}
+        self._moves: dict[Any, Moves] = {}
+        self._rows_of: dict[tuple[Kind, int, str], int] = {}  # elements that a copy moves
+        self._thread: ThreadPoolExecutor | None = None
+        self._reading: dict[tuple[int, Kind], Future[Tensor]] = {}
+
+    def source(self, number: int) -> Fetched:
+        """The values of call ``number``; the compute stream waits until they are there."""
+        if number not in self._filled:
+            self._fill(number)
+        fetched, buffers = self._filled.pop(number), self._sets[number % SETS]
+        self._now = buffers, number
+        if buffers.ready is not None:
+            torch.cuda.current_stream(self.device).wait_event(buffers.ready)
+        return fetched
+
+    def done(self) -> None:
+        """The kernels of the call are under way: fetch for the next one beside them."""
+        buffers, number = self._now
+        if self._stream is not None:
+            buffers.read = torch.cuda.Event()
+            buffers.read.record(torch.cuda.current_stream(self.device))
+        self._coming.pop(number, None)
+        self._fill(number + 1)
+
+    def close(self) -> None:
+        """Stop reading ahead. The buffers are free once the copies under way are over."""
+        for job in self._reading.values():
+            job.cancel()
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._stream)
+        self._reading.clear()
+        self._filled.clear()
+        self._sets.clear()
+
+    # Filling a set of buffers
+
+    def _fill(self, number: int) -> None:
+        coming = self._look(number)
+        if coming is None:
+            return
+        buffers, source = self._sets[number % SETS], coming.source
+        for kind, slots in self._slots.items():
+            if slots and not coming.reach[kind].in_place and kind not in buffers.data:
+                self._prepare(buffers, kind, source)
+        self._read_ahead(number)
+        with self._on_stream(buffers), span("load", f"call {number + 1}", self.device):
+            buffers.alive = [t for kind in FETCHED for t in self._fetch(number, kind, buffers, coming)]
+            table = self._table(buffers, coming).to(self.device, non_blocking=True)
+            if buffers.table is None:
+                buffers.table = table
+            else:
+                buffers.table.copy_(table)  # in its place: results of an earlier capture may still read it
+            if self._stream is not None:
+                self.tiers.slow_down(self.bytes_loaded.get(number, 0))
+                buffers.ready = torch.cuda.Event()
+                buffers.ready.record()
+        self._filled = {number: Fetched(buffers.table, buffers.values, source)}
+
+    def _look(self, number: int) -> Coming | None:
+        """What call ``number`` reads, and how it is reached: looked at once."""
+        if number not in self._coming:
+            source = self.sources(number)
+            reach = {
+                kind: Reach.of(source, slots, self.batch, self.device, whole=kind == "keys")
+                for kind, slots in self._slots.items()
+                if source is not None
+            }
+            self._coming[number] = Coming(source, reach) if source is not None else None
+        return self._coming[number]
+
+    def _on_stream(self, buffers: Buffers) -> AbstractContextManager[Any]:
+        if self._stream is None:
+            return nullcontext()
+        if buffers.read is not None:
+            self._stream.wait_event(buffers.read)  # the call that reads what is in them
+        else:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))  # they were just allocated
+        return torch.cuda.stream(self._stream)
+
+    def _prepare(self, buffers: Buffers, kind: Kind, source: Source) -> None:
+        """Make a set's buffer for one kind, with the sizes of this mask."""
+        first = origins(source, self.batch)[0][0].chain[0]
+        shapes = {}
+        for slot in self._slots[kind]:
+            value, level = first.values[slot], self.wants.level(slot)
+            assert not isinstance(value, Overlay)
+            rows = value.shape[1] if level is None else self.halos.size(level)
+            self.wants.shapes[slot] = value.shape[1], value.shape[2]
+            shapes[slot] = torch.empty(self.batch, rows, value.shape[2], dtype=value.dtype, device="meta")
+        layout = Layout.of(shapes)
+        buffers.data[kind] = self.tiers.allocate(layout.nbytes)
+        buffers.values |= layout.views(buffers.data[kind])
+        begins = [_begins(buffers.values[slot]) for slot in self._slots[kind]]
+        buffers.goals[kind] = addresses(begins, self.batch).to(self.device)
+
+    def _fetch(self, number: int, kind: Kind, buffers: Buffers, coming: Coming) -> list[Tensor]:
+        """Bring the values of one kind into a set of buffers; returns what has to stay alive meanwhile."""
+        reach = coming.reach[kind]
+        if not self._slots[kind] or reach.in_place:
+            return []
+        if not reach.by_address:
+            read = self._reading.pop((number, kind)).result()
+            self._copy_all(number, buffers.data[kind], read)
+            return [read]
+        every = enumerate(links(coming.source, self.batch))
+        return [t for depth, each in every for t in self._copy(number, kind, buffers, each, depth)]
+
+    def _copy(self, number: int, kind: Kind, buffers: Buffers, each: Sequence[Link], depth: int) -> list[Tensor]:
+        """Copy what one link of the samples' chains has: the dense recordings, or what edits put over them."""
+        slots = self._slots[kind]
+        block = shared_block(each, slots) if kind == "keys" else None
+        if block is not None and block.data is not None:
+            self._copy_all(number, buffers.data[kind], block.data)
+            return [block.data]
+        places = [[place(link, slot) for link in each] for slot in slots]
+        if not any(begin for of_slot in places for begin, _ in of_slot):
+            return []
+        moves = self._plan(kind, each, depth)
+        begins = addresses([[begin for begin, _ in of_slot] for of_slot in places], self.batch).to(self.device)
+        scaled = any(scale for of_slot in places for _, scale in of_slot)
+        scales = addresses([[scale for _, scale in of_slot] for of_slot in places], self.batch).to(self.device)
+        dtype = buffers.values[slots[0]].dtype
+        if self._stream is None:
+            load_rows_reference(moves, begins, buffers.goals[kind], dtype, scales if scaled else None)
+        else:
+            from fisedit.runtime.kernels.load_rows.triton import load_rows
+
+            load_rows(moves, begins, buffers.goals[kind], dtype, scales if scaled else None)
+        rows = sum(self._rows_of[key] for key in ((kind, depth, slot) for slot in slots))
+        self._count(number, rows * (1 if scaled else dtype.itemsize))
+        return [begins, scales, *memory(each, slots)]
+
+    def _copy_all(self, number: int, goal: Tensor, data: Tensor) -> None:
+        goal.copy_(data, non_blocking=True)
+        self._count(number, data.numel())
+
+    def _count(self, number: int, nbytes: int) -> None:
+        self.bytes_loaded[number] = self.bytes_loaded.get(number, 0) + nbytes
+
+    def _table(self, buffers: Buffers, coming: Coming) -> Tensor:
+        """Where the kernels of a call read each view of each sample: int64 ``[views, B]`` on the host."""
+        fetched = {s for kind, slots in self._slots.items() if not coming.reach[kind].in_place for s in slots}
+        each = origins(coming.source, self.batch)
+        rows = [
+            _begins(buffers.values[slot]) if slot in fetched else [newest(cache, n, slot)[0] for cache, n in each]
+            for slot in self.wants.views
+        ]
+        return addresses(rows, self.batch)
+
+    # What moves where
+
+    def _plan(self, kind: Kind, each: Sequence[Link], depth: int) -> Moves:
+        """The pairs of source and goal row; the same for all calls, while the same rows were recorded."""
+        slots = self._slots[kind]
+        overlays = [[overlay_at(link, slot) for link in each] for slot in slots]
+        names = [tuple(None if o is None else o.index.data_ptr() for o in of_slot) for of_slot in overlays]
+        key = (kind, depth, tuple(names))
+        if key not in self._moves:
+            lists: dict[Any, int] = {}
+            pairs: list[list[Tensor]] = []
+            chosen = []
+            for slot, of_slot, name in zip(slots, overlays, names, strict=True):
+                wanted = self.wants.level(slot), self.wants.shapes[slot][0], name
+                if wanted not in lists:
+                    lists[wanted] = len(pairs)
+                    pairs.append([self._pairs(*wanted[:2], o, sample) for sample, o in enumerate(of_slot)])
+                chosen.append(lists[wanted])
+            widths = [self.wants.shapes[slot][1] for slot in slots]
+            for slot, of, width in zip(slots, chosen, widths, strict=True):
+                self._rows_of[kind, depth, slot] = width * sum(len(piece) for piece in pairs[of])
+            self._moves[key] = plan_moves(pairs, chosen, widths, self.batch, self.device)
+        return self._moves[key]
+
+    def _pairs(self, level: Level | None, rows: int, overlay: Overlay | None, sample: int) -> Tensor:
+        """Source and goal rows of one sample, int ``[n, 2]``."""
+        wanted = torch.arange(rows)
+        if level is not None:
+            wanted = self.halos.positions[level][sample % len(self.halos.positions[level])]
+        goals = torch.arange(len(wanted))
+        if overlay is None:
+            return torch.stack([wanted, goals], 1)
+        index = overlay.index[sample % len(overlay.index)].cpu()  # [N], padded with R
+        found = torch.full((rows,), -1)
+        found[index[index < rows]] = torch.arange(len(index))[index < rows]
+        return torch.stack([found[wanted], goals], 1)[found[wanted] >= 0]
+
+    # Reading by a thread
+
+    def _read_ahead(self, number: int) -> None:
+        """Have a thread read what the device cannot reach, for this call and the next ones."""
+        for ahead in range(number, number + AHEAD):
+            coming = self._look(ahead)
+            for kind, slots in self._slots.items():
+                if coming is None or not slots or coming.reach[kind].in_place or coming.reach[kind].by_address:
+                    continue
+                if (ahead, kind) not in self._reading:
+                    if self._thread is None:
+                        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fisedit-read")
+                    self._reading[ahead, kind] = self._thread.submit(self._read, ahead, kind, coming.source)
+
+    def _read(self, number: int, kind: Kind, source: Source) -> Tensor:
+        """The rows of one kind as they lie in the buffers: uint8 on the host, page-locked for a GPU."""
+        with span("disk", f"read call {number + 1}", torch.device("cpu")), torch.no_grad():
+            on_host, rows = source.on(torch.device("cpu")), {}
+            for slot in self._slots[kind]:
+                level = self.wants.level(slot)
+                rows[slot] = on_host.load(slot, None if level is None else self.halos.index(level))
+            layout = Layout.of(rows)
+            data, _ = self.tiers.pool.take(layout.nbytes)
+            layout.write(data, rows)
+            return data
+
+
+def _begins(value: Tensor) -> list[int]:
+    """The address of each sample's rows."""
+    return [value.data_ptr() + number * value[0].nbytes for number in range(len(value))]
