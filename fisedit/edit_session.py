@@ -26,8 +26,8 @@ from fisedit.runtime.cuda_graph import Replay, Replays
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan, Table
 from fisedit.runtime.timetable import Timetable
+from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies, Same
-from fisedit.timing import Span
 
 Computed = tuple[list[Tensor], dict[Store, Tensor]]
 """The outputs of a call, and the values to record."""

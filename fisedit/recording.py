@@ -15,8 +15,8 @@ from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, Reco
 from fisedit.fingerprint import ModelState
 from fisedit.program import Program
 from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
+from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies
-from fisedit.timing import Span
 
 CallKey = tuple[float, int]
 """A call within a run: the timestep's value, and how many calls of that value came before it."""
