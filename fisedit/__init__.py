@@ -8,6 +8,7 @@ from fisedit.errors import FISEditError, FISEditWarning
 from fisedit.module import CompiledUNet
 from fisedit.pipeline import EditPipeline, EditResult, Generation
 from fisedit.recording import Recording
+from fisedit.tracing import trace
 
 __all__ = [
     "CompileConfig",
@@ -24,4 +25,5 @@ __all__ = [
     "compile",
     "edit",
     "record",
+    "trace",
 ]

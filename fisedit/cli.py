@@ -9,6 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,6 +127,10 @@ KV = Annotated[
     KeysValues, typer.Option(help="Keys and values of self-attention: 'active' approximates and loads nothing.")
 ]
 Cost = Annotated[CostName, typer.Option(help="How convolutions are cut: by cost model, or forced.")]
+TraceFile = Annotated[
+    Path | None,
+    typer.Option("--trace", help="JSON file to write what ran when to, for ui.perfetto.dev.", show_default="none"),
+]
 
 DemoFolder = Annotated[Path, typer.Option(help="Folder to write contact_sheet.png and report.json to.")]
 DemoSteps = Annotated[int | None, typer.Option(min=3, help="Denoising steps.", show_default="25, or 5 with --quick")]
@@ -168,6 +173,7 @@ def edit(
     dilation: Dilation = 2,
     kv: KV = KeysValues.CACHED,
     cost: Cost = CostName.HALO,
+    trace: TraceFile = None,
     seed: Seed = 0,
     steps: Steps = 25,
     guidance: Guidance = 5.0,
@@ -182,19 +188,22 @@ def edit(
     settings = _settings(steps, guidance, size)
     detect = DetectConfig(steps=detect_steps, dilation=dilation)
     _make_folder(output)
-    editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
     from fisedit.commands import edit_to_folder
     from fisedit.comparison import comparison_table
     from fisedit.environment import describe_environment, environment_line
+    from fisedit.tracing import trace as traced
 
     prompts = [prompt, *new_prompts]
-    comparisons = edit_to_folder(
-        editor, prompts, output, seed=seed, settings=settings, mask=mask, detect=detect, rounds=rounds, rerun=compare
-    )
+    options: dict[str, Any] = {"mask": mask, "detect": detect, "rounds": rounds, "rerun": compare}
+    with nullcontext() if trace is None else traced(trace):
+        editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
+        comparisons = edit_to_folder(editor, prompts, output, seed=seed, settings=settings, **options)
     title = environment_line(describe_environment(editor.pipe.device))
     names = [f"edit {number}" for number in range(1, len(prompts))]
     Console().print(comparison_table(comparisons, names, title))
     Console().print(f"wrote {output}/: base, edits, masks, contact_sheet.png, report.json", highlight=False)
+    if trace is not None:
+        Console().print(f"wrote {trace}: open it in https://ui.perfetto.dev", highlight=False)
 
 
 @app.command()

@@ -16,7 +16,7 @@ from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError, Recording
 from fisedit.recording import Recording
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import clone_detached
-from fisedit.timing import Span
+from fisedit.runtime.timing import Span
 
 
 class Carrier(Protocol):

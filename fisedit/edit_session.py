@@ -20,14 +20,15 @@ from fisedit.passes.count_macs import count_macs
 from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall
 from fisedit.report import EditReport
+from fisedit.runtime import trace
 from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached, shrink, take_samples
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.cuda_graph import Replay, Replays
 from fisedit.runtime.executor import Memo, Store
 from fisedit.runtime.plan import MaskPlan, Table
 from fisedit.runtime.timetable import Timetable
+from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies, Same
-from fisedit.timing import Span
 
 Computed = tuple[list[Tensor], dict[Store, Tensor]]
 """The outputs of a call, and the values to record."""
@@ -316,7 +317,8 @@ class EditSession:
         program, kind = self.programs(call), group.lanes[0].kind
         compute = self._choose(group, call, key, program, recorded)
         span = Span.start(call.device)
-        outputs, stored = compute()
+        with trace.span("compute", f"{kind} t={key[0]:g}", call.device, {"samples": call.batch}):
+            outputs, stored = compute()
         span.end(share=1 / len(group.lanes))
         for lane in group.lanes:
             lane.program, lane.batch = program, call.batch

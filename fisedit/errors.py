@@ -303,6 +303,32 @@ class UnsupportedPipelineError(FISEditError):
         return self.template.format(pipeline=self.pipeline, missing=", ".join(self.missing))
 
 
+@dataclass(eq=False, repr=False)
+class UnwritableTraceError(FISEditError):
+    """A file that a trace cannot be written to."""
+
+    path: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The trace cannot be written to {path!r}: {reason}. Give a file, new or old, in a folder that exists and that "
+        "you may write to."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class NestedTraceError(FISEditError):
+    """trace() inside another one."""
+
+    opened: str
+    active: str
+
+    template: ClassVar[str] = (
+        "trace({opened!r}) was entered while trace({active!r}) is still open, which takes all spans. Leave the first "
+        "`with` block before the second, or open one trace around both."
+    )
+
+
 class FISEditWarning(UserWarning):
     """The base of every warning of FISEdit."""
 

@@ -14,9 +14,10 @@ from fisedit.capture import Call, Signature
 from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
 from fisedit.fingerprint import ModelState
 from fisedit.program import Program
+from fisedit.runtime import trace
 from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
+from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies
-from fisedit.timing import Span
 
 CallKey = tuple[float, int]
 """A call within a run: the timestep's value, and how many calls of that value came before it."""
@@ -233,7 +234,8 @@ class RecordSession:
         program = self.programs(call)
         executable = program.executable("record")
         span = Span.start(call.device)
-        outputs, stored = executable.run(call.tensors)
+        with trace.span("compute", f"record t={call.timestep_value:g}", call.device, {"samples": call.batch}):
+            outputs, stored = executable.run(call.tensors)
         span.end()
         cache = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
         if program.fused:  # made now, while the GPU is busy for long, and kept

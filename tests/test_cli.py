@@ -167,6 +167,20 @@ def test_demo_writes_a_sheet_and_a_report_of_three_edits(run):
         assert edit.name in result.output
 
 
+def test_edit_writes_a_trace_of_its_calls(run):
+    result = run("edit", BEFORE, AFTER, "--steps", 3, "--detect-steps", 1, "--output", "out", "--trace", "out/t.json")
+    assert result.exit_code == 0, result.output
+    assert "wrote out/t.json: open it in https://ui.perfetto.dev" in result.output
+    names = [event["name"] for event in json.loads(Path("out/t.json").read_text())["traceEvents"] if event["ph"] == "X"]
+    assert [name.split()[0] for name in names] == ["record"] * 3 + ["detect"] + ["sparse"] * 2
+
+
+def test_a_trace_that_cannot_be_written_is_told_before_a_model_is_loaded(run):
+    result = run("edit", BEFORE, AFTER, "--trace", "gone/t.json", model="nowhere")
+    assert result.exit_code == 1
+    assert "The trace cannot be written to 'gone/t.json'" in error_line(result)
+
+
 @pytest.mark.parametrize(
     ("graph", "shows"),
     [("edit", "sparse_conv"), ("detect", "controlled_attention"), ("record", "cache_store")],

@@ -43,6 +43,8 @@ EXAMPLES = [
         errors.UnreadableModelError(folder="models/sd", reason="no {weights}"),
         ["models/sd", "no {weights}", "save_pretrained"],
     ),
+    (errors.UnwritableTraceError(path="gone/t.json", reason="no such folder"), ["'gone/t.json': no such", "Give a"]),
+    (errors.NestedTraceError(opened="b", active="a"), ["trace('b') was entered while trace('a')", "one trace around"]),
 ]
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from fisedit import capture
 from fisedit.capture import timestep_value, with_timestep_tensor
 from fisedit.errors import InvalidTimestepError
+from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies, Same
-from fisedit.timing import Span
 
 
 @pytest.fixture
