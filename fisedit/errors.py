@@ -306,6 +306,8 @@ class UnsupportedPipelineError(FISEditError):
 @dataclass(eq=False, repr=False)
 class UnwritableTraceError(FISEditError):
     """A file that a trace cannot be written to."""
+class CacheWriteError(FISEditError):
+    """A file that could not be written."""
 
     path: str
     reason: str
@@ -313,6 +315,8 @@ class UnwritableTraceError(FISEditError):
     template: ClassVar[str] = (
         "The trace cannot be written to {path!r}: {reason}. Give a file, new or old, in a folder that exists and that "
         "you may write to."
+        "The file {path!r} cannot be written: {reason}. Make room, or give a folder that can be written to; what is in "
+        "memory is as it was."
     )
 
 
@@ -326,6 +330,121 @@ class NestedTraceError(FISEditError):
     template: ClassVar[str] = (
         "trace({opened!r}) was entered while trace({active!r}) is still open, which takes all spans. Leave the first "
         "`with` block before the second, or open one trace around both."
+class CacheReadError(FISEditError):
+    """A file that is missing, damaged or cannot be read."""
+
+    path: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The file {path!r} cannot be used: {reason}. Take it from a copy, or save what it belongs to again."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class SavedBaseNotFoundError(FISEditError):
+    """A folder that holds nothing saved."""
+
+    folder: str
+    reason: str = "it has no manifest.json"
+
+    template: ClassVar[str] = "The folder {folder!r} holds no saved base: {reason}. Give the folder that save() wrote."
+
+
+@dataclass(eq=False, repr=False)
+class UnfinishedSaveError(FISEditError):
+    """A folder in which a save was begun and did not come to its end."""
+
+    folder: str
+    file: str
+    state: str
+
+    template: ClassVar[str] = (
+        "The save in the folder {folder!r} did not finish, or is still going on: {file} is {state}. "
+        "Save again, with overwrite=True, or wait."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class SavedBaseExistsError(FISEditError):
+    """A save into a folder that is not empty."""
+
+    folder: str
+    holds: str
+
+    template: ClassVar[str] = (
+        "Nothing is saved in the folder {folder!r}, since it holds {holds}. Give a new folder, or overwrite=True, "
+        "which replaces what a former save wrote and leaves other files alone."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class SavedFormatError(FISEditError):
+    """A folder that another version of FISEdit wrote, in a format that this one does not know."""
+
+    folder: str
+    given: object
+    known: int
+    written_by: str = "another version of FISEdit"
+
+    template: ClassVar[str] = (
+        "The folder {folder!r} was written by {written_by} in format {given}; this version reads format {known}. "
+        "Install the version that wrote it, or save again."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class SavedBaseMismatchError(FISEditError):
+    """A saved base that belongs to another model, or to another use of it."""
+
+    folder: str
+    differences: Mapping[str, tuple[Any, Any]]  # field -> (as saved, here)
+
+    template: ClassVar[str] = (
+        "What is saved in the folder {folder!r} does not fit what it is loaded into:\n{differences}\n"
+        "Load it with the model, adapters and settings that it was made with, or generate again."
+    )
+
+    def __str__(self) -> str:
+        lines = [f"  {name}: saved with {saved!r}, here {here!r}" for name, (saved, here) in self.differences.items()]
+        return self.template.format(folder=self.folder, differences="\n".join(lines))
+
+
+@dataclass(eq=False, repr=False)
+class UnsavableSettingError(FISEditError):
+    """Something of a run that cannot be written down without running code when it is read."""
+
+    setting: str
+    given: str
+    allowed: str = "None, numbers, texts, tensors, arrays, PIL images, and lists, tuples and dicts of these"
+
+    template: ClassVar[str] = (
+        "The run cannot be saved, since its {setting} is {given}; what can be saved: {allowed}. Generate without it."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class UnreadableWeightsError(FISEditError):
+    """A model whose weights cannot be read, and so not be told from others."""
+
+    name: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The model cannot be told from others, since the values of {name} cannot be read: {reason}. "
+        "Save and load while the weights are in memory (no sequential offloading, no packed formats)."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class ModelGoneError(FISEditError):
+    """A recording whose model is no longer there."""
+
+    model: str
+
+    template: ClassVar[str] = (
+        "The compiled model that made this recording ({model}) is gone, and a recording is saved with what tells its "
+        "model from others. Keep the model until the recording is saved."
     )
 
 

@@ -45,6 +45,25 @@ EXAMPLES = [
     ),
     (errors.UnwritableTraceError(path="gone/t.json", reason="no such folder"), ["'gone/t.json': no such", "Give a"]),
     (errors.NestedTraceError(opened="b", active="a"), ["trace('b') was entered while trace('a')", "one trace around"]),
+    (errors.CacheWriteError(path="b/x", reason="No space left on device"), ["'b/x'", "No space left", "Make room"]),
+    (errors.CacheReadError(path="b/x", reason="it is missing"), ["'b/x' cannot be used: it is missing", "save what"]),
+    (errors.SavedBaseNotFoundError(folder="b"), ["'b' holds no saved base", "no manifest.json", "save() wrote"]),
+    (
+        errors.UnfinishedSaveError(folder="b", file="call-0001.safetensors", state="missing"),
+        ["'b' did not finish", "call-0001.safetensors is missing", "overwrite=True"],
+    ),
+    (errors.SavedBaseExistsError(folder="b", holds="a saved base"), ["'b'", "holds a saved base", "overwrite=True"]),
+    (errors.SavedFormatError(folder="b", given=7, known=1, written_by="FISEdit 9"), ["FISEdit 9 in format 7", "mat 1"]),
+    (
+        errors.SavedBaseMismatchError(folder="b", differences={"dtype": ("float32", "float16")}),
+        ["'b'", "dtype: saved with 'float32', here 'float16'", "generate again"],
+    ),
+    (
+        errors.UnsavableSettingError(setting="callback_on_step_end", given="a function"),
+        ["its callback_on_step_end is a function", "PIL images", "without it"],
+    ),
+    (errors.UnreadableWeightsError(name="conv_in.weight", reason="offloaded"), ["conv_in.weight", "offloaded"]),
+    (errors.ModelGoneError(model="UNet with 1 M parameters"), ["UNet with 1 M parameters", "Keep the model"]),
 ]
 
 

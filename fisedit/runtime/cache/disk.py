@@ -1,0 +1,198 @@
+"""Tensors in files: written whole or not at all, told by a checksum, and read by mapping them into memory.
+
+The format is safetensors, which holds numbers and names and runs nothing when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fisedit.errors import CacheReadError, CacheWriteError
+
+CHUNK = 2**24
+"""Bytes that are written, or read for a checksum, at once."""
+ALIGNMENT = 64
+"""Where tensors begin, in bytes: as PyTorch's own, so that products over a mapped tensor round as over any other."""
+DTYPES = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.uint16: "U16", torch.int16: "I16",
+    torch.uint32: "U32", torch.int32: "I32", torch.uint64: "U64", torch.int64: "I64",
+    torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
+}  # fmt: skip
+"""What can be written, under the names that safetensors has for it."""
+ORDERS = "fisedit.orders"
+"""The metadata key under which the order of dimensions in memory is kept, where it is not that of the shape."""
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file, whole or not at all; a file that was there is replaced at once.
+
+    Args:
+        tensors: by name. They may be views of one storage; each is written by its own elements, one after the other,
+            without a copy of them all. The order of dimensions in memory (channels last, say) comes back with them.
+        metadata: texts to keep with them.
+
+    Returns:
+        The checksum of the file, see :func:`checksum_of`.
+
+    Raises:
+        CacheWriteError: the file cannot be written. What was there before it still is, and nothing else.
+        TypeError: a tensor has a dtype that is not in :data:`DTYPES`.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} is {tensor.dtype}, which no safetensors file holds")
+    orders = {name: order for name, tensor in tensors.items() if (order := _order(tensor)) is not None}
+    # Those of whole multiples of the alignment first, so that nothing moves them off it; then by size of elements.
+    names = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT > 0, -tensors[n].element_size()))
+    kept = {**(metadata or {}), **({ORDERS: json.dumps(orders)} if orders else {})}
+    header = _header({name: tensors[name] for name in names}, orders, kept)
+    return write_file(path, chain([header], (_bytes(tensors[name], orders.get(name)) for name in names)))
+
+
+def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write a file of these pieces, whole or not at all: under another name first, which then takes its place.
+
+    Returns:
+        The checksum of the file, see :func:`checksum_of`.
+
+    Raises:
+        CacheWriteError: the file cannot be written. What was there before it still is, and nothing else.
+    """
+    temporary, checksum = temporary_name(path), 0
+    try:
+        file = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+        try:
+            for piece in pieces:
+                checksum = _write(file, memoryview(piece), checksum)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CacheWriteError(path=str(path), reason=error.strerror or str(error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return f"{checksum:08x}"
+
+
+def temporary_name(path: Path) -> Path:
+    """Under which name a file is written, beside where it is to be."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def open_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a file, mapped: what is not read is not loaded, and writes to them do not reach the file.
+
+    Args:
+        checksum: what :func:`write_tensors` returned, to be checked first, for which the file is read once.
+
+    Raises:
+        CacheReadError: the file is missing, cut short, no safetensors file, or has another checksum.
+    """
+    if checksum is not None:
+        check_file(path, checksum)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
+            orders = json.loads((file.metadata() or {}).get(ORDERS, "{}"))
+        return tensors | {name: _reordered(tensors[name], order) for name, order in orders.items()}
+    except FileNotFoundError as error:
+        raise CacheReadError(path=str(path), reason="it is missing") from error
+    except OSError as error:
+        raise CacheReadError(path=str(path), reason=error.strerror or str(error)) from error
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = f"it is cut short, or no safetensors file ({error})"
+        raise CacheReadError(path=str(path), reason=reason) from error
+
+
+def check_file(path: Path, checksum: str) -> None:
+    """Raise unless a file is as it was written.
+
+    Raises:
+        CacheReadError: it is missing, cannot be read, or has another checksum.
+    """
+    found = checksum_of(path)
+    if found != checksum:
+        raise CacheReadError(path=str(path), reason=f"it was changed since: its checksum is {found}, not {checksum}")
+
+
+def checksum_of(path: Path) -> str:
+    """The CRC-32 of a file's bytes, as 8 hexadecimal digits. Other threads run meanwhile.
+
+    Raises:
+        CacheReadError: the file is missing or cannot be read.
+    """
+    checksum, buffer = 0, bytearray(CHUNK)
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                checksum = zlib.crc32(memoryview(buffer)[:count], checksum)
+    except FileNotFoundError as error:
+        raise CacheReadError(path=str(path), reason="it is missing") from error
+    except OSError as error:
+        raise CacheReadError(path=str(path), reason=error.strerror or str(error)) from error
+    return f"{checksum:08x}"
+
+
+def _header(tensors: Mapping[str, Tensor], orders: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with: its length (8 bytes), JSON, and spaces up to the alignment."""
+    described: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        shape = [tensor.shape[dim] for dim in orders.get(name, range(tensor.dim()))]
+        described[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(tensor: Tensor) -> list[int] | None:
+    """A tensor's dimensions as they lie in memory, the slowest first; ``None`` if that is the order of its shape."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
+    return None if order == list(range(tensor.dim())) else order
+
+
+def _reordered(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """The inverse of permuting by ``order``."""
+    return tensor.permute([order.index(dim) for dim in range(len(order))])
+
+
+def _bytes(tensor: Tensor, order: Sequence[int] | None) -> memoryview:
+    tensor = tensor.detach() if order is None else tensor.detach().permute(*order)
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write(file: int, data: memoryview, checksum: int) -> int:
+    """Write all of ``data``; returns the checksum of what was written so far."""
+    while len(data):
+        count = os.write(file, data[:CHUNK])
+        checksum = zlib.crc32(data[:count], checksum)
+        data = data[count:]
+    return checksum
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let a new name survive a power cut, where the system can."""
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
