@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,21 +17,36 @@ from fisedit.edit import Edit, Edits
 from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
 from fisedit.passes.count_loads import count_loads, levels
 from fisedit.passes.count_macs import count_macs
+from fisedit.passes.slot_uses import STATISTICS
 from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall
 from fisedit.report import EditReport
 from fisedit.runtime import trace
-from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached, shrink, take_samples
+from fisedit.runtime.cache.block import Kept, Kind, Use, take_samples
+from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, clone_detached
+from fisedit.runtime.cache.tiers import Tiers
+from fisedit.runtime.cache.writer import Writer
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.cuda_graph import Replay, Replays
-from fisedit.runtime.executor import Memo, Store
+from fisedit.runtime.executor import Keep, Memo, Store
+from fisedit.runtime.kernels.gather_rows.reference import gather_rows
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.runtime.prefetch import Prefetch, Wants
+from fisedit.runtime.row_plan import Halos, LevelMasks
 from fisedit.runtime.timetable import Timetable
 from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies, Same
 
-Computed = tuple[list[Tensor], dict[Store, Tensor]]
-"""The outputs of a call, and the values to record."""
+Kepts = dict[Store, Tensor]
+"""What a graph stores."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a lane kept of a call by slot, and of which level's rows each is."""
+
+    values: dict[str, Kept | Overlay]
+    rows: dict[str, Table | None]
 
 
 @dataclass
@@ -42,6 +57,7 @@ class Lane:
         samples: the numbers of its samples in a call: its images, once for each part of guidance.
         program, plan: of its last sparse call, the plan of its own masks alone.
         unsettled: what its detect steps recorded, whole until the mask is known.
+        kinds: what its base kept of the call under way: that much of it is recorded.
         whole: whether its masks are full. reason: why it runs dense, if they are not.
     """
 
@@ -51,7 +67,8 @@ class Lane:
     program: Program | None = None
     batch: int = 1
     bytes_loaded: list[int] = field(default_factory=list)
-    unsettled: list[tuple[CallKey, dict[Store, Tensor], RecordedCall]] = field(default_factory=list)
+    unsettled: list[tuple[CallKey, Stored, RecordedCall]] = field(default_factory=list)
+    kinds: frozenset[Kind] = frozenset()
     texts: Copies = field(default_factory=Copies)
     whole: bool = False
     reason: str | None = None
@@ -74,6 +91,11 @@ class Lane:
         return self._kind
 
     @property
+    def writer(self) -> Writer | None:
+        """What keeps this edit's own recording."""
+        return self.edit.recording.writer if self.edit.recording is not None else None
+
+    @property
     def _device(self) -> torch.device:
         return next(iter(self.edit.base.calls.values())).sample.device
 
@@ -93,22 +115,23 @@ class Lane:
             self._plans[key] = MaskPlan(self.masks(device), self.cost_model)
         return self._plans[key]
 
-    def keep(self, key: CallKey, made: RecordedCall, stored: dict[Store, Tensor], plan: MaskPlan | None) -> None:
-        """Record a call as an overlay of its base: the active rows where computed, the base everywhere else."""
-        assert self.edit.recording is not None
-        self.edit.recording.calls[key] = made
-        kind = self.kind
-        if kind == "detect":
-            self.unsettled.append((key, stored, made))
-        elif kind == "dense" and self.whole:
-            made.cache = whole(len(self.samples), stored)
-        elif kind == "dense":
-            made.cache.values = self._active_rows(stored)
-        elif kind == "sparse":
-            assert plan is not None
-            for store, value in stored.items():
-                index = plan.table(store.rows) if store.rows else None
-                made.cache.values[store.slot] = value if index is None else Overlay(value, index)
+    def store(self, kind: str, values: Kepts, uses: Mapping[str, Use], plan: MaskPlan | None) -> Stored:
+        """Keep what a call of this ``kind`` stored: active rows where computed, the base has everything else; whole,
+        if everything was, and while the mask is sought.
+
+        Args:
+            values: of this lane's samples, its own rows alone.
+        """
+        assert self.writer is not None
+        if kind == "dense" and not self.whole:
+            plan = self.plan(self._device)
+            values = {store: _rows(value, plan, store) for store, value in values.items() if not _is_statistic(store)}
+        kept = self.writer.keep(values, uses, len(self.samples), self.kinds)
+        rows = {store.slot: store.rows for store in values}
+        if kind == "detect" or self.whole or plan is None:
+            return Stored(kept, rows)
+        indexes = {slot: plan.table(table) if table is not None else None for slot, table in rows.items()}
+        return Stored({s: v if (index := indexes[s]) is None else Overlay(v, index) for s, v in kept.items()}, rows)
 
     def settle(self) -> None:
         """With the mask just found, reduce what the detect steps recorded to the active rows."""
@@ -116,7 +139,7 @@ class Lane:
         for key, stored, made in self.unsettled:
             base = self.edit.base.calls[key]
             if self.whole:
-                made.cache = whole(len(self.samples), stored)
+                made.cache = replace(made.cache, values=stored.values, base=None)
                 continue
             masks = self.masks(made.sample.device)  # [B, H, W]
             made.sample = _inside(masks, made.sample, base.sample)
@@ -125,13 +148,25 @@ class Lane:
                 made.cache.values = self._active_rows(stored)
         self.unsettled.clear()
 
-    def _active_rows(self, stored: dict[Store, Tensor]) -> dict[str, Tensor | Overlay]:
-        """What a dense call stored, reduced to the active rows; group statistics stay the base's."""
-        plan = self.plan(self._device)
-        return shrink({
-            store.slot: (value, plan.table(store.rows) if store.rows else None) for store, value in stored.items()
-            if not store.slot.startswith(("mean:", "rstd:"))
-        })  # fmt: skip
+    def _active_rows(self, stored: Stored) -> dict[str, Any]:
+        """What a detect step stored, reduced to the active rows; group statistics stay the base's."""
+        assert self.writer is not None
+        values: dict[Store, Tensor] = {}
+        uses, indexes = {}, {}
+        for slot, value in stored.values.items():
+            assert isinstance(value, Kept)
+            table = stored.rows[slot]
+            if slot.startswith(STATISTICS):
+                continue
+            on_host = value.block.data is None or not value.block.data.is_cuda
+            index = None
+            if table is not None:
+                index = self.plan(torch.device("cpu") if on_host else self._device).table(table)
+                indexes[slot] = self.plan(self._device).table(table)
+            values[Store(slot, table)] = value.read(self._device, index)
+            uses[slot] = Use(value.block.kind)
+        kept = self.writer.keep(values, uses, len(self.samples))
+        return {s: v if (index := indexes.get(s)) is None else Overlay(v, index) for s, v in kept.items()}
 
     def report(self) -> EditReport:
         edit, program = self.edit, self.program
@@ -170,6 +205,7 @@ class Group:
     plan: MaskPlan | None = None
     replays: Replays | None = None
     replay: Replay | None = None
+    prefetch: Prefetch | None = None
     _selected: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     _masks: Tensor | None = None
 
@@ -205,25 +241,29 @@ class Group:
         each = [[output[number] for output in outputs] for outputs, number in origins]
         return [torch.stack(pieces) for pieces in zip(*each, strict=True)]
 
-    def keep_background(self, computed: Computed, recorded: dict[int, RecordedCall]) -> Computed:
+    def keep_background(self, outputs: list[Tensor], recorded: dict[int, RecordedCall]) -> list[Tensor]:
         """What a dense call computed, with recorded outputs outside the masks."""
         if all(lane.whole for lane in self.lanes):
-            return computed
-        outputs, stored = computed
+            return outputs
         if self._masks is None:
             self._masks = self.stack_masks(outputs[0].device)
         pairs = zip(outputs, self.recorded_outputs(recorded), strict=True)
-        return [_inside(self._masks, new, old) for new, old in pairs], stored
+        return [_inside(self._masks, new, old) for new, old in pairs]
 
-    def source(self, recorded: dict[int, RecordedCall]) -> StepCache | StackedCache:
+    def source(self, recorded: dict[int, RecordedCall], device: torch.device) -> StepCache | StackedCache:
+        """The recorded values of the samples of the group's call, for a device."""
+        caches = {name: call.cache if call.cache.device == device else call.cache.on(device)
+                  for name, call in recorded.items()}  # fmt: skip
         if len(self.lanes) == 1:
-            return recorded[id(self.lanes[0])].cache
-        return StackedCache([(recorded[id(lane)].cache, number) for lane, number in self.origins()])
+            return caches[id(self.lanes[0])]
+        return StackedCache([(caches[id(lane)], number) for lane, number in self.origins()])
 
     def give_back(self) -> None:
+        if self.prefetch is not None:
+            self.prefetch.close()
         if self.replays is not None and self.replay is not None:
             self.replays.give_back(self.replay)
-        self.replays = self.replay = None
+        self.replays = self.replay = self.prefetch = None
 
     def stack_masks(self, device: torch.device) -> Tensor:
         masks = {id(lane): lane.masks(device) for lane in self.lanes}
@@ -238,7 +278,11 @@ class EditSession:
 
     name = "edit"
 
-    def __init__(self, edits: Edits, programs: Callable[[Call], Program], cost_model: CostModel) -> None:
+    def __init__(
+        self, edits: Edits, programs: Callable[[Call], Program], cost_model: CostModel,
+        tiers: Callable[[torch.device], Tiers],
+    ) -> None:  # fmt: skip
+        self.tiers = tiers
         self.lanes = [Lane(edit, cost_model) for edit in edits]
         self.programs = programs
         self.cost_model = cost_model
@@ -314,46 +358,90 @@ class EditSession:
     def _run_group(
         self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]
     ) -> tuple[list[Tensor], Program]:
-        program, kind = self.programs(call), group.lanes[0].kind
-        compute = self._choose(group, call, key, program, recorded)
+        program, stored = self.programs(call), dict[int, Stored]()
+        kind = self._kind(group, call, program, recorded)
+
+        def keep(values: Kepts) -> None:
+            for lane in group.lanes:
+                if lane.edit.recording is not None:
+                    stored[id(lane)] = self._store(kind, group, lane, call, recorded, program, values)
+
+        records = any(lane.edit.recording is not None for lane in group.lanes)
+        compute = self._choose(kind, group, call, key, program, recorded, keep if records else None)
         span = Span.start(call.device)
-        with trace.span("compute", f"{kind} t={key[0]:g}", call.device, {"samples": call.batch}):
-            outputs, stored = compute()
+        with trace.span("compute", f"{kind} t={call.timestep_value:g}", call.device, {"samples": call.batch}):
+            outputs = compute()
         span.end(share=1 / len(group.lanes))
         for lane in group.lanes:
             lane.program, lane.batch = program, call.batch
             if kind in lane.edit.spans:
                 lane.edit.spans[kind].append(span)
             if lane.edit.recording is not None:
-                self._keep(group, lane, call, key, outputs, stored, span)
+                self._record(kind, group, lane, call, key, outputs, stored.get(id(lane)), span)
         return outputs, program
 
+    def _kind(self, group: Group, call: Call, program: Program, recorded: dict[int, RecordedCall]) -> str:
+        """How a group is computed: dense as well where its bases kept no feature maps (``CacheConfig.steps``)."""
+        kind = group.lanes[0].kind
+        if kind == "sparse":
+            slots = program.wanted("edit")
+            for lane in group.lanes:
+                if len(recorded[id(lane)].cache.lacks(slots)) == len(slots):
+                    lane.reason = "the recording kept no feature maps of some steps (CacheConfig.steps)"
+                    kind = "dense"
+        elif kind == "detect" and self.calls == 1:
+            self._check_queries(group, program)
+        return kind
+
+    def _check_queries(self, group: Group, program: Program) -> None:
+        """Raise, before anything is computed, unless the steps that seek a mask have what that takes.
+
+        Raises:
+            IncompleteRecordingError: they have not.
+        """
+        slots = program.wanted("detect")
+        for lane in group.lanes:
+            base = lane.edit.base
+            lacking = [
+                base.step_of(key) + 1 for key, call in base.calls.items()
+                if base.step_of(key) < lane.edit.detect_steps and slots and len(call.cache.lacks(slots)) == len(slots)
+            ]  # fmt: skip
+            if lacking and lane.edit.config.control:
+                missing = [f"the queries of cross-attention at step {step}" for step in dict.fromkeys(lacking)]
+                raise IncompleteRecordingError(
+                    missing=missing, recorded="those of earlier steps (CacheConfig.detect_steps sets how many)"
+                )
+
     def _choose(
-        self, group: Group, call: Call, key: CallKey, program: Program, recorded: dict[int, RecordedCall]
-    ) -> Callable[[], Computed]:
+        self, kind: str, group: Group, call: Call, key: CallKey, program: Program, recorded: dict[int, RecordedCall],
+        keep: Keep | None,
+    ) -> Callable[[], list[Tensor]]:  # fmt: skip
         """How a group is computed, its graph built already, so that a call's time is its own."""
-        kind, store = group.lanes[0].kind, any(lane.edit.recording is not None for lane in group.lanes)
+        store = keep is not None
         device = call.tensors[call.sample].device
         if kind == "recorded":
-            return lambda: (group.recorded_outputs(recorded), {})
+            return lambda: group.recorded_outputs(recorded)
         if kind == "dense":
-            dense = program.executable("record" if store else "dense")
-            return lambda: group.keep_background(dense.run(call.tensors), recorded)
-        source = _Loading(group.source(recorded))
+            dense = program.executable("record")
+            return lambda: group.keep_background(dense.run(call.tensors, keep=keep), recorded)
+        source = _Loading(group.source(recorded, device))
         if kind == "detect":
             detect = program.executable("detect", store)
             inputs = {**call.tensors, **self._control(group, call, key, recorded)}
-            return lambda: detect.run(inputs, source=source)
+            if not lacks_queries(program, recorded):
+                return lambda: detect.run(inputs, source=source, keep=keep)
+            plain = program.executable("record")  # nothing is controlled
+            return lambda: plain.run(call.tensors, keep=keep)
         group.memo.timetable = group.memo.timetable or Timetable(group.lanes[0].edit.base.timesteps)
         group.memo.timetable.now = key[0]
         if program.fused:
-            return self._replay(group, call, program, source, store)
+            return self._replay(group, call, program, source, keep)
         sparse = program.executable("edit", store)
         plan = group.plan = group.plan or MaskPlan(group.stack_masks(device), self.cost_model)
 
-        def compute() -> Computed:
+        def compute() -> list[Tensor]:
             before = group.memo.bytes_loaded
-            result = sparse.run(call.tensors, plan=plan, source=source, memo=group.memo)
+            result = sparse.run(call.tensors, plan=plan, source=source, memo=group.memo, keep=keep)
             for lane in group.lanes:
                 lane.bytes_loaded.append((group.memo.bytes_loaded - before) // len(group.lanes))
             return result
@@ -361,17 +449,46 @@ class EditSession:
         return compute
 
     def _replay(
-        self, group: Group, call: Call, program: Program, source: _Loading, store: bool
-    ) -> Callable[[], Computed]:
+        self, group: Group, call: Call, program: Program, source: _Loading, keep: Keep | None
+    ) -> Callable[[], list[Tensor]]:
         """A sparse call on a GPU: a captured graph for masks of these sizes, which the session keeps until it ends."""
-        replays = program.replays(store)
+        replays = program.replays(keep is not None)
         if group.replay is None or group.replays is not replays:
             group.give_back()
             group.replays = replays
-            masks = group.stack_masks(torch.device("cpu"))
-            group.replay = replays.take(masks, call.batch, call.device)
-        replay = group.replay
-        return lambda: replay.run(call.tensors, source, group.memo)
+            masks = LevelMasks(group.stack_masks(torch.device("cpu")), replays.levels)
+            halos = self._fetch_ahead(group, call, program, replays, masks)
+            group.replay = replays.take(masks, call.batch, call.device, halos)
+        replay, prefetch, number = group.replay, group.prefetch, self.calls - 1
+        if prefetch is None:
+            return lambda: replay.run(call.tensors, source, group.memo, keep)
+
+        def compute() -> list[Tensor]:
+            outputs = replay.run(call.tensors, prefetch.source(number), group.memo, keep)
+            prefetch.done()
+            return outputs
+
+        return compute
+
+    def _fetch_ahead(
+        self, group: Group, call: Call, program: Program, replays: Replays, masks: LevelMasks
+    ) -> Halos | None:
+        """Where recorded values have to be fetched, begin to; ``None`` where kernels read all in their places."""
+        wants = Wants(*replays.reads, program.uses)
+        slots = [*wants.views, *wants.loads]
+        keys = list(group.lanes[0].edit.base.calls)
+
+        def source(number: int) -> StepCache | StackedCache | None:
+            calls = {id(lane): lane.edit.base.calls[keys[number]] for lane in group.lanes} if number < len(keys) else {}
+            lacking = not calls or any(made.cache.lacks(slots) for made in calls.values())
+            return None if lacking else group.source(calls, call.device)
+
+        coming = [lane.edit.base.calls[key].cache for lane in group.lanes for key in keys[self.calls - 1 :]]
+        if all(cache.is_resident(slots) or cache.lacks(slots) for cache in coming):
+            return None
+        halos = Halos.of(masks, wants.geometries, wants.whole_levels)
+        group.prefetch = Prefetch(wants, halos, source, call.batch, self.tiers(call.device))
+        return halos
 
     def close(self) -> None:
         """Give the captured graphs back."""
@@ -400,23 +517,38 @@ class EditSession:
         self._stacked[key[1], tuple(group.numbers)] = Same(text), controls
         return controls
 
-    def _keep(
-        self, group: Group, lane: Lane, call: Call, key: CallKey, outputs: list[Tensor], stored: dict[Store, Tensor],
-        span: Span,
-    ) -> None:  # fmt: skip
-        base, own = lane.edit.base.calls[key], group.own(lane)
+    def _store(
+        self, kind: str, group: Group, lane: Lane, call: Call, recorded: dict[int, RecordedCall], program: Program,
+        values: Kepts,
+    ) -> Stored:  # fmt: skip
+        """Keep a lane's part of what a call stores."""
         assert lane.edit.recording is not None
-        alone = len(group.lanes) == 1
-        mine = replace(call, tensors={n: _own(t, call.batch, own) for n, t in call.tensors.items()})
-        plan = group.plan
-        if not alone or group.replay is not None:
-            stored = {store: take_samples(value, call.batch, own) for store, value in stored.items()}
-            if plan is not None or group.replay is not None:
+        lane.edit.recording.writer = lane.edit.recording.writer or Writer(self.tiers(call.device))
+        lane.kinds = frozenset(program.uses[slot].kind for slot in recorded[id(lane)].cache.chain[0].values)
+        plan, own = group.plan, group.own(lane)
+        if len(group.lanes) > 1 or group.replay is not None:
+            values = {store: take_samples(value, call.batch, own) for store, value in values.items()}
+            if kind == "sparse":
                 plan = lane.plan(call.tensors[call.sample].device)
-                stored = {store: _unpadded(value, plan, store.rows) for store, value in stored.items()}
+                values = {store: _unpadded(value, plan, store.rows) for store, value in values.items()}
+        return lane.store(kind, values, program.uses, plan)
+
+    def _record(
+        self, kind: str, group: Group, lane: Lane, call: Call, key: CallKey, outputs: list[Tensor],
+        stored: Stored | None, span: Span,
+    ) -> None:  # fmt: skip
+        """Add a call to the recording of a lane's edit."""
+        base, own, recording = lane.edit.base.calls[key], group.own(lane), lane.edit.recording
+        assert recording is not None
+        mine = replace(call, tensors={n: _own(t, call.batch, own) for n, t in call.tensors.items()})
         kept = [clone_detached(take_samples(output, call.batch, own)) for output in outputs]
-        made = lane.edit.recording.keep(mine, StepCache(len(own), base=base.cache), kept, span, lane.texts)
-        lane.keep(key, made, stored, plan)
+        whole = kind == "dense" and lane.whole
+        cache = StepCache(len(own), base=None if whole else base.cache, device=call.device)
+        made = recording.calls[key] = recording.keep(mine, cache, kept, span, lane.texts)
+        if stored is not None and kind == "detect":
+            lane.unsettled.append((key, stored, made))
+        elif stored is not None:
+            cache.values = stored.values
 
 
 @dataclass
@@ -442,9 +574,22 @@ class _Loading:
             raise IncompleteRecordingError(missing=[f"the cache slot {error.args[0]}"], recorded=recorded) from error
 
 
-def whole(batch: int, stored: dict[Store, Tensor]) -> StepCache:
-    """A cache of everything that a dense call stored."""
-    return StepCache(batch, {store.slot: value for store, value in stored.items()})
+def lacks_queries(program: Program, recorded: dict[int, RecordedCall]) -> bool:
+    """Whether bases did not keep what controls their attention maps; :meth:`EditSession._check_queries` let it pass."""
+    slots = program.wanted("detect")
+    return bool(slots) and any(len(made.cache.lacks(slots)) == len(slots) for made in recorded.values())
+
+
+def _is_statistic(store: Store) -> bool:
+    return store.slot.startswith(STATISTICS)
+
+
+def _rows(value: Tensor, plan: MaskPlan, store: Store) -> Tensor:
+    """The active rows of a stored value, or of its scales ``[B, R]``."""
+    index = plan.table(store.rows) if store.rows is not None else None
+    if index is None:
+        return value
+    return gather_rows(value, index) if value.dim() == 3 else gather_rows(value[..., None], index)[..., 0]
 
 
 def _aligned(edit: Edit, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,9 +603,9 @@ def _aligned(edit: Edit, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpadded(value: Tensor, plan: MaskPlan, rows: Table | None) -> Tensor:
-    """A copy of a lane's stored rows without those that pad them to another lane's number."""
+    """A lane's stored rows without those that pad them to another lane's number, or to a bucket."""
     index = plan.table(rows) if rows else None
-    return value.clone() if index is None else value[:, : index.shape[1]].clone()
+    return value if index is None else value[:, : index.shape[1]]
 
 
 def _own(tensor: Tensor, batch: int, own: Sequence[int]) -> Tensor:

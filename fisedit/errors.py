@@ -107,6 +107,23 @@ class IncompleteRecordingError(FISEditError):
 
 
 @dataclass(eq=False, repr=False)
+class PartialRecordingError(FISEditError):
+    """An edit of a recording of which a part found no place."""
+
+    missing: Sequence[str]
+    reason: str
+
+    template: ClassVar[str] = (
+        "The recording is partial: it lacks {missing}, for which there was no place ({reason}). Record again with "
+        "larger budgets, a disk folder with room, or fewer steps (CacheConfig)."
+    )
+
+    def __str__(self) -> str:
+        more = f" and {len(self.missing) - 5} more" if len(self.missing) > 5 else ""
+        return self.template.format(missing=", ".join(self.missing[:5]) + more, reason=self.reason)
+
+
+@dataclass(eq=False, repr=False)
 class NestedSessionError(FISEditError):
     """record() or edit() inside another one on the same module."""
 
@@ -306,8 +323,6 @@ class UnsupportedPipelineError(FISEditError):
 @dataclass(eq=False, repr=False)
 class UnwritableTraceError(FISEditError):
     """A file that a trace cannot be written to."""
-class CacheWriteError(FISEditError):
-    """A file that could not be written."""
 
     path: str
     reason: str
@@ -315,8 +330,6 @@ class CacheWriteError(FISEditError):
     template: ClassVar[str] = (
         "The trace cannot be written to {path!r}: {reason}. Give a file, new or old, in a folder that exists and that "
         "you may write to."
-        "The file {path!r} cannot be written: {reason}. Make room, or give a folder that can be written to; what is in "
-        "memory is as it was."
     )
 
 
@@ -330,6 +343,23 @@ class NestedTraceError(FISEditError):
     template: ClassVar[str] = (
         "trace({opened!r}) was entered while trace({active!r}) is still open, which takes all spans. Leave the first "
         "`with` block before the second, or open one trace around both."
+    )
+
+
+@dataclass(eq=False, repr=False)
+class CacheWriteError(FISEditError):
+    """A file that could not be written."""
+
+    path: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The file {path!r} cannot be written: {reason}. Make room, or give a folder that can be written to; what is in "
+        "memory is as it was."
+    )
+
+
+@dataclass(eq=False, repr=False)
 class CacheReadError(FISEditError):
     """A file that is missing, damaged or cannot be read."""
 

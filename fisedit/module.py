@@ -8,7 +8,7 @@ import functools
 import threading
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
@@ -34,6 +34,7 @@ from fisedit.explanation import explain
 from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
+from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
 from fisedit.runtime.packed_weights import Made
@@ -77,6 +78,7 @@ class _Live:
     fingerprinter: Fingerprinter = field(default_factory=Fingerprinter)
     programs: dict[tuple[nn.Module, Signature], Program] = field(default_factory=dict)
     packed: Made = field(default_factory=Made)
+    tiers: dict[torch.device, Tiers] = field(default_factory=dict)
     state: ModelState | None = None
     sessions: int = 0
     in_session: bool = False
@@ -148,7 +150,8 @@ class CompiledUNet(nn.Module):
         """
         state = self._weights()
         recording = self._new_recording(state)
-        with self._open(RecordSession(recording, self.program), state):
+        session = RecordSession(recording, self.program, self.tiers, self.compile_config.cache)
+        with self._open(session, state):
             yield recording
         recording.complete = True
 
@@ -195,8 +198,11 @@ class CompiledUNet(nn.Module):
         each = [_for_each("mask", mask, bases, several), _for_each("alignment", alignment, bases, several)]
         config, state = detect or DetectConfig(), self._weights()
         edits = Edits(self._new_edit(b, m, a, config, record, state) for b, m, a in zip(bases, *each, strict=True))
-        with self._open(EditSession(edits, self.program, self.cost_model), state):
-            yield edits if several else edits[0]
+        with ExitStack() as held:
+            for edit in edits:
+                held.enter_context(edit.base.held())
+            with self._open(EditSession(edits, self.program, self.cost_model, self.tiers), state):
+                yield edits if several else edits[0]
         for edit in edits:
             if edit.recording is not None:
                 # An edit that ended before its mask was found mixes two runs: it cannot be edited in turn.
@@ -278,6 +284,13 @@ class CompiledUNet(nn.Module):
                 _warn_of_islands(program)
                 live.programs[key] = program
             return live.programs[key]
+
+    def tiers(self, device: torch.device) -> Tiers:
+        """The memory for this model's recordings on a device: budgets, what lies where, what was moved."""
+        with self._live.lock:
+            if device not in self._live.tiers:
+                self._live.tiers[device] = Tiers(self.compile_config.cache.budgets, device)
+            return self._live.tiers[device]
 
     def inspect(self, kind: str = "edit") -> str:
         """The graphs captured so far as text, with what each pass did and every op that stays dense."""

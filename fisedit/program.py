@@ -37,6 +37,7 @@ class Program:
     compilations: list[dense.Compilation] = field(default_factory=list)
     packed: Made = field(default_factory=Made)
     _replays: dict[bool, Replays] = field(default_factory=dict)
+    _wanted: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def executable(self, kind: str, store: bool = False) -> Executable:
@@ -101,6 +102,14 @@ class Program:
         self.executable("edit")
         self.executable("detect")
         return slot_uses(self.graphs["edit"].graph, self.graphs["detect"].graph)
+
+    def wanted(self, kind: str) -> list[str]:
+        """The slots that an edit or a detect graph cannot do without, apart from statistics."""
+        if kind not in self._wanted:
+            self.executable(kind)
+            loaded = {slot.key for slot in loaded_slots(self.graphs[kind].graph)}
+            self._wanted[kind] = sorted(slot for slot in loaded if self.uses[slot].kind != "small")
+        return self._wanted[kind]
 
     @property
     def kv(self) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,11 +12,22 @@ import torch
 from torch import Tensor
 
 from fisedit.capture import Call, Signature
-from fisedit.errors import ForeignRecordingError, IncompleteRecordingError, RecordingMismatchError, SessionClosedError
+from fisedit.config import CacheConfig
+from fisedit.errors import (
+    ForeignRecordingError,
+    IncompleteRecordingError,
+    PartialRecordingError,
+    RecordingMismatchError,
+    SessionClosedError,
+)
 from fisedit.fingerprint import ModelState
 from fisedit.program import Program
 from fisedit.runtime import trace
-from fisedit.runtime.cache.store import StepCache, clone_detached, take_samples
+from fisedit.runtime.cache.block import Block, Kept, Kind, Use, take_samples
+from fisedit.runtime.cache.store import StepCache, clone_detached
+from fisedit.runtime.cache.tiers import Tiers
+from fisedit.runtime.cache.writer import Writer
+from fisedit.runtime.executor import Store
 from fisedit.runtime.timing import Span
 from fisedit.sameness import Copies
 
@@ -95,6 +107,7 @@ class Recording:
     corrections: list[Tensor] = field(default_factory=list)
     complete: bool = False
     released: bool = False
+    writer: Writer | None = field(default=None, repr=False)
 
     @property
     def timesteps(self) -> list[float]:
@@ -110,6 +123,38 @@ class Recording:
         sample = call.sample[:, : call.outputs[0].shape[1]]  # without channels that only condition
         parts = [p for p in range(len(sample), 0, -1) if len(sample) % p == 0]
         return next(len(sample) // p for p in parts if all(torch.equal(c, sample[: len(c)]) for c in sample.chunk(p)))
+
+    def blocks(self) -> list[Block]:
+        """The blocks of its own values."""
+        return [block for call in self.calls.values() for block in call.cache.blocks()]
+
+    @property
+    def partial(self) -> bool:
+        """Whether some of its values found no place on any tier. It cannot be edited then."""
+        return any(block.lost is not None for block in self.blocks())
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let its values, and those of what it is an edit of, stay where they are."""
+        links = {id(link): link for call in self.calls.values() for link in call.cache.chain}
+        blocks = {id(block): block for link in links.values() for block in link.blocks()}
+        if self.writer is None:
+            yield
+            return
+        self.writer.tiers.hold(blocks.values())
+        try:
+            yield
+        finally:
+            self.writer.tiers.let_go(blocks.values())
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Bytes by kind of value and by tier (``gpu``, ``pinned``, ``pageable``, ``disk``), where they are now."""
+        found: dict[str, dict[str, int]] = {}
+        for block in self.blocks():
+            of_kind = found.setdefault(block.kind, {})
+            tier = block.tier if block.lost is None else "lost"
+            of_kind[tier] = of_kind.get(tier, 0) + block.nbytes
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -139,9 +184,15 @@ class Recording:
         return alone
 
     def compact(self) -> None:
-        """Bound what a chain of recorded edits holds, see :meth:`StepCache.compacted`."""
+        """Make calls whole where the overlays of a chain of edits have come to hold more than the dense recording: so
+        a chain of any length holds at most twice what that does."""
         for call in self.calls.values():
-            call.cache = call.cache.compacted()
+            root, *overlays = call.cache.chain
+            if self.writer is not None and sum(step.nbytes for step in overlays) > root.nbytes:
+                values = {Store(slot, None): call.cache.load(slot) for slot in root.values}
+                uses = {slot: Use(value.block.kind) for slot, value in root.values.items() if isinstance(value, Kept)}
+                kept = self.writer.keep(values, uses, call.cache.batch)
+                call.cache = StepCache(call.cache.batch, kept, device=call.cache.device)
 
     def release(self) -> None:
         """Free the caches now; the recording cannot be edited any more."""
@@ -154,7 +205,7 @@ class Recording:
         """Raise unless this recording can be edited by the model ``owner`` with the weights and settings it has now.
 
         Raises:
-            ForeignRecordingError, SessionClosedError, IncompleteRecordingError.
+            ForeignRecordingError, SessionClosedError, PartialRecordingError, IncompleteRecordingError.
         """
         if self.owner is not owner:
             edited_by = f"another compiled model ({model_name})"
@@ -164,6 +215,10 @@ class Recording:
             raise ForeignRecordingError(recorded_by=self.model_name, edited_by=edited_by)
         if self.released:
             raise SessionClosedError(session="recording", action="edit")
+        if lost := [(number, b) for number, call in enumerate(self.calls.values(), 1)
+                    for b in call.cache.blocks() if b.lost is not None]:  # fmt: skip
+            missing = [f"the {block.kind} of call {number}" for number, block in lost]
+            raise PartialRecordingError(missing=missing, reason=str(lost[0][1].lost))
         if not self.complete or not self.calls:
             recorded = f"{len(self.calls)} calls of a run that did not finish" if self.calls else "no call at all"
             raise IncompleteRecordingError(missing=["a finished run"], recorded=recorded)
@@ -220,9 +275,14 @@ class RecordSession:
 
     name = "record"
 
-    def __init__(self, recording: Recording, programs: Callable[[Call], Program]) -> None:
+    def __init__(
+        self, recording: Recording, programs: Callable[[Call], Program],
+        tiers: Callable[[torch.device], Tiers], config: CacheConfig,
+    ) -> None:  # fmt: skip
         self.recording = recording
         self.programs = programs
+        self.tiers = tiers
+        self.config = config
         self.counter = CallCounter()
         self.texts = Copies()
 
@@ -231,19 +291,41 @@ class RecordSession:
         first = next((tuple(made.sample.shape) for made in self.recording.calls.values()), shape)
         if shape[1:] != first[1:]:
             raise RecordingMismatchError(differences={"sample shape": (first, shape)})
-        program = self.programs(call)
-        executable = program.executable("record")
+        program, kept = self.programs(call), dict[str, Kept]()
+        executable, uses = program.executable("record"), program.uses
+        writer = self.recording.writer = self.recording.writer or Writer(self.tiers(call.device))
+        key = self.counter.next(call)
+        kinds = self._kinds(key)
+
+        def keep(values: dict[Store, Tensor]) -> None:
+            kept.update(writer.keep(values, uses, call.batch, kinds))
+
         span = Span.start(call.device)
         with trace.span("compute", f"record t={call.timestep_value:g}", call.device, {"samples": call.batch}):
-            outputs, stored = executable.run(call.tensors)
+            outputs = _with_room(writer.tiers, lambda: executable.run(call.tensors, keep=keep))
         span.end()
-        cache = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
-        if program.fused:  # made now, while the GPU is busy for long, and kept
-            cache.addresses(program.executable("edit").step.views)
-        kept = [clone_detached(output) for output in outputs]
-        made = self.recording.keep(call, cache, kept, span, self.texts)
-        self.recording.calls[self.counter.next(call)] = made
+        cache = StepCache(call.batch, kept, device=call.device)
+        results = [clone_detached(output) for output in outputs]
+        self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
         return program.captured.result(outputs)
 
+    def _kinds(self, key: CallKey) -> frozenset[Kind]:
+        """What is kept of a call."""
+        timesteps = list(dict.fromkeys([*self.recording.timesteps, key[0]]))
+        share = key[0] / timesteps[0] if timesteps[0] > 0 else 1.0
+        return self.config.kinds(timesteps.index(key[0]) + 1, share)
+
     def close(self) -> None:
-        """It holds nothing that others wait for."""
+        """Wait for what is written to files: whether the disk took it is known then."""
+        if self.recording.writer is not None:
+            self.recording.writer.tiers.finish()
+
+
+def _with_room(tiers: Tiers, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+    """Run a call; if the GPU's memory runs out, recorded values leave it and the call is run again."""
+    try:
+        return run()
+    except torch.OutOfMemoryError:
+        if not tiers.on_gpu or tiers.spill() == 0:
+            raise
+    return run()

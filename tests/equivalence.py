@@ -65,4 +65,4 @@ def _detected(harness: Harness) -> Tensor:
         controls = {"control_index": torch.arange(length).expand(batch, length)}
         controls["control_weight"] = torch.ones(batch, length)
     inputs = {**harness.call.tensors, **controls}
-    return harness.program.executable("detect").run(inputs, source=harness.cache)[0][0]
+    return harness.program.executable("detect").run(inputs, source=harness.cache)[0]

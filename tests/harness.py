@@ -25,11 +25,11 @@ class Harness:
         self.call: Call = bind_call(model, (), arguments)
         self.program: Program = build_program(model, self.call, CompileConfig(**options))
         self.dense = self.run_dense(self.call)
-        outputs, stored = self.program.executable("record").run(self.call.tensors)
+        self.stored: dict[Store, Tensor] = {}
+        outputs = self.program.executable("record").run(self.call.tensors, keep=self.stored.update)
         self.recorded: Tensor = outputs[0]
-        self.stored: dict[Store, Tensor] = stored
         self.cache = StepCache(
-            len(self.call.tensors[self.call.sample]), {store.slot: value for store, value in stored.items()}
+            len(self.call.tensors[self.call.sample]), {store.slot: value for store, value in self.stored.items()}
         )
 
     def run_dense(self, call: Call) -> Tensor:
@@ -51,7 +51,7 @@ class Harness:
         """The edit graph's output under ``mask`` (bool ``[H, W]`` or ``[B, H, W]``), active cache rows poisoned."""
         plan = MaskPlan(mask, CostModel(cost))
         inputs = tensors or self.call.tensors
-        outputs, _ = self.program.executable("edit").run(inputs, plan=plan, source=self.poisoned(plan))
+        outputs = self.program.executable("edit").run(inputs, plan=plan, source=self.poisoned(plan))
         return outputs[0]
 
 

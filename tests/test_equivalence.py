@@ -98,7 +98,7 @@ def test_control_of_the_same_prompt_changes_nothing(weight: float) -> None:
     h = harness("sd2")
     index = torch.arange(7).expand(2, 7)
     inputs = {**h.call.tensors, "control_index": index, "control_weight": torch.full((2, 7), weight)}
-    (out,), _ = h.program.executable("detect").run(inputs, source=h.cache)
+    (out,) = h.program.executable("detect").run(inputs, source=h.cache)
     assert relative_error(out, h.dense) <= TOLERANCE
 
 
@@ -109,7 +109,7 @@ def test_control_keeps_recorded_maps() -> None:
     tensors["encoder_hidden_states"] = tensors["encoder_hidden_states"].roll(1, 1)
     index = torch.arange(7).roll(1).expand(2, 7)
     inputs = {**tensors, "control_index": index, "control_weight": torch.ones(2, 7)}
-    (out,), _ = h.program.executable("detect").run(inputs, source=h.cache)
+    (out,) = h.program.executable("detect").run(inputs, source=h.cache)
     assert relative_error(out, h.dense) <= TOLERANCE  # tokens moved, and their maps with them: nothing changes
 
 

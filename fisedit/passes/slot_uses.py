@@ -25,7 +25,7 @@ def _use(slot: str, tables: list[Table | None]) -> Use:
     if slot.startswith(STATISTICS):
         return Use("small")
     geometries = tuple(dict.fromkeys(table.of for table in tables if table and isinstance(table.of, ConvGeometry)))
-    return Use("maps", geometries) if len(geometries) and None not in tables else Use("keys")
+    return Use("maps" if geometries and None not in tables else "keys", geometries)
 
 
 def _reads(graph: Graph) -> list[tuple[str, Table | None]]:

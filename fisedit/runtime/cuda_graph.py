@@ -163,6 +163,9 @@ class Replays:
         self.executable = executable
         keys = table_keys(executable)
         self.levels = sorted({level for key in keys for level in key.levels}, reverse=True)
+        views = dict.fromkeys(slot for stage in executable.stages for slot in stage.views)
+        loads = dict.fromkeys(w.name for stage in executable.stages for w in stage.inputs if w.kind == "load")
+        self.reads = tuple(views), tuple(loads)  # slots read where they lie, and those that are loaded
         self._idle: OrderedDict[tuple[Buckets, int], list[Replay]] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -33,7 +33,7 @@ from fisedit.runtime.cache.links import (
 )
 from fisedit.runtime.cache.store import Overlay
 from fisedit.runtime.cache.tiers import Tiers
-from fisedit.runtime.geometry import Level
+from fisedit.runtime.geometry import ConvGeometry, Level
 from fisedit.runtime.kernels.load_rows.moves import Moves, plan_moves
 from fisedit.runtime.kernels.load_rows.reference import load_rows as load_rows_reference
 from fisedit.runtime.row_plan import Halos
@@ -58,6 +58,17 @@ class Wants:
 
     def of(self, kind: Kind) -> list[str]:
         return sorted({slot for slot in (*self.views, *self.loads) if self.uses[slot].kind == kind})
+
+    @property
+    def geometries(self) -> list[ConvGeometry]:
+        """Of all convolutions that read maps."""
+        return list(dict.fromkeys(g for s in (*self.views, *self.loads) for g in self.uses[s].geometries))
+
+    @property
+    def whole_levels(self) -> list[Level]:
+        """Levels of maps that are also read whole: these are fetched whole, each row to its own place."""
+        read = (self.uses[slot] for slot in (*self.views, *self.loads))
+        return list(dict.fromkeys(g.source for use in read if use.kind == "keys" for g in use.geometries))
 
     def level(self, slot: str) -> Level | None:
         """The level of a map; ``None`` for what is read whole."""

@@ -17,6 +17,7 @@ from fisedit.passes.insert_cache_stores import insert_cache_stores
 from fisedit.passes.lower import lower
 from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.executor import Store
 from fisedit.runtime.plan import MaskPlan
 
 SIZE = (6, 8)
@@ -64,7 +65,8 @@ def error_on_active_rows(model: nn.Module, passes: Sequence[GraphPass], cost: st
     dense, _ = captured(model, batch=batch)
     insert_cache_stores(dense, loaded_slots(gm.graph))
     call = bind_call(model, (), inputs(batch=batch))
-    _, stored = lower(dense).run(call.tensors)
+    stored: dict[Store, Tensor] = {}
+    lower(dense).run(call.tensors, keep=stored.update)
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[1:4, 2:5] = mask[-1, 0] = mask[0, -1] = True
     plan = MaskPlan(mask, CostModel(cost))
@@ -72,7 +74,7 @@ def error_on_active_rows(model: nn.Module, passes: Sequence[GraphPass], cost: st
     for store, value in stored.items():
         index = plan.table(store.rows) if store.rows else None
         values[store.slot] = value if index is None else value.index_fill(1, index[0], float("nan"))
-    (out,), _ = lower(gm).run(call.tensors, plan=plan, source=StepCache(batch, values))
+    (out,) = lower(gm).run(call.tensors, plan=plan, source=StepCache(batch, values))
     with torch.no_grad():
         wanted = model(**call.arguments(call.tensors))
     active = plan.active(tuple(out.shape[-2:]))[0]

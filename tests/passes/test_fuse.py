@@ -23,6 +23,7 @@ from fisedit.passes.ir import fisedit, is_op
 from fisedit.passes.lower import lower
 from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.executor import Store
 from fisedit.runtime.cuda_graph import table_keys
 from fisedit.runtime.plan import MaskPlan
 from fisedit.runtime.row_plan import LevelMasks, RowPlan
@@ -123,7 +124,8 @@ def error(model: nn.Module, gm: GraphModule) -> float:
     dense, _ = captured(model)
     insert_cache_stores(dense, loaded_slots(gm.graph))
     call = bind_call(model, (), inputs())
-    _, stored = lower(dense).run(call.tensors)
+    stored: dict[Store, Tensor] = {}
+    lower(dense).run(call.tensors, keep=stored.update)
     mask = torch.zeros(SIZE, dtype=torch.bool)
     mask[1:4, 2:5] = mask[-1, 0] = mask[0, -2:] = True  # 12 rows: a bucket without padding
     values = {}
@@ -134,7 +136,7 @@ def error(model: nn.Module, gm: GraphModule) -> float:
     masks = LevelMasks(mask[None], {level for key in table_keys(executable) for level in key.levels})
     plan = RowPlan(table_keys(executable), masks.buckets, call.batch, call.device)
     plan.write(masks)
-    (out,), _ = executable.run(call.tensors, plan=plan, source=StepCache(call.batch, values))
+    (out,) = executable.run(call.tensors, plan=plan, source=StepCache(call.batch, values))
     with torch.no_grad():
         wanted = model(**call.arguments(call.tensors))
     return float((out - wanted)[..., mask].abs().max())

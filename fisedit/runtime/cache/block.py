@@ -121,7 +121,7 @@ class Block:
         """All values by slot, where they lie. Those on the host are waited for; those in a file are read as needed.
 
         Raises:
-            DamagedCacheError: its file is gone or was changed.
+            CacheReadError: its file is gone or was changed.
         """
         with self.lock:
             if self.data is None:

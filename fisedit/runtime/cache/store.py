@@ -47,7 +47,7 @@ class StepCache:
 
         Raises:
             KeyError: the slot was not recorded.
-            DamagedCacheError: it lies in a file that is gone or was changed.
+            CacheReadError: it lies in a file that is gone or was changed.
         """
         value = self.values.get(slot)
         if value is None:
