@@ -97,7 +97,7 @@ def whole_way(unet: CompiledUNet, call: dict[str, Any]) -> dict[str, Tensor]:
     with unet.record() as base:
         given |= {f"recorded {i}": out for i, out in enumerate(run(unet, call))}
     for key, made in base.calls.items():
-        given |= {f"{slot} {key[0]:g}": value for slot, value in made.cache.values.items()}
+        given |= {f"{slot} {key[0]:g}": made.cache.load(slot) for slot in made.cache.values}
     with unet.edit(base, detect=DetectConfig(steps=2, dilation=0, smooth=0), record=True) as edit:
         given |= {f"edited {i}": out for i, out in enumerate(run(unet, other_text(call), change=0.8))}
     assert edit.recording is not None and edit.mask is not None
@@ -122,26 +122,14 @@ def test_compiled_sessions_give_what_others_give(model: nn.Module, call: dict[st
     assert "compiled by" not in eager.inspect()
 
 
-def test_what_is_stored_lies_in_one_piece(model: nn.Module, call: dict[str, Any], backend: Overwriting) -> None:
-    """One for the rows, one for statistics and text, so that either may be freed; nothing of one call in another."""
+def test_what_is_stored_is_copied(model: nn.Module, call: dict[str, Any], backend: Overwriting) -> None:
+    """In blocks by kind, nothing of one call in another: the next call overwrites what the graph stores."""
     unet = fisedit.compile(model)
     with unet.record() as base:
         run(unet, call, (900, 700))
-    pieces = []
-    for made in base.calls.values():
-        values = made.cache.values
-        assert all(value.is_contiguous() for value in values.values() if isinstance(value, Tensor))
-        pieces.append({value.untyped_storage().data_ptr() for value in values.values() if isinstance(value, Tensor)})
-    assert [len(piece) for piece in pieces] == [2, 2] and not pieces[0] & pieces[1]
-
-
-def test_copies_together() -> None:
-    values = [torch.arange(6.0).view(2, 3).t(), torch.arange(4), torch.ones(5), torch.zeros(0), torch.ones(2, 2)]
-    copies = dense.copy_together(values, [True, True, True, True, False])
-    for mine, theirs in zip(copies, values, strict=True):
-        assert torch.equal(mine, theirs) and mine.is_contiguous() and mine.storage_offset() % 64 == 0
-    storages = [copy.untyped_storage().data_ptr() for copy in copies]
-    assert storages[0] == storages[2] and len(set(storages)) == 3
+    blocks = [made.cache.blocks() for made in base.calls.values()]
+    assert [sorted(block.kind for block in of_call) for of_call in blocks] == [["keys", "maps", "queries", "small"]] * 2
+    assert len({block.data.data_ptr() for of_call in blocks for block in of_call if block.data is not None}) == 8
 
 
 def test_what_cannot_be_compiled_runs_as_it_is(

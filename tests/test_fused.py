@@ -25,6 +25,7 @@ from fisedit.passes.count_macs import count_macs  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Input, Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
+from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
 from fisedit.runtime.timetable import Timetable  # noqa: E402
 
 SIZE = (6, 8)
@@ -56,8 +57,8 @@ def fused(h: Harness, mask: Tensor, tensors: dict[str, Tensor] | None = None) ->
     """The output under ``mask`` (bool ``[H, W]`` or ``[B, H, W]``), active rows of the cache NaN."""
     call = h.call
     replays = h.program.replays()
-    replay = replays.take(mask.expand(call.batch, -1, -1), call.batch, call.device)
-    outputs, _ = replay.run(tensors or call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
+    replay = replays.take(LevelMasks(mask.expand(call.batch, -1, -1), replays.levels), call.batch, call.device)
+    outputs = replay.run(tensors or call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
     replays.give_back(replay)
     return outputs[0]
 
@@ -131,12 +132,12 @@ def test_a_call_that_failed_is_tried_again() -> None:
     """What it had not copied yet is copied then."""
     h, mask = harness("triton"), mask_of("blob")
     source, memo, replays = h.poisoned(MaskPlan(mask, CostModel())), Memo(), h.program.replays()
-    replay = replays.take(mask.expand(h.call.batch, -1, -1), h.call.batch, h.call.device)
+    replay = replays.take(LevelMasks(mask.expand(h.call.batch, -1, -1), replays.levels), h.call.batch, h.call.device)
     replay.run(h.call.tensors, source, memo)
     tensors = other_inputs(h.call.tensors, h.call.timestep)
     with pytest.raises(AttributeError):
         replay.run(tensors, object(), memo)  # type: ignore[arg-type]  # a source that has nothing
-    outputs, _ = replay.run(tensors, source, memo)
+    outputs = replay.run(tensors, source, memo)
     replays.give_back(replay)
     assert relative_error(outputs[0], harness("reference").edit(mask, tensors=tensors)) <= TOLERANCE
 
@@ -165,7 +166,8 @@ def test_what_a_replay_reads(monkeypatch: pytest.MonkeyPatch) -> None:
     again, and only then."""
     h = Harness(*small(), provider="triton")
     stage, memo = h.program.executable("edit").before["timestep"], Memo(timetable=Timetable([7.0, 3.0]))
-    replay = h.program.replays().take(mask_of("blob").expand(2, -1, -1), 2, h.call.device)
+    replays = h.program.replays()
+    replay = replays.take(LevelMasks(mask_of("blob").expand(2, -1, -1), replays.levels), 2, h.call.device)
     monkeypatch.setattr(replay, "_call", lambda: ([], {}))
     monkeypatch.setattr(replay, "_capture", lambda: setattr(replay, "graph", Graph()))
 

@@ -215,6 +215,7 @@ def test_every_op_passes_opcheck() -> None:
         "row_attention": (rows, heads, heads, None, 2, None),
         "controlled_attention": (rows, heads, heads, None, rows, heads, torch.zeros(2, 5, dtype=torch.long),
                                  torch.ones(2, 5), 2, None),
+        "quantize_rows": (rows,),
         **fused_calls(),
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)

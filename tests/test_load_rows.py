@@ -18,10 +18,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fisedit.runtime.kernels.quantize_rows.reference import dequantize_rows, quantize_rows  # noqa: E402
 from fisedit.runtime.kernels.load_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.load_rows.moves import ROWS, Moves, plan_moves  # noqa: E402
 from fisedit.runtime.kernels.load_rows.triton import load_rows  # noqa: E402
+from fisedit.runtime.kernels.quantize_rows.reference import dequantize_rows, quantize_rows  # noqa: E402
 
 PROVIDERS = {"reference": (reference.load_rows, "cpu"), "triton": (load_rows, DEVICE)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

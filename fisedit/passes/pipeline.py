@@ -78,15 +78,11 @@ def fuse_passes() -> list[GraphPass]:
     ]
 
 
-def detect_passes(
-    store: Iterable[Slot] = (), compiled: bool = False, quantize: Container[str] = ()
-) -> list[GraphPass]:
+def detect_passes(store: Iterable[Slot] = (), compiled: bool = False, quantize: Container[str] = ()) -> list[GraphPass]:
     return [*record_passes(store, compiled, quantize), control_attention]
 
 
-def record_passes(
-    store: Iterable[Slot], compiled: bool = False, quantize: Container[str] = ()
-) -> list[GraphPass]:
+def record_passes(store: Iterable[Slot], compiled: bool = False, quantize: Container[str] = ()) -> list[GraphPass]:
     """``compiled``: for a graph that is compiled for a GPU. ``quantize``: the slots that are stored in 8 bits."""
     shared = [share_stored_maps] if compiled else []
     return [partial(insert_cache_stores, slots=store), *shared, *quantize_passes(quantize)]

@@ -12,7 +12,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from fisedit.passes.ir import Rows, aten, fisedit, layout_of, tensor
-from fisedit.passes.layout import Dim, Kind, Layout, LayoutError, Level
+from fisedit.passes.layout import Dim, Kind, Layout, LayoutError
 from fisedit.runtime.plan import Table
 
 

@@ -23,8 +23,8 @@ from fisedit.passes.ir import fisedit, is_op
 from fisedit.passes.lower import lower
 from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
-from fisedit.runtime.executor import Store
 from fisedit.runtime.cuda_graph import table_keys
+from fisedit.runtime.executor import Store
 from fisedit.runtime.plan import MaskPlan
 from fisedit.runtime.row_plan import LevelMasks, RowPlan
 

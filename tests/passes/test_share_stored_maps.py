@@ -57,7 +57,9 @@ def recorded(model: nn.Module) -> GraphModule:
 def run(gm: GraphModule) -> tuple[Sequence[Tensor], dict[Store, Tensor]]:
     given = inputs()
     given["timestep"] = torch.full((2,), 3.0)
-    return lower(gm).run(given)
+    stored: dict[Store, Tensor] = {}
+    outputs = lower(gm).run(given, keep=stored.update)
+    return outputs, stored
 
 
 def test_stored_maps_are_views() -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fisedit.runtime.cache.disk import open_tensors
 from fisedit.runtime.cache.host import Slab
-from fisedit.runtime.kernels.quantize_rows.reference import dequantize_rows
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.kernels.gather_rows.reference import gather_rows
+from fisedit.runtime.kernels.quantize_rows.reference import dequantize_rows
 
 Kind = Literal["small", "keys", "maps", "queries"]
 """How recorded values are read: ``maps`` by edits, the rows around the mask; ``keys`` by edits, whole (keys and values
