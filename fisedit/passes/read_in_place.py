@@ -14,6 +14,7 @@ from fisedit.passes import rows
 from fisedit.passes.base import PassResult
 from fisedit.passes.fused import count, multiply, take_over
 from fisedit.passes.ir import Rows, args, aten, fisedit, is_op, rows_of
+from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import Table
 
 
@@ -39,11 +40,16 @@ def recorded_map(graph: Graph, halo: Node) -> Node:
     return args(halo)[0]
 
 
+def _sources(graph: Graph, halo: Node, geometry: ConvGeometry) -> Node:
+    """The table of where inputs are; recorded rows may lie elsewhere than on their map, those of the graph do not."""
+    return rows.table(graph, Table("sources" if is_op(halo, fisedit.cache_load.default) else "own sources", geometry))
+
+
 def _convolution(graph: Graph, node: Node) -> Node:
     packed, halo, table, _, weight, bias, kernel, stride, dilation, groups = args(node)
     geometry, kind = table.meta["table"].of, rows_of(node)
     assert kind is not None
-    recorded, sources = recorded_map(graph, halo), rows.table(graph, Table("sources", geometry))
+    recorded, sources = recorded_map(graph, halo), _sources(graph, halo, geometry)
     if groups == 1:
         return multiply(graph, kind, rows=packed, recorded=recorded, sources=sources, weight=weight, bias=bias)
     patches = _patches(graph, packed, recorded, sources, kind)  # [B, N', taps, C]
@@ -72,6 +78,6 @@ def _upsampling(graph: Graph, node: Node) -> Node:
     (packed, halo), index = args(args(node)[0])[0], args(node)[1]
     geometry, kind = args(index)[0].meta["table"].of, rows_of(node)
     assert kind is not None
-    sources = rows.table(graph, Table("sources", geometry))
+    sources = _sources(graph, halo, geometry)
     patches = _patches(graph, packed, recorded_map(graph, halo), sources, kind)  # [B, N', 1, C]
     return rows.reshape(graph, patches, [kind.batch, -1, kind.channels])

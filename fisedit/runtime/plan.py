@@ -26,7 +26,7 @@ class Table:
 
     ``active`` or ``count`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a convolution. For fused graphs
     (:class:`~fisedit.runtime.row_plan.RowPlan`): ``active``, ``keys``, ``number``, ``counts``, ``full``, ``partial`` or
-    ``locks`` of a level, ``sources`` of a convolution.
+    ``locks`` of a level, ``sources`` of a convolution over recorded rows, ``own sources`` over a map of the graph.
     """
 
     kind: str

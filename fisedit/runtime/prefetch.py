@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit.runtime import trace
 from fisedit.runtime.cache.block import Kind, Layout, Use
 from fisedit.runtime.cache.links import (
     Link,
@@ -37,7 +38,6 @@ from fisedit.runtime.geometry import ConvGeometry, Level
 from fisedit.runtime.kernels.load_rows.moves import Moves, plan_moves
 from fisedit.runtime.kernels.load_rows.reference import load_rows as load_rows_reference
 from fisedit.runtime.row_plan import Halos
-from fisedit.runtime.trace import span
 
 SETS = 2
 """Sets of buffers: one is read while the other one is filled."""
@@ -184,13 +184,15 @@ class Prefetch:
             if slots and not coming.reach[kind].in_place and kind not in buffers.data:
                 self._prepare(buffers, kind, source)
         self._read_ahead(number)
-        with self._on_stream(buffers), span("load", f"call {number + 1}", self.device):
+        counted: dict[str, int] = {}
+        with self._on_stream(buffers), trace.span("load", f"call {number + 1}", self.device, counted):
             buffers.alive = [t for kind in FETCHED for t in self._fetch(number, kind, buffers, coming)]
             table = self._table(buffers, coming).to(self.device, non_blocking=True)
             if buffers.table is None:
                 buffers.table = table
             else:
                 buffers.table.copy_(table)  # in its place: results of an earlier capture may still read it
+            counted["bytes"] = self.bytes_loaded.get(number, 0)
             if self._stream is not None:
                 self.tiers.slow_down(self.bytes_loaded.get(number, 0))
                 buffers.ready = torch.cuda.Event()
@@ -254,21 +256,34 @@ class Prefetch:
             self._copy_all(number, buffers.data[kind], block.data)
             return [block.data]
         places = [[place(link, slot) for link in each] for slot in slots]
-        if not any(begin for of_slot in places for begin, _ in of_slot):
-            return []
-        moves = self._plan(kind, each, depth)
-        begins = addresses([[begin for begin, _ in of_slot] for of_slot in places], self.batch).to(self.device)
-        scaled = any(scale for of_slot in places for _, scale in of_slot)
-        scales = addresses([[scale for _, scale in of_slot] for of_slot in places], self.batch).to(self.device)
+        alive = []
+        for quantized in (False, True):
+            chosen = [[(a, b) if (b > 0) == quantized else (0, 0) for a, b in of_slot] for of_slot in places]
+            if any(begin for of_slot in chosen for begin, _ in of_slot):
+                alive += self._copy_rows(number, kind, buffers, each, depth, chosen, quantized)
+        return alive
+
+    def _copy_rows(
+        self, number: int, kind: Kind, buffers: Buffers, each: Sequence[Link], depth: int,
+        places: Sequence[Sequence[tuple[int, int]]], quantized: bool,
+    ) -> list[Tensor]:  # fmt: skip
+        """Copy rows from ``places``, their addresses and those of their scales; 0 where there are none."""
+        slots, moves = self._slots[kind], self._plan(kind, each, depth)
+        begins, scales = (
+            addresses([[pair[part] for pair in of_slot] for of_slot in places], self.batch).to(self.device)
+            for part in (0, 1)
+        )
         dtype = buffers.values[slots[0]].dtype
+        arguments = (moves, begins, buffers.goals[kind], dtype, scales if quantized else None)
         if self._stream is None:
-            load_rows_reference(moves, begins, buffers.goals[kind], dtype, scales if scaled else None)
+            load_rows_reference(*arguments)
         else:
             from fisedit.runtime.kernels.load_rows.triton import load_rows
 
-            load_rows(moves, begins, buffers.goals[kind], dtype, scales if scaled else None)
-        rows = sum(self._rows_of[key] for key in ((kind, depth, slot) for slot in slots))
-        self._count(number, rows * (1 if scaled else dtype.itemsize))
+            load_rows(*arguments)
+        for slot, of_slot in zip(slots, places, strict=True):
+            if any(begin for begin, _ in of_slot):
+                self._count(number, self._rows_of[kind, depth, slot] * (1 if quantized else dtype.itemsize))
         return [begins, scales, *memory(each, slots)]
 
     def _copy_all(self, number: int, goal: Tensor, data: Tensor) -> None:
@@ -337,11 +352,11 @@ class Prefetch:
                 if (ahead, kind) not in self._reading:
                     if self._thread is None:
                         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fisedit-read")
-                    self._reading[ahead, kind] = self._thread.submit(self._read, ahead, kind, coming.source)
+                    self._reading[ahead, kind] = self._thread.submit(trace.carry(self._read), ahead, kind, coming.source)
 
     def _read(self, number: int, kind: Kind, source: Source) -> Tensor:
         """The rows of one kind as they lie in the buffers: uint8 on the host, page-locked for a GPU."""
-        with span("disk", f"read call {number + 1}", torch.device("cpu")), torch.no_grad():
+        with trace.span("disk", f"read {kind}, call {number + 1}"), torch.no_grad():
             on_host, rows = source.on(torch.device("cpu")), {}
             for slot in self._slots[kind]:
                 level = self.wants.level(slot)

@@ -151,7 +151,8 @@ class RowPlan:
     def table(self, key: Table) -> Tensor | bool:
         """A table, or one of the flags ``full`` and ``partial`` of a level.
 
-        Shapes: active int64 ``[M, N]``, padded with R; sources int32 ``[M, N', taps]``; keys int32 ``[M, R]``;
+        Shapes: active int64 ``[M, N]``, padded with R; sources and own sources int32 ``[M, N', taps]``; keys int32
+        ``[M, R]``;
         number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``, the rows
         of each; locks int32 ``[LOCKS]``, zeros.
         """
@@ -185,7 +186,8 @@ class RowPlan:
             active[level] = padded.scatter_(1, goal, positions.long().expand_as(goal))[:, :size]  # [M, N]
         for key, table in self._tables.items():
             if isinstance(key.of, ConvGeometry):
-                table.copy_(self._sources(key.of, fetched[key.of.source], active[key.of.target]))
+                of_source = (fetched if key.kind == "sources" else places)[key.of.source]
+                table.copy_(self._sources(key.of, of_source, active[key.of.target]))
             elif key.kind == "active":
                 table.copy_(active[key.of])
             elif key.kind == "keys":

@@ -27,7 +27,7 @@ from fisedit.errors import CacheSpaceWarning, CacheWriteError, warn
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
 from fisedit.runtime.cache.disk import write_tensors
 from fisedit.runtime.cache.host import HostPool, available_host_memory
-from fisedit.runtime.trace import span
+from fisedit.runtime.trace import carry, span
 
 Place = Literal["gpu", "host", "disk"]
 PRIORITY: dict[Kind, int] = {"queries": 0, "maps": 1, "keys": 2, "small": 3}
@@ -161,8 +161,8 @@ class Tiers:
         with self._lock:
             layout = Layout.of(values)
             self._warn_of_losses()
-            place: Place | None = "gpu"
-            if kind != "small" or not self.on_gpu:
+            place: Place | None = self.order[0]
+            if kind != "small":
                 place = self._choose(kind, layout.nbytes, ring.began)
             block = None
             if place == "gpu":
@@ -339,7 +339,7 @@ class Tiers:
         if self._writer is None:
             self._writer = ThreadPoolExecutor(1, thread_name_prefix="fisedit-disk")
         block.tier = "disk"  # counted there from now on
-        self._writing.append(self._writer.submit(self._write, weakref.ref(block)))
+        self._writing.append(self._writer.submit(carry(self._write), weakref.ref(block)))
 
     def _write(self, of: weakref.ref[Block]) -> None:
         block = of()
@@ -347,7 +347,7 @@ class Tiers:
             return
         try:
             path = self._new_file()
-            with span("disk", f"write {block.kind}", torch.device("cpu"), {"bytes": block.nbytes}):
+            with span("disk", f"write {block.kind}", args={"bytes": block.nbytes}):
                 checksum = write_tensors(path, block.values())
         except CacheWriteError as error:
             self._disk_failure = self._disk_failure or str(error)

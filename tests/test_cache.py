@@ -1,0 +1,428 @@
+"""Recordings on every tier: what an edit gives does not depend on where its base lies."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
+from torch import Tensor, nn
+
+import fisedit
+from fisedit import CompiledUNet, DetectConfig, Recording
+from fisedit.config import CacheConfig, parse_size
+from fisedit.errors import (
+    CacheSpaceWarning,
+    IncompleteRecordingError,
+    PartialRecordingError,
+    UnknownOptionError,
+)
+from fisedit.runtime.cache.block import Kept
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Small(nn.Module):
+    """Two convolutions, a norm, attention over positions and over a text: what interpreted kernels do in no time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv_in, self.middle = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
+        self.conv_out, self.norm, self.time = nn.Conv2d(32, 4, 3, padding=1), nn.GroupNorm(4, 32), nn.Linear(1, 32)
+        self.own = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(models.TEXT, 32), nn.Linear(models.TEXT, 32)
+
+    def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True) -> Any:
+        time = torch.as_tensor(timestep, device=sample.device).float().reshape(-1, 1).expand(len(sample), 1)
+        x = self.conv_in(sample) + self.time(time / 1000)[:, :, None, None]
+        x = self.middle(nn.functional.silu(self.norm(x)))
+        rows, text = x.flatten(2).transpose(1, 2), encoder_hidden_states
+        for operands in ([f(rows) for f in self.own], (self.query(rows), self.key(text), self.value(text))):
+            heads = [o.unflatten(-1, (2, 16)).transpose(1, 2) for o in operands]
+            rows = rows + nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return (self.conv_out(rows.transpose(1, 2).unflatten(-1, sample.shape[2:])),)
+
+
+@pytest.fixture(scope="module", params=["reference"])
+def provider(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(provider: str) -> nn.Module:
+    return (models.one_level(block_out_channels=(32, 64)) if provider == "reference" else Small().eval().requires_grad_(False)).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def call() -> dict[str, Any]:
+    arguments = models.arguments(models.one_level(), SIZE)
+    return {name: arguments[name].to(DEVICE) for name in ("sample", "encoder_hidden_states")}
+
+
+both = pytest.mark.parametrize("provider", ["reference", "triton"], indirect=True, scope="module")
+
+
+def compiled(model: nn.Module, provider: str = "reference", **cache: Any) -> CompiledUNet:
+    return fisedit.compile(model, provider=provider, cache=CacheConfig(**cache), dense="eager")
+
+
+def recorded(unet: CompiledUNet, call: dict[str, Any], timesteps: Any = TIMESTEPS) -> Recording:
+    with unet.record() as base:
+        run(unet, call, timesteps)
+    return base
+
+
+def edited(unet: CompiledUNet, call: dict[str, Any], base: Recording, mask: Any = "corner") -> list[Tensor]:
+    mask = corner() if isinstance(mask, str) else mask
+    with unet.edit(base, mask):
+        return run(unet, changed(call), change=0.1)
+
+
+def changed(call: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(DEVICE) for name, value in other_text({n: v.cpu() for n, v in call.items()}).items()}
+
+
+def two_rounds(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> list[Tensor]:
+    """An edit whose mask is found, and is recorded; and an edit of that."""
+    detect = DetectConfig(steps=2, window=(1, 2), dilation=0, smooth=0)
+    with unet.edit(base, detect=detect, record=True) as edit:
+        first = run(unet, changed(call), change=0.8)
+    assert edit.recording is not None and edit.mask is not None and 0 < edit.mask.sum() < 64
+    with unet.edit(edit.recording, corner().flip(0)):
+        return first + run(unet, changed(call), change=0.8)
+
+
+def tiers_of(base: Recording) -> set[str]:
+    return {tier for kind, tiers in base.placement().items() for tier in tiers if kind != "small"}
+
+
+def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
+    return len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.fixture(scope="module")
+def wanted(model: nn.Module, provider: str, call: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """Edits of a base that lies whole in the memory of the device."""
+    unet = compiled(model, provider)
+    base = recorded(unet, call)
+    return edited(unet, call, base), two_rounds(unet, call, base)
+
+
+OTHER_TIERS = {"host": {"gpu": 0}, "disk": {"gpu": 0, "host": 0}}
+
+
+@both
+@pytest.mark.parametrize("tier", list(OTHER_TIERS))
+def test_edits_are_the_same_on_every_tier(
+    model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, tier: str, provider: str
+) -> None:
+    """Bit for bit, also where the mask is found, and where an edit is edited."""
+    unet = compiled(model, provider, **OTHER_TIERS[tier], disk=tmp_path / "cache")
+    base = recorded(unet, call)
+    assert tiers_of(base) == {"disk"} if tier == "disk" else tiers_of(base) <= {"pinned", "pageable"}
+    assert same(edited(unet, call, base), wanted[0])
+    assert same(two_rounds(unet, call, base), wanted[1])
+    assert same(edited(unet, call, base), wanted[0])
+
+
+@both
+@pytest.mark.parametrize("options", [{"storage": "int8"}, {}], ids=["all", "keys"])
+def test_8_bits(
+    model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Smaller by what floats of 4 bytes become, and near the exact edit; the same on every tier."""
+    kv = "cached" if options else "int8"
+    given = []
+    for tier in ({}, {"gpu": 0, "host": 0, "disk": tmp_path}):
+        unet = fisedit.compile(model, provider=provider, kv=kv, cache=CacheConfig(**options, **tier), dense="eager")
+        base = recorded(unet, call)
+        given.append(edited(unet, call, base) + two_rounds(unet, call, base))
+    assert same(*given)
+    exact = wanted[0] + wanted[1]
+    for out, of_exact in zip(given[0], exact, strict=True):
+        error = (out - of_exact).abs().max() / of_exact.abs().max()
+        assert error < 0.02
+    assert not same(given[0], exact)
+    plain = recorded(compiled(model, provider), call)
+    smaller = [kind for kind in ("maps", "keys", "queries") if sizes(base)[kind] < 0.5 * sizes(plain)[kind]]
+    assert smaller == (["maps", "keys", "queries"] if options else ["keys"])
+
+
+def sizes(base: Recording) -> dict[str, int]:
+    return {kind: sum(tiers.values()) for kind, tiers in base.placement().items()}
+
+
+def test_memory_fills(model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path) -> None:
+    """The budget of the first tier takes what matters most; the rest goes down; nothing is lost."""
+    whole = recorded(compiled(model), call)
+    budget = sum(sizes(whole).values()) // 2
+    tier = "gpu" if DEVICE == "cuda" else "host"
+    unet = compiled(model, **{"gpu": 0, tier: budget}, disk=tmp_path)
+    base = recorded(unet, call)
+    held = base.placement()
+    first = {"gpu"} if DEVICE == "cuda" else {"pageable"}
+    assert sum(n for of in held.values() for where, n in of.items() if where in first) <= budget
+    assert tiers_of(base) > first
+    share = {kind: sum(of.get(t, 0) for t in first) / sum(of.values()) for kind, of in held.items()}
+    assert share["keys"] >= share["maps"] >= share["queries"] and share["queries"] < 1
+    assert same(edited(unet, call, base), wanted[0])
+    assert "moved" in unet.tiers(torch.device(DEVICE)).describe() or share["maps"] < 1
+
+
+def test_a_dropped_base_gives_its_place_back(model: nn.Module, call: dict[str, Any]) -> None:
+    """A second recording takes the memory of a first one that is gone; one that is kept moves nowhere if edited."""
+    unet = compiled(model, gpu=0)
+    tiers = None
+    for _ in range(3):
+        base = recorded(unet, call)
+        tiers = unet.tiers(torch.device(DEVICE))
+        used = tiers.pool.used
+        base.release()
+        del base
+        gc.collect()
+        assert used > 0 and tiers.pool.used == 0
+    assert tiers is not None and tiers.pool.idle == used
+
+
+def test_no_room(model: nn.Module, call: dict[str, Any]) -> None:
+    """The image is made, the recording is partial, and an edit of it says what is missing."""
+    unet = compiled(model, gpu=0, host=0)
+    plain = run(compiled(model), call)
+    with pytest.warns(CacheSpaceWarning, match="budgets are used up.*not affected.*CacheConfig") as seen:
+        with unet.record() as base:
+            outputs = run(unet, call)
+    assert len(seen) == 1 and same(outputs, plain)
+    assert base.partial and base.complete
+    with pytest.raises(PartialRecordingError, match=r"lacks the keys of call 1, .* and \d+ more.*budgets"):
+        edited(unet, call, base)
+
+
+@pytest.mark.parametrize("reason", ["full", "read-only"])
+def test_the_disk_fails(
+    model: nn.Module, call: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    import os
+
+    folder = tmp_path / "cache"
+    unet = compiled(model, gpu=0, host=0, disk=folder)
+    if reason == "full":
+        monkeypatch.setattr(os, "write", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    else:
+        folder.write_text("a file where the folder should be")
+    with pytest.warns(CacheSpaceWarning), unet.record() as base:
+        outputs = run(unet, call)
+    monkeypatch.undo()
+    assert same(outputs, run(compiled(model), call)) and base.partial
+    with pytest.raises(PartialRecordingError, match="No space left" if reason == "full" else "ile exists"):
+        edited(unet, call, base)
+    assert not folder.is_dir() or not list(folder.rglob("*.safetensors*"))
+
+
+def test_a_file_that_was_changed_is_noticed(model: nn.Module, call: dict[str, Any], tmp_path: Path) -> None:
+    unet = compiled(model, gpu=0, host=0, disk=tmp_path)
+    base = recorded(unet, call)
+    for file in tmp_path.rglob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    with pytest.raises(fisedit.errors.CacheReadError, match=r"safetensors.*changed since"):
+        edited(unet, call, base)
+
+
+def test_files_go_with_the_base(model: nn.Module, call: dict[str, Any], tmp_path: Path) -> None:
+    unet = compiled(model, gpu=0, host=0, disk=tmp_path)
+    base = recorded(unet, call)
+    assert list(tmp_path.rglob("*.safetensors"))
+    base.release()
+    gc.collect()
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_two_edits_of_one_base_at_once(model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path) -> None:
+    unet = compiled(model, gpu=0, host=0, disk=tmp_path)
+    base, given = recorded(unet, call), dict[int, list[Tensor]]()
+
+    def work(number: int) -> None:
+        given[number] = edited(unet, call, base)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(given) == 2 and all(same(out, wanted[0]) for out in given.values())
+
+
+@both
+def test_two_edits_of_one_base_by_turns(
+    model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, provider: str
+) -> None:
+    """Call by call, each in a context of its own: Triton's interpreter is not one for threads."""
+    unet = compiled(model, provider, gpu=0, host=0, disk=tmp_path)
+    base, given = recorded(unet, call), ([], [])
+
+    def steps(outputs: list[Tensor]) -> Iterator[None]:
+        now = changed(call)
+        sample = now["sample"].clone()
+        with unet.edit(base, corner()):
+            for timestep in TIMESTEPS:
+                outputs += unet(sample, timestep, now["encoder_hidden_states"], return_dict=False)
+                sample = sample - 0.1 * outputs[-1]
+                sample[..., :3, :3] += 0.1
+                yield
+
+    turns = [(contextvars.copy_context(), steps(outputs)) for outputs in given]
+    for _ in (*TIMESTEPS, None):
+        for context, of in turns:
+            context.run(next, of, None)
+    assert all(same(outputs, wanted[0]) for outputs in given)
+
+
+class Stop(BaseException):
+    """As Ctrl-C: no ``Exception``."""
+
+
+@both
+@pytest.mark.parametrize("error", [Stop, ValueError])
+def test_an_edit_that_is_broken_off(
+    model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, provider: str, error: type[BaseException]
+) -> None:
+    """Buffers come back, threads end, and the next edit is right."""
+    unet = compiled(model, provider, gpu=0, host=0, disk=tmp_path)
+    base = recorded(unet, call)
+    for calls in (1, 3):
+        with pytest.raises(error), unet.edit(base, corner(), record=True):
+            run(unet, changed(call), TIMESTEPS[:calls], change=0.1)
+            raise error
+    gc.collect()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fisedit-read")]
+    assert all(not block.readers for block in base.blocks())
+    assert same(edited(unet, call, base), wanted[0])
+
+
+def test_many_edits_in_a_row(model: nn.Module, call: dict[str, Any]) -> None:
+    """Memory stays as it is: no block, slab or file is left behind."""
+    unet = compiled(model, gpu=0)
+    base = recorded(unet, call, TIMESTEPS[:2])
+    tiers, held = unet.tiers(torch.device(DEVICE)), []
+    for number in range(200):
+        with unet.edit(base, corner(), record=number % 10 == 0):
+            run(unet, changed(call), TIMESTEPS[:2], change=0.1)
+        if number % 50 == 9:
+            gc.collect()
+            held.append((tiers.pool.used, tiers.pool.idle, len(tiers.blocks())))
+    assert len(set(held[1:])) == 1
+
+
+def test_a_base_dropped_while_it_is_stored(
+    model: nn.Module, call: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its blocks are still being written when nobody wants them any more."""
+    from fisedit.runtime.cache import tiers
+
+    begun, go, write = threading.Event(), threading.Event(), tiers.write_tensors
+
+    def slow(*arguments: Any) -> str:
+        begun.set()
+        assert go.wait(10)
+        return write(*arguments)
+
+    monkeypatch.setattr(tiers, "write_tensors", slow)
+    unet = compiled(model, gpu=0, host=0, disk=tmp_path)
+    with unet.record() as base:
+        run(unet, call, TIMESTEPS[:1])
+        assert begun.wait(10)
+        base.release()
+        go.set()
+    gc.collect()
+    assert not list(tmp_path.rglob("*.safetensors"))
+    other = recorded(unet, call)
+    assert not other.partial and same(edited(unet, call, other), edited(unet, call, other))
+
+
+def test_what_killed_processes_left_is_swept(model: nn.Module, call: dict[str, Any], tmp_path: Path) -> None:
+    left = tmp_path / "fisedit-999999999-abc"
+    left.mkdir()
+    (left / "block-00000001.safetensors").write_bytes(b"x")
+    recorded(compiled(model, gpu=0, host=0, disk=tmp_path), call, TIMESTEPS[:1])
+    assert not left.exists()
+
+
+# Which steps are kept
+
+
+@both
+def test_selected_steps(model: nn.Module, call: dict[str, Any], wanted: Any, provider: str) -> None:
+    """Without feature maps of the first steps: smaller, dense there, sparse behind; the background stays exact."""
+    unet = compiled(model, provider, steps=(3, None))
+    base, whole = recorded(unet, call), recorded(compiled(model, provider), call)
+    assert sizes(base)["maps"] < 0.7 * sizes(whole)["maps"] and sizes(base)["queries"] < sizes(whole)["queries"]
+    with unet.edit(base, corner()) as edit:
+        outputs = run(unet, changed(call), change=0.1)
+    report = edit.report()
+    assert [len(report.timings[kind]) for kind in ("dense", "sparse")] == [2, 3]
+    assert "CacheConfig.steps" in str(report)
+    for out, made in zip(outputs, base.calls.values(), strict=True):
+        assert torch.equal(out[..., ~corner()], made.outputs[0][..., ~corner()])
+    detect = DetectConfig(steps=2, window=(1, 2), dilation=0, smooth=0)
+    plain = compiled(model, provider)
+    given = []
+    for one, of in ((unet, base), (plain, recorded(plain, call))):
+        with one.edit(of, detect=detect) as edit:
+            given.append(run(one, changed(call), change=0.8))
+        assert len(edit.timings["sparse"]) == 3
+    assert same(*given)
+
+
+def test_queries_are_kept_where_a_mask_can_be_sought(model: nn.Module, call: dict[str, Any]) -> None:
+    unet = compiled(model)
+    base = recorded(unet, call)
+    kinds = [{block.kind for block in made.cache.blocks()} for made in base.calls.values()]
+    assert ["queries" in of_call for of_call in kinds] == [True, True, True, False, False]  # 900, 700, 500, 300, 100
+    with pytest.raises(IncompleteRecordingError, match="queries of cross-attention at step 4.*detect_steps"):
+        with unet.edit(base, detect=DetectConfig(steps=4)):
+            run(unet, changed(call))
+    with unet.edit(base, detect=DetectConfig(steps=4, control=False)) as edit:
+        run(unet, changed(call), change=0.8)
+    assert len(edit.timings["detect"]) == 4
+    more = compiled(model, detect_steps=4)
+    with more.edit(recorded(more, call), detect=DetectConfig(steps=4)) as edit:
+        run(more, changed(call), change=0.8)
+    assert len(edit.timings["detect"]) == 4
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("20", 20), (7, 7), (None, None), ("3 kib", 3072)]
+)
+def test_sizes(given: Any, size: Any) -> None:
+    assert parse_size("gpu", given) == size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gpu": "8 gigs"}, {"host": -1}, {"gpu": True}, {"disk": 3}, {"storage": "int4"}, {"steps": (0, 4)},
+     {"steps": (4, 2)}, {"steps": 5}, {"detect_steps": -1}, {"host": "GiB"}],
+)  # fmt: skip
+def test_what_options_do_not_take(options: dict[str, Any]) -> None:
+    with pytest.raises(UnknownOptionError, match=next(iter(options))):
+        CacheConfig(**options)
+
+
+def test_values_look_like_tensors(model: nn.Module, call: dict[str, Any]) -> None:
+    base = recorded(compiled(model), call)
+    cache = next(iter(base.calls.values())).cache
+    for slot, value in cache.values.items():
+        assert isinstance(value, Kept) and value.shape == cache.load(slot).shape
+        part = cache.samples([1])
+        assert torch.equal(part.load(slot), cache.load(slot).unflatten(0, (2, -1))[1])
