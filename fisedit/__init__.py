@@ -2,7 +2,7 @@
 
 from fisedit.api import compile
 from fisedit.backend import edit, record
-from fisedit.config import CompileConfig, DetectConfig
+from fisedit.config import CacheConfig, CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.errors import FISEditError, FISEditWarning
 from fisedit.module import CompiledUNet
@@ -11,6 +11,7 @@ from fisedit.recording import Recording
 from fisedit.tracing import trace
 
 __all__ = [
+    "CacheConfig",
     "CompileConfig",
     "CompiledUNet",
     "DetectConfig",

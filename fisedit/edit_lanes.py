@@ -59,6 +59,7 @@ class Lane:
     program: Program | None = None
     batch: int = 1
     bytes_loaded: list[int] = field(default_factory=list)
+    bytes_fetched: list[int] = field(default_factory=list)
     unsettled: list[tuple[CallKey, Stored, RecordedCall]] = field(default_factory=list)
     kinds: frozenset[Kind] = frozenset()
     texts: Copies = field(default_factory=Copies)
@@ -164,7 +165,7 @@ class Lane:
         edit, program = self.edit, self.program
         report = EditReport(detect_steps=edit.detect_steps, timings=edit.timings, bytes_cached=edit.base.nbytes)
         report = replace(report, active_share=None if edit.masks is None else float(edit.masks.float().mean()))
-        report = replace(report, dense_because=self.reason)
+        report = replace(report, dense_because=self.reason, placement=edit.base.placement())
         report = replace(report, seconds_recorded=[call.seconds for call in edit.base.calls.values()])
         if program is None:
             return report
@@ -182,6 +183,7 @@ class Lane:
             report,
             macs_sparse=round(macs * own),
             bytes_loaded=loaded,
+            bytes_fetched=self.bytes_fetched,
             levels={f"{h}x{w}": plan.share((h, w)) for h, w in levels(graph)},
             tiles={str(geometry): tile for geometry, tile in plan.tiles.items()},
         )

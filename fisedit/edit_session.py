@@ -229,6 +229,8 @@ class EditSession:
         def compute() -> list[Tensor]:
             outputs = replay.run(call.tensors, prefetch.source(number), group.memo, keep)
             prefetch.done()
+            for lane in group.lanes:
+                lane.bytes_fetched.append(prefetch.bytes_loaded.pop(number, 0) // len(group.lanes))
             return outputs
 
         return compute

@@ -21,6 +21,8 @@ class EditReport:
         seconds_recorded: seconds of each recorded (dense) call of the base.
         macs_dense, macs_sparse: multiply-accumulates of one U-Net call.
         bytes_cached: bytes that the base holds. bytes_loaded: bytes read from it by each sparse call.
+        bytes_fetched: bytes copied for each sparse call from where its base lies; 0 where kernels read it in its place.
+        placement: bytes of the base by kind of value and tier.
         islands: ops that ran dense because no pass understands them.
     """
 
@@ -35,6 +37,8 @@ class EditReport:
     macs_sparse: int | None = None
     bytes_cached: int = 0
     bytes_loaded: list[int] = field(default_factory=list)
+    bytes_fetched: list[int] = field(default_factory=list)
+    placement: dict[str, dict[str, int]] = field(default_factory=dict)
     islands: list[str] = field(default_factory=list)
 
     @property
@@ -46,6 +50,15 @@ class EditReport:
     def seconds_per_recorded_step(self) -> float | None:
         """Median seconds of a recorded U-Net call: dense, and storing its feature maps."""
         return median(self.seconds_recorded) if self.seconds_recorded else None
+
+    def _tiers(self) -> str:
+        """Where the base lies, unless it is one place."""
+        tiers: dict[str, int] = {}
+        for of_kind in self.placement.values():
+            for tier, size in of_kind.items():
+                tiers[tier] = tiers.get(tier, 0) + size
+        shown = ", ".join(f"{tier} {size / 2**20:.0f}" for tier, size in tiers.items())
+        return f" ({shown})" if len(tiers) > 1 else ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,7 +76,9 @@ class EditReport:
             rows.append(("GMACs a call", f"{figures} ({self.macs_dense / self.macs_sparse:.1f}x fewer)"))
         if self.bytes_loaded:
             rows.append(("loaded a sparse call", f"{median(self.bytes_loaded) / 2**20:.1f} MiB"))
-        rows.append(("cached by the base", f"{self.bytes_cached / 2**20:.0f} MiB"))
+        if any(self.bytes_fetched):
+            rows.append(("fetched a sparse call", f"{median(self.bytes_fetched) / 2**20:.1f} MiB"))
+        rows.append(("cached by the base", f"{self.bytes_cached / 2**20:.0f} MiB{self._tiers()}"))
         if self.islands:
             more = f"; and {len(self.islands) - 3} more" if len(self.islands) > 3 else ""
             rows.append(("dense islands", "; ".join(self.islands[:3]) + more))

@@ -1,0 +1,281 @@
+"""What recordings cost on each tier of memory, and what an edit waits for: our version of the paper's Table 2.
+
+    python bench/cache.py --output cache.json              SD2.1 at 768x768, fp16, batch 2, on a GPU
+    python bench/cache.py --bus 12,25                      also as if the bus moved so many GB/s
+    python bench/cache.py --tiny                           a small model on any device, to try the script out
+
+*Exposed* is what a step waits for its recorded values: its time less that of the same step whose base lies whole on the
+GPU. *Transfer* is how long the copies of a step take on their stream, hidden or not. Loops of tiers take turns with
+those of the GPU tier and of the dense baseline, ``torch.compile(mode="reduce-overhead")``. Weights are random.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Annotated, Any
+
+import torch
+import typer
+from calls import Loop, Subject, loop, milliseconds, prepare
+from masks import blob, family
+from published import MODELS, TINY
+from torch import Tensor
+
+import fisedit
+from fisedit.environment import describe_environment, environment_line
+from fisedit.recording import Recording
+from fisedit.runtime.cache.tiers import Tiers
+from fisedit.runtime.trace import Trace
+
+WARM = 2
+"""Calls of a session that are not part of its loop."""
+MB = 1e6
+
+
+@dataclass(frozen=True)
+class Tier:
+    """Where a base lies: options of ``CacheConfig``, and of ``compile``. ``keys``: share of the GPU's budget for keys
+    and values, in steps of the run."""
+
+    cache: dict[str, Any]
+    kv: str = "cached"
+    keys_on_gpu: bool = False
+
+
+TIERS = {
+    "GPU": Tier({}),
+    "GPU, active keys": Tier({}, kv="active"),
+    "GPU, keys in 8 bits": Tier({}, kv="int8"),
+    "GPU, all in 8 bits": Tier({"storage": "int8"}),
+    "host, keys on GPU": Tier({}, keys_on_gpu=True),
+    "host, keys streamed": Tier({"gpu": 0}),
+    "host, keys in 8 bits": Tier({"gpu": 0}, kv="int8"),
+    "host, active keys": Tier({"gpu": 0}, kv="active"),
+    "host, all in 8 bits, keys on GPU": Tier({"storage": "int8"}, keys_on_gpu=True),
+    "gpu=1GiB": Tier({"gpu": "1GiB"}),
+    "disk": Tier({"gpu": 0, "host": 0}, kv="active"),
+}
+"""Those on the GPU in front: what the others are compared with, by kind of keys and storage."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. Milliseconds, and megabytes (10^6) a step."""
+
+    tier: str
+    mask: str
+    bus: float | None
+    gpu_step: float
+    step: float
+    loaded: float
+    transfer: float
+    identical: bool
+
+    @property
+    def exposed(self) -> float:
+        return self.step - self.gpu_step
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What recording on a tier takes: ms of a call, of the dense baseline beside it, MB stored a step by kind."""
+
+    tier: str
+    first: float
+    call: float
+    dense: float
+    stored: dict[str, float]
+    placed: dict[str, dict[str, float]]
+    transfer: float
+    peak_gpu: float
+    peak_host: float
+
+
+@contextmanager
+def ours(subject: Subject, tier: Tier, dense: str, keys: int, folder: Path) -> Iterator[fisedit.CompiledUNet]:
+    """The model compiled for a tier; its memory is free afterwards."""
+    options = dict(tier.cache)
+    if tier.keys_on_gpu:
+        options["gpu"] = keys
+    if options.get("host") == 0:
+        options["disk"] = folder
+    unet = fisedit.compile(copy.copy(subject.unet), kv=tier.kv, dense=dense, cache=fisedit.CacheConfig(**options))
+    try:
+        yield unet
+    finally:
+        tiers_of(unet, subject.device).pool.trim()
+        del unet
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def tiers_of(unet: fisedit.CompiledUNet, device: torch.device) -> Tiers:
+    return unet.tiers(torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" else device)
+
+
+def record(subject: Subject, unet: fisedit.CompiledUNet) -> tuple[Loop, Recording]:
+    with unet.record() as base:
+        step = subject.step(unet)
+        milliseconds(lambda: step(subject.timesteps[0]), subject.device)
+        timed, _ = loop(step, subject.timesteps[1:], subject.device)
+    return timed, base
+
+
+def edit(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor) -> tuple[float, Tensor, float]:
+    """Ms of a call in a loop, the last output, and MB loaded by a call."""
+    step = subject.step(unet)
+    with unet.edit(base, mask.to(subject.device)) as edit:
+        for timestep in subject.timesteps[:WARM]:
+            step(timestep)
+        timed, out = loop(step, subject.timesteps[WARM:], subject.device)
+        report = edit.report()
+    loaded = report.bytes_fetched[WARM:] if report.bytes_fetched else [0]
+    return timed.wall, out.clone(), mean(loaded) / MB
+
+
+def transfers(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor) -> float:
+    """Ms that the copies of a call take on their stream."""
+    trace, step = Trace("bench"), subject.step(unet)
+    with trace.open(), unet.edit(base, mask.to(subject.device)):
+        for timestep in subject.timesteps:
+            step(timestep)
+    spans = [s.end - s.start for s in trace.spans() if s.track == "load"]
+    return median(spans[WARM:]) * 1e3 if len(spans) > WARM else 0.0
+
+
+def measure_record(subject: Subject, name: str, unet: fisedit.CompiledUNet, repeats: int) -> tuple[Recorded, Recording]:
+    device, pool = subject.device, tiers_of(unet, subject.device).pool
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    first, base = record(subject, unet)  # host memory is made now, and used again from then on
+    stored = {kind: sum(of.values()) / len(base.calls) / MB for kind, of in base.placement().items()}
+    placed = {kind: {t: n / MB for t, n in of.items()} for kind, of in base.placement().items()}
+    peak = torch.cuda.max_memory_allocated() / MB if device.type == "cuda" else 0.0
+    calls, dense = [], []
+    for _ in range(repeats):
+        base.release()
+        gc.collect()
+        timed, base = record(subject, unet)
+        calls.append(timed.wall)
+        dense.append(loop(subject.step(subject.dense), subject.timesteps, device)[0].wall)
+    trace = Trace("bench")
+    base.release()
+    gc.collect()
+    with trace.open():
+        _, base = record(subject, unet)
+    copies = sum(s.end - s.start for s in trace.spans() if s.track == "store") / len(base.calls) * 1e3
+    made = Recorded(name, first.wall, median(calls), median(dense), stored, placed, copies, peak,
+                    (pool.used + pool.idle) / MB)  # fmt: skip
+    return made, base
+
+
+def measure_tier(
+    subject: Subject, name: str, tier: Tier, masks: dict[str, list[Tensor]], wanted: dict[str, Any],
+    options: dict[str, Any],
+) -> tuple[Recorded, list[Line]]:  # fmt: skip
+    """Record and edit on one tier; ``wanted``: ms and outputs of the same edits on the GPU, by kind of keys."""
+    lines = []
+    exact = f"{tier.kv} {tier.cache.get('storage', 'exact')}"
+    with ours(subject, tier, options["dense"], options["keys"], options["folder"]) as unet:
+        recorded, base = measure_record(subject, name, unet, options["repeats"])
+        print(f"{name}: recording {recorded.call:.2f} ms, dense {recorded.dense:.2f} ms", flush=True)
+        for bus in (None, *options["bus"]) if name.startswith("host") else (None,):
+            tiers_of(unet, subject.device).bus = bus * 1e9 if bus else None
+            for mask_name, of_kind in masks.items():
+                each = []
+                for number, mask in enumerate(of_kind):
+                    runs = [edit(subject, unet, base, mask) for _ in range(options["repeats"])]
+                    best = median(run[0] for run in runs)
+                    reference = wanted.setdefault(f"{exact} {mask_name} {number}", (best, runs[0][1]))
+                    identical = all(torch.equal(run[1], reference[1]) for run in runs)
+                    each.append((reference[0], best, runs[0][2], identical))
+                transfer = transfers(subject, unet, base, of_kind[0])
+                of, step, loaded = (mean(one[part] for one in each) for part in range(3))
+                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each)))
+                print(f"  {lines[-1]}", flush=True)
+        base.release()
+    return recorded, lines
+
+
+def record_table(rows: Sequence[Recorded]) -> str:
+    lines = ["| base | recording, ms | dense compiled, ms | over it | first run, ms | stored a step, MB: maps, keys, "
+             "queries | copies, ms | GPU peak, GB | host, GB |",
+             "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |"]  # fmt: skip
+    for row in rows:
+        stored = ", ".join(f"{row.stored.get(kind, 0):.0f}" for kind in ("maps", "keys", "queries"))
+        lines.append(
+            f"| {row.tier} | {row.call:.2f} | {row.dense:.2f} | {row.call / row.dense - 1:+.1%} | {row.first:.0f} "
+            f"| {stored} | {row.transfer:.1f} | {row.peak_gpu / 1e3:.1f} | {row.peak_host / 1e3:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def edit_table(lines: Sequence[Line]) -> str:
+    made = ["| base | bus, GB/s | mask | compute, ms | step, ms | exposed, ms | of the step | loaded, MB | transfer, ms "
+            "| same image |", "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+    for line in lines:
+        bus = "" if line.bus is None else f"{line.bus:g}"
+        made.append(
+            f"| {line.tier} | {bus} | {line.mask} | {line.gpu_step:.2f} | {line.step:.2f} | {line.exposed:.2f} "
+            f"| {line.exposed / line.step:.1%} | {line.loaded:.1f} | {line.transfer:.2f} "
+            f"| {'yes' if line.identical else 'no'} |"
+        )
+    return "\n".join(made)
+
+
+def mask_set(size: tuple[int, int], shares: Sequence[float], ragged: int) -> dict[str, list[Tensor]]:
+    return {**{f"blob {s:.0%}": [blob(size, s)] for s in shares}, f"ragged, {ragged} masks": family(size, ragged)}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="A name of bench/published.py.")] = "SD2.1",
+    steps: Annotated[int, typer.Option(min=WARM + 2, help="Steps of the base.")] = 50,
+    repeats: Annotated[int, typer.Option(min=1, help="Loops of each kind; the median is shown.")] = 3,
+    ragged: Annotated[int, typer.Option(min=1, help="Masks of the ragged family.")] = 8,
+    blobs: Annotated[str, typer.Option(help="Active shares of the masks of one region.")] = "0.05,0.15,0.30",
+    tiers: Annotated[str, typer.Option(help="Which of the tiers; with semicolons.")] = ";".join(TIERS),
+    bus: Annotated[str, typer.Option(help="Slower buses to imitate, GB/s.")] = "",
+    dense: Annotated[str, typer.Option(help="How what we run dense is compiled; 'eager': not at all.")] = "inductor",
+    output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
+) -> None:
+    """Measure recordings and edits on each tier."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    environment = {**describe_environment(device), "dtype": "float16" if device.type == "cuda" else "float32"}
+    print(environment_line(environment), environment["dtype"], flush=True)
+    published = TINY if tiny else MODELS[model]
+    folder = Path(tempfile.mkdtemp())
+    recorded: list[Recorded] = []
+    lines: list[Line] = []
+    wanted: dict[str, Any] = {}
+    with torch.no_grad():
+        subject = prepare(model, published, device, getattr(torch, environment["dtype"]), steps, dense="eager")
+        masks = mask_set(published.size, [float(share) for share in blobs.split(",")], ragged)
+        options = {"dense": dense, "repeats": repeats, "folder": folder, "keys": 0,
+                   "bus": [float(b) for b in bus.split(",") if b]}  # fmt: skip
+        for name in tiers.split(";"):
+            of, made = measure_tier(subject, name, TIERS[name], masks, wanted, options)
+            recorded.append(of)
+            lines += made
+            if name == "GPU":  # what the keys and values of the whole run take, and a little
+                options["keys"] = round(1.02 * of.stored.get("keys", 0) * MB * steps)
+            if output is not None:
+                values = {"environment": environment, "recorded": [asdict(row) for row in recorded],
+                          "edits": [{**asdict(line), "exposed": line.exposed} for line in lines]}  # fmt: skip
+                output.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"\n{record_table(recorded)}\n\n{edit_table(lines)}\n\n{environment_line(environment)}, batch 2", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
