@@ -221,8 +221,11 @@ def record_table(rows: Sequence[Recorded]) -> str:
 
 
 def edit_table(lines: Sequence[Line]) -> str:
-    made = ["| base | bus, GB/s | mask | compute, ms | step, ms | exposed, ms | of the step | loaded, MB "
-            "| transfer, ms | same image |", "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]  # fmt: skip
+    made = [
+        "| base | bus, GB/s | mask | compute, ms | step, ms | exposed, ms | of the step | loaded, MB | transfer, ms "
+        "| same image |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
     for line in lines:
         bus = "" if line.bus is None else f"{line.bus:g}"
         made.append(
