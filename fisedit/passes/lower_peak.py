@@ -36,8 +36,9 @@ def lower_peak(graph: Graph, memory: Memory) -> int:
     for move in moves[:kept]:
         if move.up:
             hoist(graph, move.nodes, move.before)  # with their tables and weights
-        for node in move.nodes if not move.up else ():
-            move.before.prepend(node)
+        else:
+            for node in move.nodes:
+                move.before.prepend(node)
     return kept
 
 
