@@ -142,9 +142,9 @@ def _table(key: Table, numbers: Numbers) -> Any:
     of = key.of
     if isinstance(of, ConvGeometry):
         rows, block = numbers.rows(of.target), of.block((1, 1))
-        shape = {"halo": (1, numbers.halo(of)), "neighbors": (1, rows, *block), "outputs": (1, rows),
-                 "sources": (1, rows, math.prod(of.kernel))}[key.kind]  # fmt: skip
-        return torch.empty(shape, dtype=torch.int64, device="meta")
+        shapes = {"halo": (1, numbers.halo(of)), "neighbors": (1, rows, *block), "outputs": (1, rows)}
+        sources = (1, rows, math.prod(of.kernel))
+        return torch.empty(shapes.get(key.kind, sources), dtype=torch.int64, device="meta")
     if key.kind in ("full", "partial"):
         return numbers.full(of) == (key.kind == "full")
     shape = {"active": (1, numbers.rows(of)), "keys": (1, math.prod(of)), "locks": (LOCKS,)}.get(key.kind, (1,))
