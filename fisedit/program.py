@@ -16,6 +16,7 @@ from fisedit.passes.base import GraphPass, PassLog, run_passes
 from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.lower import lower
 from fisedit.passes.slot_uses import slot_uses
+from fisedit.passes.plan_memory import memory_line
 from fisedit.passes.slots import Slot
 from fisedit.runtime import dense
 from fisedit.runtime.cache.block import Use
@@ -140,6 +141,8 @@ class Program:
             lines += [f"    left alone by {name}: {r.node} ({r.reason})" for name, r in log.refusals]
         if states := [str(compilation) for compilation in self.compilations if compilation.used]:
             lines.append("compiled by Inductor: " + "; ".join(states))
+        if kind == "edit":
+            lines.append(memory_line(self.graphs[kind].graph))
         islands = self.islands
         lines.append("dense islands: " + ("; ".join(islands) if islands else "none"))
         return "\n".join(lines)

@@ -16,6 +16,7 @@ from fisedit.passes.base import PassResult
 from fisedit.passes.fuse_linear import two_sources
 from fisedit.passes.fused import ancestors, count, hoist, take_over
 from fisedit.passes.ir import args, aten, fisedit, is_op, rows_of
+from fisedit.passes.read_in_place import view
 from fisedit.passes.remove_identities import is_flat
 from fisedit.runtime.plan import Table
 
@@ -61,8 +62,7 @@ def _settle_shift(graph: Graph, node: Node) -> None:
 def _fold(graph: Graph, norms: list[Node]) -> Node:
     kinds = [rows_of(node) for node in norms]
     channels = [kind.channels for kind in kinds if kind is not None]
-    views = [graph.call_function(fisedit.cache_view.default, (args(load)[0],))
-             for node in norms for load in args(node)[1:3]]  # fmt: skip
+    views = [view(graph, load) for node in norms for load in args(node)[1:3]]
     slots = list(range(len(views)))
     weight, bias = (
         _joined(graph, [args(node)[position] for node in norms], channels, norms, filler)

@@ -6,11 +6,12 @@ normalized with its own statistics. A broadcast add before the norm (the time em
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of
+from fisedit.passes.ir import Rows, args, aten, bound_arguments, fisedit, is_op, layout_of, tensor
 from fisedit.passes.layout import Layout, LayoutError
 from fisedit.runtime.plan import Table
 
@@ -38,6 +39,9 @@ def _fold(graph: Graph, node: Node) -> None:
         packed = rows.pack(graph, source)
         stats = [rows.call(graph, fisedit.cache_load.default, (f"{kind}:{node.meta['origin']}",))
                  for kind in ("mean", "rstd")]  # fmt: skip
+        for load in stats:
+            wide = torch.promote_types(tensor(node).dtype, torch.float32)
+            load.meta["recorded"] = torch.empty(layout.batch, int(bound["num_groups"]), dtype=wide, device="meta")
         positions = layout.level[0] * layout.level[1]
         arguments = (packed, *stats, bound["weight"], bound["bias"], shift, bound["eps"], positions,
                      rows.table(graph, Table("count", layout.level)))  # fmt: skip

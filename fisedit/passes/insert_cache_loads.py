@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
-from fisedit.passes.ir import Rows, args, fisedit, is_op, layout_of
+from fisedit.passes.ir import Rows, args, fisedit, is_op, layout_of, tensor
 from fisedit.passes.slots import Slot
 from fisedit.runtime.plan import Table
 
@@ -56,18 +57,26 @@ def _replace(graph: Graph, node: Node, new: Node) -> None:
 def _recorded_rows(graph: Graph, dense: Node, index: Node | None = None) -> Node:
     """Rows ``index`` (all, if None) of a dense value: ``[B, H or R, C]``."""
     if is_op(dense, fisedit.unpack.default):
-        return graph.call_function(fisedit.cache_load.default, (Slot("rows", dense.meta["origin"]).key, index))
+        return _load(graph, dense, index)
     layout = layout_of(dense)
     assert layout is not None
     full = rows.dense_to_rows(graph, dense, layout)
     return full if index is None else graph.call_function(fisedit.gather_rows.default, (full, index))
 
 
+def _load(graph: Graph, unpack: Node, *index: Node | None) -> Node:
+    layout = layout_of(unpack)
+    assert layout is not None
+    load = graph.call_function(fisedit.cache_load.default, (Slot("rows", unpack.meta["origin"]).key, *index))
+    shape = (layout.batch, layout.level[0] * layout.level[1], layout.channels)
+    load.meta["recorded"] = torch.empty(shape, dtype=tensor(unpack).dtype, device="meta")
+    return load
+
+
 def _scatter(graph: Graph, unpack: Node) -> Node:
     layout, packed = layout_of(unpack), args(unpack)[0]
     assert layout is not None
-    recorded = graph.call_function(fisedit.cache_load.default, (Slot("rows", unpack.meta["origin"]).key,))
-    index = rows.table(graph, Table("active", layout.level))
+    recorded, index = _load(graph, unpack), rows.table(graph, Table("active", layout.level))
     full = graph.call_function(fisedit.scatter_rows.default, (recorded, index, packed))  # [B, R, C]
     full.meta["rows"] = packed.meta["rows"]
     return rows.rows_to_dense(graph, full, layout)

@@ -6,7 +6,9 @@ The IR is a ``torch.fx`` graph of ATen ops plus the ops of namespace ``fisedit``
 - ``rows``    (:class:`Rows`): a packed value ``[B, N, C]``, the active rows of a level;
 - ``origin``  (str): the node of the captured graph that it computes (names cache slots, and provenance);
 - ``island``  (str): why this op stays dense (shown by ``inspect``);
-- ``table`` / ``slot``: what a ``fisedit::table`` or ``cache_load``/``cache_store`` node refers to.
+- ``table`` (:class:`~fisedit.runtime.plan.Table`): what a ``fisedit::table`` node refers to;
+- ``recorded`` (tensor without data): shape and dtype of the slot that a ``cache_load`` or ``cache_view`` reads;
+- ``stage``   (str): at which rhythm it runs (``hoist_step_invariant``); ``buffer``: where it lies (``plan_memory``).
 """
 
 from __future__ import annotations
@@ -167,6 +169,8 @@ def _provenance(node: Node) -> str:
         notes.append(f"dense island: {node.meta['island']}")
     if "provider" in node.meta:
         notes.append(f"provider {node.meta['provider']}")
+    if "buffer" in node.meta:
+        notes.append(f"buffer {node.meta['buffer']}")
     return f"  # {', '.join(notes)}" if notes else ""
 
 

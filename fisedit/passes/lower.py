@@ -111,6 +111,7 @@ def _copy(cutter: _Cutter, node: Node, provider: str) -> None:
         return
     if is_op(node, fisedit.fold_group_norms.default):
         copy = _copy_fold(cutter, node)
+        copy.meta = dict(node.meta)
     else:
         copy = cutter.graph.node_copy(node, cutter.take)
     found = kernels.find(node.target, provider)

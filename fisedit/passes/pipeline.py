@@ -30,6 +30,7 @@ from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
+from fisedit.passes.plan_memory import plan_memory
 from fisedit.passes.prefetch_weights import prefetch_weights
 from fisedit.passes.quantize_stores import quantize_stores
 from fisedit.passes.read_in_place import read_in_place
@@ -59,6 +60,7 @@ def edit_passes(
         *quantize_passes(quantize),
         *(fuse_passes() if fuse else []),
         hoist_step_invariant,
+        plan_memory,
     ]
 
 

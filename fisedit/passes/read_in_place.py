@@ -36,13 +36,20 @@ def read_in_place(gm: GraphModule) -> PassResult:
 def recorded_map(graph: Graph, halo: Node) -> Node:
     """The map ``[B, R, C]`` that a halo is taken from: a recorded one in its place, or a dense value's rows."""
     if is_op(halo, fisedit.cache_load.default):
-        return graph.call_function(fisedit.cache_view.default, (args(halo)[0],))
+        return view(graph, halo)
     return args(halo)[0]
 
 
 def _sources(graph: Graph, halo: Node, geometry: ConvGeometry) -> Node:
     """The table of where inputs are; recorded rows may lie elsewhere than on their map, those of the graph do not."""
     return rows.table(graph, Table("sources" if is_op(halo, fisedit.cache_load.default) else "own sources", geometry))
+
+
+def view(graph: Graph, load: Node) -> Node:
+    """What a ``cache_load`` loads, where it lies."""
+    node = graph.call_function(fisedit.cache_view.default, (args(load)[0],))
+    node.meta["recorded"] = load.meta["recorded"]
+    return node
 
 
 def _convolution(graph: Graph, node: Node) -> Node:

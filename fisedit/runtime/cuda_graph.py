@@ -33,6 +33,7 @@ class Replay:
         self.executable, self.buckets, self.batch, self.step = executable, buckets, batch, executable.step
         self.plan = RowPlan(table_keys(executable), buckets, batch, device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_bytes = 0  # of GPU memory that the captured graph has for its values, in blocks of the allocator
         self._buffers: dict[Input, Tensor] = {}
         self._seen: dict[Input, tuple[Tensor, int]] = {}
         self._row: Row | None = None  # the buffer of what depends on the timestep alone
@@ -128,7 +129,9 @@ class Replay:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                reserved = torch.cuda.memory_reserved(self.plan.device)
                 self._results = self._call()
+                self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved
         self.graph = graph  # not before: a capture that fails leaves nothing to replay
 
 

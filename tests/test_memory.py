@@ -1,0 +1,140 @@
+"""How much a call takes: what is predicted against what is measured while it runs, and the buffers of the plan."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import models  # noqa: E402
+from harness import Harness, masks  # noqa: E402
+from meter import Meter  # noqa: E402
+from other_unets import LinearAttentionUNet, built  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+
+from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
+from fisedit.runtime.cost_model import CostModel  # noqa: E402
+from fisedit.runtime.executor import Memo  # noqa: E402
+from fisedit.runtime.plan import MaskPlan  # noqa: E402
+
+SIZE = (6, 8)
+Built = tuple[nn.Module, dict[str, Any]]
+
+
+def openai_style() -> Built:
+    torch.manual_seed(0)
+    model = models.OpenAIStyleUNet().eval().requires_grad_(False)
+    x, context = torch.randn(2, 4, *SIZE), torch.randn(2, 5, models.TEXT)
+    return model, {"x": x, "timesteps": torch.tensor([7, 7]), "context": context}
+
+
+def one_level() -> Built:
+    model = models.one_level()
+    return model, models.arguments(model, SIZE)
+
+
+def sdxl() -> Built:
+    model = models.sdxl()
+    return model, models.arguments(model, (8, 8))
+
+
+def linear_attention() -> Built:
+    """With dense islands: a softmax over all positions."""
+    torch.manual_seed(0)
+    return built(LinearAttentionUNet(linear=True), 3, SIZE)
+
+
+def measure(h: Harness, mask: Tensor, meter: Meter, store: bool = False) -> dict[Any, int]:
+    """Run the step stage under a mask bool ``[H, W]``, watched by ``meter``; the rows of each level."""
+    executable, plan = h.program.executable("edit", store), MaskPlan(mask, CostModel())
+    source = h.poisoned(plan)
+    if h.program.fused:
+        replay = h.program.replays(store).take(mask.expand(h.call.batch, -1, -1), h.call.batch, h.call.device)
+        with meter.watching(executable.step.module):
+            replay.run(h.call.tensors, source, Memo())
+        return replay.plan.sizes
+    with meter.watching(executable.step.module):
+        executable.run(h.call.tensors, plan=plan, source=source)
+    levels = {level for wanted in executable.step.inputs if wanted.key is not None for level in wanted.key.levels}
+    return {level: plan.rows(level) for level in levels}
+
+
+def mask_of(h: Harness, name: str) -> Tensor:
+    height, width = h.dense.shape[-2:]
+    return masks((height, width))[name]
+
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where no GPU is")
+CASES = [
+    pytest.param("reference", openai_style, "blob", False),
+    pytest.param("reference", openai_style, "all", False),
+    pytest.param("reference", one_level, "blob", False),
+    pytest.param("reference", one_level, "all", True),
+    pytest.param("reference", sdxl, "corners", False, marks=pytest.mark.nightly),
+    pytest.param("reference", linear_attention, "blob", False),
+    pytest.param("triton", openai_style, "blob", False, marks=INTERPRETED),
+    pytest.param("triton", openai_style, "all", True, marks=INTERPRETED),
+    pytest.param("triton", one_level, "blob", False, marks=[INTERPRETED, pytest.mark.nightly]),
+]
+
+
+@pytest.mark.parametrize(("provider", "build", "name", "store"), CASES)
+def test_the_peak_is_as_predicted(provider: str, build: Callable[[], Built], name: str, store: bool) -> None:
+    """What lives in one buffer is alike, and one dead when the next is made."""
+    h, meter = Harness(*build(), provider=provider), Meter()
+    rows = measure(h, mask_of(h, name), meter, store)
+    graph = h.program.graphs["edit_store" if store else "edit"].graph
+    predicted = predict_peak(graph, rows)
+    assert abs(meter.peak - predicted) <= 0.1 * predicted
+    assert predicted <= planned_bytes(graph, rows) < sum(made.nbytes for made in meter.made)
+    assert len(meter.made) > len({made.buffer for made in meter.made}) and None not in {m.buffer for m in meter.made}
+    assert not meter.clashes
+    sizes: dict[Any, set[int]] = defaultdict(set)
+    for made in meter.made:
+        sizes[made.buffer].add(made.nbytes)
+    assert all(len(alike) == 1 for alike in sizes.values())
+
+
+def test_a_leak_is_seen() -> None:
+    """One value that is kept although nobody reads it any more: more than predicted, and its buffer is not free."""
+    h, meter = Harness(*openai_style(), provider="reference"), Meter()
+    rows = measure(h, mask_of(h, "all"), meter)
+    peak = meter.made.index(meter.at_peak[-1])
+    dead = [made for made in meter.made[:peak] if made not in meter.at_peak]
+    leaked = max(
+        (made for made in dead if made.buffer in {later.buffer for later in meter.made[peak:]}),
+        key=lambda made: made.nbytes,
+    )
+    again, leaking = Harness(*openai_style(), provider="reference"), Meter(kept={leaked.node.name})
+    assert measure(again, mask_of(h, "all"), leaking) == rows
+    predicted = predict_peak(again.program.graphs["edit"].graph, rows)
+    assert leaking.peak > 1.1 * predicted >= meter.peak and leaking.clashes
+
+
+def test_inspect_tells() -> None:
+    h = Harness(*openai_style(), provider="reference")
+    (line,) = (line for line in h.program.inspect().splitlines() if line.startswith("memory of a call"))
+    peak = predict_peak(h.program.graphs["edit"].graph, {SIZE: 48, (3, 4): 12})
+    assert line == (
+        f"memory of a call with all rows active: 60 values in 23 buffers, at most {peak / 2**20:.2f} MiB at once"
+    )
+    assert "memory of a call" not in h.program.inspect("record") + h.program.inspect("detect")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_graph_tells_what_its_memory_is() -> None:
+    model, arguments = openai_style()
+    on_gpu = {name: value.to("cuda") for name, value in arguments.items()}
+    h = Harness(model.to("cuda"), on_gpu, provider="triton")
+    mask = torch.ones(SIZE, dtype=torch.bool, device="cuda")
+    replay = h.program.replays().take(mask.expand(2, -1, -1), 2, h.call.device)
+    assert replay.graph_bytes == 0
+    replay.run(h.call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
+    assert replay.graph_bytes >= predict_peak(h.program.graphs["edit"].graph, replay.plan.sizes) > 0
