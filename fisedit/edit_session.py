@@ -314,6 +314,8 @@ class EditSession:
         self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]
     ) -> tuple[list[Tensor], Program]:
         program, kind = self.programs(call), group.lanes[0].kind
+        for lane in group.lanes:
+            lane.edit.base.check_graph(key, program.digest)
         compute = self._choose(group, call, key, program, recorded)
         span = Span.start(call.device)
         outputs, stored = compute()
@@ -414,6 +416,7 @@ class EditSession:
                 stored = {store: _unpadded(value, plan, store.rows) for store, value in stored.items()}
         kept = [clone_detached(take_samples(output, call.batch, own)) for output in outputs]
         made = lane.edit.recording.keep(mine, StepCache(len(own), base=base.cache), kept, span, lane.texts)
+        made.graph = base.graph
         lane.keep(key, made, stored, plan)
 
 
