@@ -77,16 +77,13 @@ def write_folder(
     _remove(folder, [PARTIAL])
 
 
-def read_folder(folder: Path, verify: bool = True) -> dict[str, Any]:
-    """The content that :func:`write_folder` was given, once all files are found as they were written.
-
-    Args:
-        verify: whether every file is read and its checksum compared; else only its size is.
+def read_folder(folder: Path) -> dict[str, Any]:
+    """The content that :func:`write_folder` was given, once all files are found to be there in their sizes.
 
     Raises:
         SavedBaseNotFoundError, UnfinishedSaveError: nothing was saved there, or not to the end.
         SavedFormatError: a newer version wrote it.
-        CacheReadError: names the first file that is missing, cut short or changed.
+        CacheReadError: the manifest was changed; or names the first file that is missing or of another size.
     """
     content = _read_manifest(folder)
     try:
@@ -95,10 +92,31 @@ def read_folder(folder: Path, verify: bool = True) -> dict[str, Any]:
         raise CacheReadError(path=str(folder / MANIFEST), reason="it does not list its files") from error
     for name, (size, _) in files.items():
         _check_size(folder, name, size)
-    if verify:
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda item: check_file(folder / item[0], item[1][1]), files.items()))
     return content
+
+
+def verify_folder(folder: Path, content: Mapping[str, Any]) -> None:
+    """Read every file that :func:`read_folder` found, and compare its checksum.
+
+    Raises:
+        CacheReadError: names the first file that was changed.
+    """
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda name: check_file(folder / name, content["files"][name]["checksum"]), content["files"]))
+
+
+def check_empty(folder: Path) -> None:
+    """Raise unless :func:`write_folder` may begin in a folder.
+
+    Raises:
+        SavedBaseExistsError: it is not empty. CacheWriteError: it is none, or cannot be looked into.
+    """
+    try:
+        names = os.listdir(folder) if folder.exists() else []
+    except OSError as error:
+        raise CacheWriteError(path=str(folder), reason=error.strerror or str(error)) from error
+    if names:
+        raise SavedBaseExistsError(folder=str(folder), holds=_described(names))
 
 
 def _announce(folder: Path, files: Iterable[str], overwrite: bool) -> bytes:
@@ -107,9 +125,8 @@ def _announce(folder: Path, files: Iterable[str], overwrite: bool) -> bytes:
     path = folder / PARTIAL
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        names = os.listdir(folder)
-        if names and not overwrite:
-            raise SavedBaseExistsError(folder=str(folder), holds=_described(names))
+        if not overwrite:
+            check_empty(folder)
         path.unlink(missing_ok=True)
         with open(path, "xb") as file:
             file.write(text)

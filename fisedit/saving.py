@@ -18,7 +18,7 @@ from torch import Tensor
 from fisedit.capture import Signature
 from fisedit.errors import CacheReadError
 from fisedit.identity import ModelIdentity
-from fisedit.manifest import MANIFEST, WriteFile, read_folder, write_folder
+from fisedit.manifest import MANIFEST, WriteFile, read_folder, verify_folder, write_folder
 from fisedit.packing import VALUES, Packer, Unpacker
 from fisedit.recording import RecordedCall, Recording
 from fisedit.runtime.cache.disk import open_tensors, write_tensors
@@ -88,8 +88,10 @@ class SavedFolder:
     def __init__(self, folder: Path, identity: ModelIdentity, verify: bool) -> None:
         self.folder = folder
         self.identity = identity
-        self.content = read_folder(folder, verify)
+        self.content = read_folder(folder)
         self.read(lambda: identity.check(str(folder), self.content["model"]))
+        if verify:
+            verify_folder(folder, self.content)
         self.unpacker = Unpacker(folder, open_tensors(folder / VALUES), self._moved)
 
     def read(self, part: Any) -> Any:
