@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +69,7 @@ def pack_recording(
         "corrections": [packer.tensor(each, f"correction-{n}") for n, each in enumerate(recording.corrections)],
         "device": str(next(iter(recording.calls.values())).sample.device),
     }
-    versions = {name: version(name) for name in ("fisedit", "torch", "diffusers")}
-    return {"versions": versions, "model": identity.facts(), "recording": kept}, files
+    return {"versions": _versions(), "model": identity.facts(), "recording": kept}, files
 
 
 class SavedFolder:
@@ -133,6 +132,16 @@ class SavedFolder:
     def _moved(self, device: str) -> torch.device:
         """Where tensors go that were on a device of this name: those of a CPU stay there."""
         return torch.device("cpu") if device == "cpu" else self.identity.device
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("fisedit", "torch", "diffusers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from its source
+            found[name] = "not installed"
+    return found
 
 
 def _write_cache(cache: StepCache, path: Path) -> str:

@@ -345,6 +345,25 @@ def test_a_manifest_that_is_whole_but_makes_no_sense_is_named(editor, damaged, c
         editor.load(damaged)
 
 
+def on_a_gpu(content):
+    """As if a model on a GPU had been saved."""
+    content["recording"]["device"] = "cuda:0"
+    for signature in content["recording"]["signatures"]:
+        for tensor in signature["tensors"]:
+            tensor[3] = "cuda:0"
+
+
+def test_what_a_gpu_recorded_is_loaded_elsewhere(editor, base, damaged):
+    """The calls are then made on the device of the model; its noise is drawn there only if it was drawn on a CPU."""
+    reseal(damaged, on_a_gpu)
+    assert_edits_alike(base, editor.load(damaged))
+    reseal(damaged, lambda content: content["generation"]["run"].update(device="cuda:0"))
+    with pytest.raises(
+        errors.SavedBaseMismatchError, match="device of the generator: saved with 'cuda:0', here"
+    ):
+        editor.load(damaged)
+
+
 def test_a_folder_that_holds_nothing_saved_is_named(editor, saved, tmp_path):
     reasons = {tmp_path / "none": "no such folder", tmp_path: "no manifest", saved / FILES[0]: "it is a file"}
     for folder, reason in reasons.items():
