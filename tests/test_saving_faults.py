@@ -358,9 +358,7 @@ def test_what_a_gpu_recorded_is_loaded_elsewhere(editor, base, damaged):
     reseal(damaged, on_a_gpu)
     assert_edits_alike(base, editor.load(damaged))
     reseal(damaged, lambda content: content["generation"]["run"].update(device="cuda:0"))
-    with pytest.raises(
-        errors.SavedBaseMismatchError, match="device of the generator: saved with 'cuda:0', here"
-    ):
+    with pytest.raises(errors.SavedBaseMismatchError, match="device of the generator: saved with 'cuda:0', here"):
         editor.load(damaged)
 
 
