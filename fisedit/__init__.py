@@ -1,7 +1,7 @@
 """FISEdit: edit a generated image by changing words, and compute only the region that the words touch."""
 
 from fisedit.api import compile
-from fisedit.backend import edit, record
+from fisedit.backend import edit, load_recording, record
 from fisedit.config import CacheConfig, CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.errors import FISEditError, FISEditWarning
@@ -25,6 +25,7 @@ __all__ = [
     "Recording",
     "compile",
     "edit",
+    "load_recording",
     "record",
     "trace",
 ]

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -146,3 +147,11 @@ def edit(model: nn.Module, base: Any, mask: Any = None, **options: Any) -> Abstr
     See :meth:`CompiledUNet.edit` for the options.
     """
     return handle(model).edit(base, mask, **options)
+
+
+def load_recording(model: nn.Module, folder: Path | str, *, verify: bool = True) -> Recording:
+    """``model.load_recording(folder)``, also for ``torch.compile(..., backend="fisedit")``.
+
+    See :meth:`CompiledUNet.load_recording`.
+    """
+    return handle(model).load_recording(folder, verify=verify)

@@ -111,9 +111,18 @@ Size = Annotated[
 ]
 
 NewPrompts = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(metavar="NEW_PROMPT...", help="The prompt with other words; one or more.", show_default=False),
 ]
+Save = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Also keep what `edit --base` needs, in a new folder.")
+]
+Base = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Edit what `generate --save` kept; every prompt is then a new one."),
+]
+OF_THE_BASE = ("seed", "steps", "guidance", "size")
+"""Options of `edit` that a saved base brings with it."""
 EditFolder = Annotated[Path, typer.Option(help="Folder to write images, masks, contact sheet and report to.")]
 Mask = Annotated[
     str,
@@ -145,6 +154,7 @@ def generate(
     steps: Steps = 25,
     guidance: Guidance = 5.0,
     size: Size = None,
+    save: Save = None,
     model: Model = None,
     device: Device = None,
     dtype: Precision = None,
@@ -156,15 +166,16 @@ def generate(
     editor = _load(model, device, dtype)
     from fisedit.commands import draw_image
 
-    image = draw_image(editor, prompt, seed, settings)
+    image = draw_image(editor, prompt, seed, settings, save)
     image.save(output)
     Console().print(f"wrote {output}", highlight=False)
 
 
 @app.command()
 def edit(
+    context: typer.Context,
     prompt: Prompt,
-    new_prompts: NewPrompts,
+    new_prompts: NewPrompts = None,
     output: EditFolder = Path("edit"),
     mask: Mask = "auto",
     rounds: Rounds = False,
@@ -178,6 +189,7 @@ def edit(
     steps: Steps = 25,
     guidance: Guidance = 5.0,
     size: Size = None,
+    base: Base = None,
     model: Model = None,
     device: Device = None,
     dtype: Precision = None,
@@ -185,6 +197,7 @@ def edit(
     """Generate PROMPT, then edit it to each NEW_PROMPT; the rest of the image stays."""
     from fisedit.config import CompileConfig, DetectConfig
 
+    _check_base(context, base, new_prompts)
     settings = _settings(steps, guidance, size)
     detect = DetectConfig(steps=detect_steps, dilation=dilation)
     _make_folder(output)
@@ -193,13 +206,13 @@ def edit(
     from fisedit.environment import describe_environment, environment_line
     from fisedit.tracing import trace as traced
 
-    prompts = [prompt, *new_prompts]
-    options: dict[str, Any] = {"mask": mask, "detect": detect, "rounds": rounds, "rerun": compare}
+    prompts = [prompt, *(new_prompts or [])]
+    options: dict[str, Any] = {"mask": mask, "detect": detect, "rounds": rounds, "rerun": compare, "saved": base}
     with nullcontext() if trace is None else traced(trace):
         editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
         comparisons = edit_to_folder(editor, prompts, output, seed=seed, settings=settings, **options)
     title = environment_line(describe_environment(editor.pipe.device))
-    names = [f"edit {number}" for number in range(1, len(prompts))]
+    names = [f"edit {number}" for number in range(1, len(comparisons) + 1)]
     Console().print(comparison_table(comparisons, names, title))
     Console().print(f"wrote {output}/: base, edits, masks, contact_sheet.png, report.json", highlight=False)
     if trace is not None:
@@ -238,6 +251,16 @@ def inspect(
     from fisedit.commands import inspect_graph
 
     typer.echo(inspect_graph(editor, graph.value, settings))
+
+
+def _check_base(context: typer.Context, base: Path | None, new_prompts: list[str] | None) -> None:
+    """A base brings its prompt, seed and settings; without one, there must be a prompt to start from."""
+    if base is None and not new_prompts:
+        raise typer.BadParameter("Missing argument: there is nothing to edit PROMPT to", param_hint="NEW_PROMPT...")
+    sources = {name: context.get_parameter_source(name) for name in OF_THE_BASE}
+    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if base is not None and given:
+        raise typer.BadParameter(f"goes with a new picture, not with --base {base}", param_hint=f"--{given[0]}")
 
 
 def _load(

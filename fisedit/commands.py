@@ -17,20 +17,29 @@ from fisedit.config import DetectConfig
 from fisedit.contact_sheet import Panel, draw_contact_sheet, mask_image
 from fisedit.environment import describe_environment
 from fisedit.errors import UnknownOptionError
+from fisedit.manifest import check_empty
 from fisedit.mask import user_mask
 from fisedit.pipeline import EditPipeline
 from fisedit.results import HEADINGS, Generation
 
 
-def draw_image(editor: EditPipeline, prompt: str, seed: int, settings: dict[str, Any]) -> Image.Image:
-    """The image that ``editor.generate`` gives, without keeping anything for an edit.
+def draw_image(
+    editor: EditPipeline, prompt: str, seed: int, settings: dict[str, Any], save: Path | None = None
+) -> Image.Image:
+    """The image that ``editor.generate`` gives, without keeping anything for an edit but in the folder ``save``.
 
     Raises:
+        SavedBaseExistsError, CacheWriteError: the folder is not empty, or cannot be written to.
         PromptTooLongError: the prompt has more tokens than the text encoder takes.
         UnknownOptionError: a size or a number of steps that the pipeline does not take.
     """
     check_settings(editor, settings)
     align_prompts(editor.pipe.tokenizer, prompt, prompt)
+    if save is not None:
+        check_empty(save)
+        base = editor.generate(prompt, seed=seed, **settings)
+        base.save(save)
+        return base.image
     return editor.pipe(prompt, generator=torch.Generator().manual_seed(seed), **settings).images[0]
 
 
@@ -45,10 +54,12 @@ def edit_to_folder(
     detect: DetectConfig | None = None,
     rounds: bool = False,
     rerun: bool = False,
+    saved: Path | None = None,
 ) -> list[Comparison]:
     """Generate the first of ``prompts``, edit it to each other one, and write images, masks, sheet and report.
 
     Args:
+        saved: the folder of a saved base, which is then edited to all of ``prompts``, under its own settings.
         output: the folder for base.png, edit_N.png, mask_N.png, contact_sheet.png and report.json; made if missing.
         rounds: each edit starts from the former one, not from the base.
         rerun: also rerun each new prompt dense, and show it on the sheet.
@@ -57,9 +68,14 @@ def edit_to_folder(
 
     Raises:
         PromptTooLongError, InvalidMaskError, UnknownOptionError, ScheduleTooShortError: before anything is generated.
+        SavedBaseMismatchError, CacheReadError and the like: ``saved`` cannot be loaded, see :meth:`EditPipeline.load`.
     """
-    _check_edits(editor, prompts, settings, mask, detect)
-    base = editor.generate(prompts[0], seed=seed, **settings)
+    if saved is None:
+        _check_edits(editor, prompts, settings, mask, detect)
+        base = editor.generate(prompts[0], seed=seed, **settings)
+    else:
+        base, settings = editor.load(saved), {"base": str(saved)}
+        prompts = [base.prompt, *prompts]
     output.mkdir(parents=True, exist_ok=True)
     base.image.save(output / "base.png")
     start: Generation = base
@@ -76,7 +92,7 @@ def edit_to_folder(
     draw_contact_sheet(rows, HEADINGS[: 4 if rerun else 3]).save(output / "contact_sheet.png")
     report = {
         "environment": describe_environment(editor.pipe.device),
-        "settings": {**settings, "seed": seed, "rounds": rounds, "mask": str(mask)},
+        "settings": {**settings, **({} if saved else {"seed": seed}), "rounds": rounds, "mask": str(mask)},
         "edits": [comparison.to_dict() for comparison in comparisons],
     }
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

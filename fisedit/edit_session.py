@@ -122,6 +122,8 @@ class EditSession:
         self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]
     ) -> tuple[list[Tensor], Program]:
         program, stored = self.programs(call), dict[int, Stored]()
+        for lane in group.lanes:
+            lane.edit.base.check_graph(key, program.digest)
         kind = self._kind(group, call, program, recorded)
 
         def keep(values: Values) -> None:
@@ -310,6 +312,7 @@ class EditSession:
         whole = kind == "dense" and lane.whole
         cache = StepCache(len(own), base=None if whole else base.cache, device=call.device)
         made = recording.calls[key] = recording.keep(mine, cache, kept, span, lane.texts)
+        made.graph = base.graph
         if stored is not None and kind == "detect":
             lane.unsettled.append((key, stored, made))
         elif stored is not None:

@@ -67,9 +67,11 @@ def describe_changes(changes: list[str], shown: int = 3) -> str:
 @dataclass(eq=False)
 class ModelState:
     """A model as it was found unchanged, shared by the recordings made of it. The first call may add to what is seen
-    (caches that are filled once): then ``fingerprint`` is that after it."""
+    (caches that are filled once): then ``fingerprint`` is that after it. ``weights``: their hash, once somebody asked
+    for it (:func:`fisedit.identity.hash_weights`)."""
 
     fingerprint: Fingerprint
+    weights: str | None = None
 
     def changes(self, other: ModelState) -> str:
         """What differs, as a phrase; empty if nothing does."""

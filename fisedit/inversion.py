@@ -19,6 +19,9 @@ from fisedit.recording import Recording
 from fisedit.runtime.cache.store import clone_detached
 from fisedit.sampling import Callback
 
+INVERTIBLE = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
+"""Settings under which DDIM can be run back and forth."""
+
 
 def check_invertible(pipe: Any) -> None:
     """Raise unless a pipeline draws from a prompt and latents alone, with any scheduler.
@@ -77,9 +80,8 @@ def ddim_trajectory(
     if "beta_schedule" not in config or config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction"):
         allowed = "a scheduler with a beta schedule that predicts epsilon or v"
         raise UnknownOptionError(option="scheduler", given=type(pipe.scheduler).__name__, allowed=allowed)
-    keep = {"clip_sample": False, "set_alpha_to_one": False, "timestep_spacing": "leading"}
     inverse = copy.copy(pipe)
-    inverse.scheduler = DDIMInverseScheduler.from_config(config, **keep)
+    inverse.scheduler = DDIMInverseScheduler.from_config(config, **INVERTIBLE)
     trajectory = [latents]
 
     def note(_: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -90,7 +92,12 @@ def ddim_trajectory(
     inverse(
         prompt=prompt, latents=latents, guidance_scale=1.0, output_type="latent", callback_on_step_end=note, **plain
     )
-    return DDIMScheduler.from_config(config, **keep), trajectory
+    return leading_back(pipe), trajectory
+
+
+def leading_back(pipe: Any) -> DDIMScheduler:
+    """The scheduler that leads from an inversion's noise back to the picture."""
+    return DDIMScheduler.from_config(pipe.scheduler.config, **INVERTIBLE)
 
 
 def follow(trajectory: list[Tensor], recording: Recording) -> Callback:

@@ -7,9 +7,11 @@ import copy
 import functools
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, overload
 
 import torch
@@ -25,6 +27,7 @@ from fisedit.edit_session import EditSession
 from fisedit.errors import (
     DenseIslandsWarning,
     ModelChangedError,
+    ModelGoneError,
     NestedSessionError,
     UnknownOptionError,
     UnsupportedDtypeError,
@@ -32,12 +35,14 @@ from fisedit.errors import (
 )
 from fisedit.explanation import explain
 from fisedit.fingerprint import Fingerprinter, ModelState
+from fisedit.identity import ModelIdentity
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
 from fisedit.runtime.packed_weights import Made
+from fisedit.saving import load_recording, save_recording
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
 NOT_CAPTURED = "Nothing is captured yet: the first call inside record() or edit() does it."
@@ -86,6 +91,20 @@ class _Live:
     dense: CompiledModel | None = None  # what runs calls outside sessions on a GPU; None: the original
 
 
+class Maker:
+    """Stands for a compiled model in its recordings, which do not keep it alive."""
+
+    def __init__(self, unet: CompiledUNet) -> None:
+        self._unet = weakref.ref(unet)
+
+    def save(self, recording: Recording, folder: Path | str, overwrite: bool) -> None:
+        """See :meth:`Recording.save`."""
+        unet = self._unet()
+        if unet is None:
+            raise ModelGoneError(model=recording.model_name)
+        save_recording(unet.identify("save"), recording, folder, overwrite)
+
+
 class CompiledUNet(nn.Module):
     """A U-Net that can record and edit. Made by :func:`fisedit.compile`.
 
@@ -100,7 +119,7 @@ class CompiledUNet(nn.Module):
     compile_config: CompileConfig
     cost_model: CostModel
     _build: Build
-    _identity: object
+    _identity: Maker
     _live: _Live
 
     @staticmethod
@@ -111,7 +130,7 @@ class CompiledUNet(nn.Module):
         given = config.dense == "eager" or isinstance(unet, OptimizedModule)  # the user compiled it, or wants none
         live = _Live(dense=None if given else CompiledModel(unet))
         own = {"_unet": unet, "compile_config": config, "cost_model": CostModel(config.cost), "_build": build,
-               "_identity": object(), "_live": live}  # fmt: skip
+               "_identity": Maker(compiled), "_live": live}  # fmt: skip
         for name, value in {"__dict__": vars(unet), **own}.items():
             object.__setattr__(compiled, name, value)
         return compiled
@@ -209,6 +228,37 @@ class CompiledUNet(nn.Module):
                 edit.recording.latents, edit.recording.corrections = edit.latents, edit.corrections
                 edit.recording.complete = edit.mask is not None
                 edit.recording.compact()
+
+    def load_recording(self, folder: Path | str, *, verify: bool = True) -> Recording:
+        """A recording that ``recording.save(folder)`` or ``generation.save(folder)`` wrote, as this model's own.
+
+        Feature maps stay in their files until an edit reads them; the files may be removed or replaced meanwhile, but
+        must not be written to. On a GPU they are brought there now.
+
+        Args:
+            verify: whether every file is read and its checksum compared; else only sizes are.
+
+        Raises:
+            SavedBaseMismatchError: another class, config, dtype or ``kv``, or other weights (LoRA included).
+            SavedBaseNotFoundError, UnfinishedSaveError: nothing was saved there, or not to the end.
+            CacheReadError: names the file that is missing or damaged.
+            SavedFormatError: a newer version of FISEdit saved it.
+            NestedSessionError: inside ``record`` or ``edit`` of this model.
+            UnreadableWeightsError: what tells this model from others cannot be found out.
+        """
+        return load_recording(self.identify("load_recording"), folder, verify)
+
+    def identify(self, action: str) -> ModelIdentity:
+        """What tells this model from others, for an ``action`` that saves or loads.
+
+        Raises:
+            NestedSessionError: a session of this model is open in this thread or task.
+        """
+        active = active_session(self)
+        if active is not None:
+            raise NestedSessionError(opened=action, active=active.name)
+        state = self._weights()
+        return ModelIdentity(self._dense, state, self._identity, self.model_name, self.compile_config.kv)
 
     def _new_edit(
         self, base: Recording, mask: Any, alignment: TokenAlignment | None, detect: DetectConfig, record: bool,

@@ -6,6 +6,7 @@ import copy
 import inspect
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -20,6 +21,7 @@ from fisedit.inversion import check_invertible, ddim_trajectory, encode, follow
 from fisedit.recording import Recording
 from fisedit.results import EditResult, Generation
 from fisedit.sampling import Run, check_settings, make_generator, may_share, sample, split_settings
+from fisedit.saving_generation import load_generation, save_generation
 
 
 class EditPipeline:
@@ -238,6 +240,57 @@ class EditPipeline:
         start = time.perf_counter()
         images, _ = sample(self.pipe, [prompt], [base.run], lambda *args: args[-1], base.run.settings)
         return images, time.perf_counter() - start
+
+    def save(self, base: Generation, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Keep a base in a folder: images, feature maps, and all that an edit of it needs, but not the model.
+
+        The folder holds JSON, safetensors and PNG, and becomes loadable at the very end: a save that is cut off leaves
+        nothing that could be taken for a base. An edit is saved as the base of further ones, whole, with what it
+        shares with its own base.
+
+        Args:
+            base: what ``generate``, ``invert`` or ``edit`` returned; this pipeline must have made it.
+            folder: made if it is not there. It must be empty, unless ``overwrite``.
+            overwrite: replace what a former save wrote. From the beginning of this one that is gone.
+
+        Raises:
+            SavedBaseExistsError: the folder is not empty.
+            CacheWriteError: a file cannot be written; what was written so far is removed, ``base`` is as it was.
+            UnsavableSettingError: a setting is a function or another object (a callback, say), or the scheduler is
+                none of diffusers'.
+            NotRecordedError: an edit made with ``record=False``.
+            UnknownOptionError, ForeignRecordingError, SessionClosedError, IncompleteRecordingError,
+            NestedSessionError, UnreadableWeightsError.
+        """
+        self._check_base(base)
+        save_generation(self.pipe.unet.identify("save"), base, folder, overwrite)
+
+    def load(
+        self, folder: Path | str, *, verify: bool = True, any_scheduler: bool = False, **settings: Any
+    ) -> Generation:
+        """A base that was saved, to be edited as before it was, bit for bit, in this process or another.
+
+        It must have been made by the same U-Net (class, config, weights) in the same dtype, under the scheduler that
+        this pipeline has. Feature maps stay in their files until an edit reads them; the files may be removed or
+        replaced meanwhile, but must not be written to. On a GPU they are brought there now.
+
+        Args:
+            verify: whether every file is read and its checksum compared; else only sizes are.
+            any_scheduler: take a base of another scheduler than this pipeline's. Its edits run under its own anyway.
+            settings: may repeat the generation's settings; one that differs is refused.
+
+        Raises:
+            SavedBaseMismatchError: names what differs, as saved and here.
+            SavedBaseNotFoundError, UnfinishedSaveError: nothing was saved there, or not to the end.
+            CacheReadError: names the file that is missing or damaged.
+            SavedFormatError: a newer version of FISEdit saved it.
+            NestedSessionError, UnknownOptionError, UnreadableWeightsError.
+        """
+        check_settings(self.pipe, settings)
+        return load_generation(
+            self.pipe.unet.identify("load"), self, folder,
+            verify=verify, any_scheduler=any_scheduler, settings=settings,
+        )  # fmt: skip
 
     def _run(self, generator: torch.Generator, settings: dict[str, Any]) -> Run:
         return Run(settings, generator.get_state(), generator.device, copy.deepcopy(self.pipe.scheduler))

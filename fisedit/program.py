@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from fisedit.capture import Captured
 from fisedit.config import CompileConfig
@@ -15,8 +17,8 @@ from fisedit.passes import ir, pipeline
 from fisedit.passes.base import GraphPass, PassLog, run_passes
 from fisedit.passes.insert_cache_loads import loaded_slots
 from fisedit.passes.lower import lower
-from fisedit.passes.slot_uses import slot_uses
 from fisedit.passes.plan_memory import memory_line
+from fisedit.passes.slot_uses import slot_uses
 from fisedit.passes.slots import Slot
 from fisedit.runtime import dense
 from fisedit.runtime.cache.block import Use
@@ -68,6 +70,11 @@ class Program:
     def fused(self) -> bool:
         """Whether the edit graph is of fused ops over rows of fixed sizes, for a GPU."""
         return self.provider == "triton"
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells the captured graph, after whose nodes recorded values are named, from others."""
+        return _digest(self.captured.module.graph)
 
     def replays(self, store: bool = False) -> Replays:
         """The captured CUDA graphs of the fused edit graph."""
@@ -155,3 +162,24 @@ class Program:
             for node in self.graphs["edit"].graph.nodes
             if "island" in node.meta
         ]
+
+
+def _digest(graph: Graph) -> str:
+    """The SHA-256 of a graph's nodes: names, ops, wiring and constants, but for whole numbers, which are those of one
+    size and batch, and devices."""
+    lines = (f"{node.name} {node.op} {node.target} {_plain(node.args)} {_plain(node.kwargs)}" for node in graph.nodes)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Node):
+        return value.name
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float):
+        return f"{value:.12g}"
+    if value is None or isinstance(value, (bool, str, torch.dtype, torch.layout, torch.memory_format)):
+        return str(value)
+    return "*"

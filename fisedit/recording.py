@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -59,6 +60,7 @@ class RecordedCall:
     span: Span
     signature: Signature
     batch: int  # samples of the signature, of which this may be some
+    graph: str = ""  # digest of the graph whose nodes the slots of the cache are named after
 
     @property
     def seconds(self) -> float:
@@ -88,6 +90,12 @@ class RecordedCall:
         )
 
 
+class Owner(Protocol):
+    """The compiled model that a recording belongs to."""
+
+    def save(self, recording: Recording, folder: Path | str, overwrite: bool) -> None: ...
+
+
 @dataclass
 class Recording:
     """What ``record()`` yields: the feature maps of a run, keyed by timestep. It belongs to the model that made it.
@@ -97,9 +105,10 @@ class Recording:
         latents: the latents after each step, if :meth:`on_step_end` was given to the pipeline.
         corrections: kept latents less those that the sampler made, after each step; empty where they are the same.
         complete: whether the ``with`` block ended without an exception.
+        saved_with: the versions that saved it, if it was loaded from a folder.
     """
 
-    owner: object
+    owner: Owner
     model_name: str
     weights: ModelState
     calls: dict[CallKey, RecordedCall] = field(default_factory=dict)
@@ -108,6 +117,7 @@ class Recording:
     complete: bool = False
     released: bool = False
     writer: Writer | None = field(default=None, repr=False)
+    saved_with: str = ""
 
     @property
     def timesteps(self) -> list[float]:
@@ -183,6 +193,26 @@ class Recording:
             alone.append(replace(self, calls=calls, latents=latents))
         return alone
 
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Write this recording to a folder, for ``unet.load_recording(folder)``, which another process may call.
+
+        The folder holds JSON and safetensors, and becomes loadable at the very end: a save that is cut off leaves
+        nothing that could be taken for a recording. A recorded edit is written whole, with what it shares with its
+        base, so that the folder depends on no other.
+
+        Args:
+            folder: made if it is not there. It must be empty, unless ``overwrite``.
+            overwrite: replace what a former save wrote. From the beginning of this one that is gone.
+
+        Raises:
+            SavedBaseExistsError: the folder is not empty.
+            CacheWriteError: a file cannot be written; what was written so far is removed, this recording is as it was.
+            ForeignRecordingError: the model was changed since.
+            SessionClosedError, IncompleteRecordingError, NestedSessionError: it was released, or is not finished yet.
+            UnreadableWeightsError, ModelGoneError: what tells the model from others cannot be found out.
+        """
+        self.owner.save(self, folder, overwrite)
+
     def compact(self) -> None:
         """Make calls whole where the overlays of a chain of edits have come to hold more than the dense recording: so
         a chain of any length holds at most twice what that does."""
@@ -222,6 +252,20 @@ class Recording:
         if not self.complete or not self.calls:
             recorded = f"{len(self.calls)} calls of a run that did not finish" if self.calls else "no call at all"
             raise IncompleteRecordingError(missing=["a finished run"], recorded=recorded)
+
+    def check_graph(self, key: CallKey, graph: str) -> None:
+        """Raise unless the feature maps of a call, if they come from a folder, are those of a graph of this digest.
+
+        Raises:
+            ForeignRecordingError: the model computes something else now, or is traced otherwise.
+        """
+        if self.saved_with and self.calls[key].graph != graph:
+            edited_by = (
+                "the same model with a forward pass that traces to another graph (other versions of its libraries, "
+                "attention processors, adapter scales or the like)"
+            )
+            recorded_by = f"{self.model_name}, saved with {self.saved_with}"
+            raise ForeignRecordingError(recorded_by=recorded_by, edited_by=edited_by)
 
     def find(self, key: CallKey) -> RecordedCall:
         """The recorded call ``key``.
@@ -306,7 +350,8 @@ class RecordSession:
         span.end()
         cache = StepCache(call.batch, kept, device=call.device)
         results = [clone_detached(output) for output in outputs]
-        self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
+        made = self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
+        made.graph = program.digest
         return program.captured.result(outputs)
 
     def _kinds(self, key: CallKey) -> frozenset[Kind]:

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -29,6 +30,8 @@ class Editor(Protocol):
     def edit(self, base: Any, prompt: Any, **options: Any) -> Any: ...
 
     def rerun(self, base: Any, prompt: str) -> tuple[list[Any], float]: ...
+
+    def save(self, base: Any, folder: Path | str, *, overwrite: bool = False) -> None: ...
 
 
 @dataclass
@@ -77,6 +80,10 @@ class Generation:
     def edit(self, prompt: Any, **options: Any) -> Any:
         """Edit this image, or with a list of prompts make many edits of it; see :meth:`EditPipeline.edit`."""
         return self.pipeline.edit(self, prompt, **options)
+
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+        """Keep this base in a folder, for ``EditPipeline.load``; see :meth:`EditPipeline.save`."""
+        self.pipeline.save(self, folder, overwrite=overwrite)
 
     def contact_sheet(self) -> Image.Image:
         """All images of the prompt side by side, with the prompt."""

@@ -77,7 +77,7 @@ class Run:
     def fits(self, other: Run) -> bool:
         """Whether edits of both can run at once: alike in all but noise, one image each."""
         alike = same(dict(self.settings), dict(other.settings)) and self.device == other.device
-        sampled = type(self.scheduler) is type(other.scheduler) and self.scheduler.config == other.scheduler.config
+        sampled = not scheduler_differences(self.scheduler, other.scheduler)
         drawn = (self.latents is None) == (other.latents is None)
         return alike and sampled and drawn and self.images == other.images == 1 and may_share(self.settings)
 
@@ -204,6 +204,15 @@ def make_generator(seed: Any, generator: Any) -> torch.Generator:
     return torch.Generator().manual_seed(torch.seed() % 2**32 if seed is None else seed)
 
 
+def scheduler_differences(mine: Any, theirs: Any) -> dict[str, tuple[Any, Any]]:
+    """What differs between two schedulers: name -> (of the first, of the second)."""
+    if type(mine) is not type(theirs):
+        return {"scheduler": (type(mine).__name__, type(theirs).__name__)}
+    names = [name for name in {**mine.config, **theirs.config} if not name.startswith("_")]
+    pairs = {f"scheduler.{name}": (mine.config.get(name), theirs.config.get(name)) for name in names}
+    return {name: pair for name, pair in pairs.items() if not same(*pair)}
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two settings are equal; arrays, tensors and pictures by their values, also within lists and dicts."""
     if a is b:
@@ -217,4 +226,6 @@ def same(a: Any, b: Any) -> bool:
             return False
         x, y = (value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value) for value in (a, b))
         return np.array_equal(x, y)
+    if isinstance(a, Image.Image) and isinstance(b, Image.Image):  # whichever file or class they came from
+        return a.mode == b.mode and a.size == b.size and a.getpalette() == b.getpalette() and a.tobytes() == b.tobytes()
     return bool(a == b)

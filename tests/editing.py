@@ -10,6 +10,7 @@ BEFORE = "a red house on the left, on grass, at noon"
 AFTER = "a blue house on the left, on grass, at noon"
 PROMPTS = [AFTER, "a red tree on the left, on grass, at noon", "a red house on the left, on sand, at noon"]
 SETTINGS = {"num_inference_steps": 5, "guidance_scale": 4.0}
+QUICK = {**SETTINGS, "num_inference_steps": 3}
 
 
 def square(top=4, left=5, height=6, width=5):
@@ -38,3 +39,19 @@ def with_scheduler(pipeline, kind):
     other = copy.copy(pipeline)
     other.scheduler = kind.from_config(pipeline.scheduler.config)
     return other
+
+
+def sampled_by(editor, kind):
+    """The same editor, with another scheduler."""
+    other = copy.copy(editor)
+    other.pipe = with_scheduler(editor.pipe, kind)
+    return other
+
+
+def assert_edits_alike(one, other, **options):
+    """Two bases, edited in the same way, give the same bits."""
+    options = {"mask": square(), "record": False, **options}
+    first, second = one.edit(AFTER, **options), other.edit(AFTER, **options)
+    assert torch.equal(first.latents, second.latents)
+    assert all(np.array_equal(a, b) for a, b in zip(first.images, second.images, strict=True))
+    return second

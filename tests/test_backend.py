@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import models
@@ -46,7 +47,7 @@ def run(unet: Any, timesteps: Any = TIMESTEPS, seed: int = 1, change: float = 0.
 
 
 @pytest.mark.supports("Features", 'torch.compile(unet, backend="fisedit")')
-def test_recording_and_editing_through_dynamo() -> None:
+def test_recording_and_editing_through_dynamo(tmp_path: Path) -> None:
     """As the same model gives it that fisedit.compile compiled, in every mode."""
     model = models.one_level()
     dynamo, ours = torch.compile(model, backend="fisedit", fullgraph=True), fisedit.compile(model)
@@ -71,6 +72,10 @@ def test_recording_and_editing_through_dynamo() -> None:
         }
         for out, wanted in zip(edited, wanted_outputs, strict=True):
             torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-4)
+    base.save(tmp_path / "r")
+    with fisedit.edit(dynamo, fisedit.load_recording(dynamo, tmp_path / "r")):
+        again = run(dynamo, change=0.5)
+    assert all(torch.equal(out, wanted) for out, wanted in zip(again, edited, strict=True))
     for out, wanted in zip(run(dynamo), dense, strict=True):
         assert torch.equal(out, wanted)
 

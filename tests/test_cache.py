@@ -12,8 +12,8 @@ from typing import Any
 import models
 import pytest
 import torch
-from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
 from torch import Tensor, nn
+from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
 
 import fisedit
 from fisedit import CompiledUNet, DetectConfig, Recording
@@ -58,7 +58,11 @@ def provider(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(provider: str) -> nn.Module:
-    return (models.one_level(block_out_channels=(32, 64)) if provider == "reference" else Small().eval().requires_grad_(False)).to(DEVICE)
+    return (
+        models.one_level(block_out_channels=(32, 64))
+        if provider == "reference"
+        else Small().eval().requires_grad_(False)
+    ).to(DEVICE)
 
 
 @pytest.fixture(scope="module")

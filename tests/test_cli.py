@@ -154,6 +154,28 @@ def test_an_empty_mask_is_said_in_one_line(run):
     assert np.array_equal(pixels("edit/base.png"), pixels("edit/edit_1.png"))
 
 
+def test_a_base_is_kept_and_edited_by_another_command(run):
+    result = run("generate", BEFORE, "--steps", 3, "--seed", 4, "--guidance", 4, "--save", "kept")
+    assert result.exit_code == 0, result.output
+    result = run("edit", "--base", "kept", FIRST, SECOND, "--output", "later")
+    assert result.exit_code == 0, result.output
+    result = run("edit", BEFORE, FIRST, SECOND, "--steps", 3, "--seed", 4, "--guidance", 4, "--output", "at-once")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels("image.png"), pixels("later/base.png"))
+    for name in ("base.png", "edit_1.png", "edit_2.png", "mask_1.png", "mask_2.png"):
+        assert np.array_equal(pixels(f"later/{name}"), pixels(f"at-once/{name}"))
+    report = json.loads(Path("later/report.json").read_text())
+    assert report["settings"]["base"] == "kept" and [e["before"] for e in report["edits"]] == [BEFORE, BEFORE]
+    for arguments, code, says in (
+        (["generate", BEFORE, "--save", "kept"], 1, "it holds a saved base"),
+        (["edit", "--base", "kept", FIRST, "--steps", 3], 2, "--steps: goes with a new picture"),
+        (["edit", "--base", "kept", FIRST, "--dtype", "bfloat16"], 1, "dtype: saved with 'float32', here 'bfloat16'"),
+        (["edit", "--base", "none", FIRST], 1, "there is no such folder"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == code and says in error_line(result), result.output
+
+
 def test_demo_writes_a_sheet_and_a_report_of_three_edits(run):
     result = run("demo", "--quick", "--output", "out")
     assert result.exit_code == 0, result.output

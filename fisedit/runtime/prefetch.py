@@ -352,7 +352,9 @@ class Prefetch:
                 if (ahead, kind) not in self._reading:
                     if self._thread is None:
                         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fisedit-read")
-                    self._reading[ahead, kind] = self._thread.submit(trace.carry(self._read), ahead, kind, coming.source)
+                    self._reading[ahead, kind] = self._thread.submit(
+                        trace.carry(self._read), ahead, kind, coming.source
+                    )
 
     def _read(self, number: int, kind: Kind, source: Source) -> Tensor:
         """The rows of one kind as they lie in the buffers: uint8 on the host, page-locked for a GPU."""

@@ -46,6 +46,11 @@ class Span:
     def start(device: torch.device) -> Span:
         return Span(device, _moments=[now(device)])
 
+    @staticmethod
+    def of(seconds: float) -> Span:
+        """A span that is over and took so long."""
+        return Span(torch.device("cpu"), _seconds=seconds)
+
     def end(self, share: float = 1.0) -> Span:
         self._moments.append(now(self.device))
         self.share = share

@@ -6,6 +6,7 @@ The format is safetensors, which holds numbers and names and runs nothing when i
 from __future__ import annotations
 
 import json
+import math
 import os
 import uuid
 import zlib
@@ -13,9 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fisedit.errors import CacheReadError, CacheWriteError
@@ -30,6 +31,7 @@ DTYPES = {
     torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
 }  # fmt: skip
 """What can be written, under the names that safetensors has for it."""
+NAMES = {name: dtype for dtype, name in DTYPES.items()}
 ORDERS = "fisedit.orders"
 """The metadata key under which the order of dimensions in memory is kept, where it is not that of the shape."""
 
@@ -105,16 +107,23 @@ def open_tensors(path: Path, checksum: str | None = None) -> dict[str, Tensor]:
     if checksum is not None:
         check_file(path, checksum)
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (it is no dict)
-            orders = json.loads((file.metadata() or {}).get(ORDERS, "{}"))
-        return tensors | {name: _reordered(tensors[name], order) for name, order in orders.items()}
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError("its header is longer than the file")
+            described = json.loads(file.read(length))
+        orders = json.loads(described.pop("__metadata__", {}).get(ORDERS, "{}"))
+        # Not by safetensors' own reader, which looks at a page of every tensor.
+        storage = torch.UntypedStorage.from_file(str(path), False, size)
+        mapped = {name: _mapped(storage, 8 + length, **entry) for name, entry in described.items()}
+        return mapped | {name: _reordered(mapped[name], order) for name, order in orders.items()}
     except FileNotFoundError as error:
         raise CacheReadError(path=str(path), reason="it is missing") from error
     except OSError as error:
         raise CacheReadError(path=str(path), reason=error.strerror or str(error)) from error
-    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = f"it is cut short, or no safetensors file ({error})"
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        reason = f"it is cut short, or no safetensors file ({str(error).splitlines()[0] if str(error) else error!r})"
         raise CacheReadError(path=str(path), reason=reason) from error
 
 
@@ -145,6 +154,22 @@ def checksum_of(path: Path) -> str:
     except OSError as error:
         raise CacheReadError(path=str(path), reason=error.strerror or str(error)) from error
     return f"{checksum:08x}"
+
+
+def _mapped(storage: Any, start: int, *, dtype: str, shape: Sequence[int], data_offsets: Sequence[int]) -> Tensor:
+    """A tensor within a mapped file, as the file's header describes it.
+
+    Raises:
+        ValueError, KeyError, RuntimeError: it does not lie in the file, or is of a dtype that is not known.
+    """
+    kind, (begin, end) = NAMES[dtype], data_offsets
+    tensor = torch.empty(0, dtype=kind)
+    if begin < 0 or start + end > storage.nbytes() or math.prod(shape) * tensor.element_size() != end - begin:
+        raise ValueError(f"a tensor of {shape} at {begin} to {end} does not lie in it")
+    offset, rest = divmod(start + begin, tensor.element_size())
+    if rest:
+        raise ValueError(f"a tensor at {begin} is not aligned")
+    return tensor.set_(storage, offset, (math.prod(shape),), (1,)).view(tuple(shape))
 
 
 def _header(tensors: Mapping[str, Tensor], orders: Mapping[str, Sequence[int]], metadata: Mapping[str, str]) -> bytes:
