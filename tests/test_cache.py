@@ -21,10 +21,13 @@ from fisedit.config import CacheConfig, parse_size
 from fisedit.errors import (
     CacheSpaceWarning,
     IncompleteRecordingError,
+    PageableMemoryWarning,
     PartialRecordingError,
     UnknownOptionError,
 )
+from fisedit.runtime.cache import host
 from fisedit.runtime.cache.block import Kept
+from fisedit.runtime.cache.host import HostPool, Slab
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -228,6 +231,82 @@ def test_the_disk_fails(
     with pytest.raises(PartialRecordingError, match="No space left" if reason == "full" else "ile exists"):
         edited(unet, call, base)
     assert not folder.is_dir() or not list(folder.rglob("*.safetensors*"))
+
+
+def test_the_host_runs_out_of_memory(
+    model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a recording, whatever its budget: the disk takes the rest, and the base is whole."""
+    unet, make, made = compiled(model, gpu=0, disk=tmp_path), HostPool._make, []
+
+    def sometimes(pool: HostPool, nbytes: int) -> Slab:
+        if len(made) > 6:
+            raise MemoryError("no memory")
+        made.append(nbytes)
+        return make(pool, nbytes)
+
+    monkeypatch.setattr(HostPool, "_make", sometimes)
+    base = recorded(unet, call)
+    monkeypatch.undo()
+    assert len(tiers_of(base)) == 2 and not base.partial
+    assert same(edited(unet, call, base), wanted[0])
+
+
+def test_pages_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_lock_pages", lambda memory: "no more of them")
+    pool = HostPool(pin=True)
+    with pytest.warns(PageableMemoryWarning, match="no more of them.*slower.*ulimit"):
+        data, slab = pool.take(1000)
+    data.fill_(3)
+    assert not slab.pinned and pool.used == 1000
+    _, other = pool.take(1000)  # without a second warning
+    assert not other.pinned
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
+@both
+def test_locked_pages_that_run_out(
+    model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, locked = host._lock_pages, []
+
+    def sometimes(memory: Any) -> str | None:
+        locked.append(memory)
+        return lock(memory) if len(locked) < 5 else "no more of them"
+
+    monkeypatch.setattr(host, "_lock_pages", sometimes)
+    unet = compiled(model, provider, gpu=0)
+    with pytest.warns(PageableMemoryWarning):
+        base = recorded(unet, call)
+    assert tiers_of(base) == {"pinned", "pageable"}
+    assert same(edited(unet, call, base), wanted[0]) and same(two_rounds(unet, call, base), wanted[1])
+
+
+@needs_gpu
+@both
+def test_the_gpu_runs_out_of_memory(
+    model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a recording: what was recorded moves off it, and the base is whole."""
+    empty, made = torch.empty, []
+
+    def sometimes(*shape: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8 and options.get("device", "cpu") != "meta":
+            made.append(shape)
+            if len(made) in (7, 8, 9, 20):
+                raise torch.OutOfMemoryError("no memory")
+        return empty(*shape, **options)
+
+    unet = compiled(model, provider)
+    monkeypatch.setattr(torch, "empty", sometimes)
+    base = recorded(unet, call)
+    monkeypatch.undo()
+    assert tiers_of(base) >= {"gpu", "pinned"} or tiers_of(base) == {"pinned"}
+    assert not base.partial and "ran out" in unet.tiers(base.blocks()[0].data.device).describe()  # type: ignore[union-attr]
+    assert same(edited(unet, call, base), wanted[0]) and same(two_rounds(unet, call, base), wanted[1])
 
 
 def test_a_file_that_was_changed_is_noticed(model: nn.Module, call: dict[str, Any], tmp_path: Path) -> None:

@@ -67,12 +67,19 @@ class Wants:
 
 @dataclass
 class Buffers:
-    """One set: a piece of memory for each kind. ``goals``: its addresses, int64 ``[slots, B]``."""
+    """One set: a piece of memory for each kind.
+
+    Attributes:
+        values: by slot, in that memory. goals, begins: their addresses, of each kind int64 ``[slots, B]`` and by slot.
+        table: where the kernels of a call read each view, int64 ``[views, B]``.
+        ready: when they are filled. read: when the call is over that reads them. alive: what is being copied.
+    """
 
     data: dict[Kind, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     goals: dict[Kind, Tensor] = field(default_factory=dict)
-    table: Tensor | None = None  # int64 [views, B]: where kernels read
+    begins: dict[str, np.ndarray] = field(default_factory=dict)
+    table: Tensor | None = None
     ready: torch.cuda.Event | None = None
     read: torch.cuda.Event | None = None
     alive: list[Tensor] = field(default_factory=list)
@@ -224,6 +231,7 @@ class Prefetch:
         buffers.data[kind] = self.tiers.allocate(layout.nbytes)
         buffers.values |= layout.views(buffers.data[kind])
         begins = np.array([_begins(buffers.values[slot]) for slot in self._slots[kind]], np.int64)
+        buffers.begins |= zip(self._slots[kind], begins, strict=True)
         buffers.goals[kind] = torch.from_numpy(begins).to(self.device)
 
     def _fetch(self, number: int, kind: Kind, buffers: Buffers, coming: Coming) -> list[Tensor]:
@@ -281,7 +289,7 @@ class Prefetch:
         table = newest(coming.source, self.batch, self.wants.views)
         for kind, rows in self._rows_of.items():
             if not coming.reach[kind].in_place:
-                table[rows] = [_begins(buffers.values[self.wants.views[row]]) for row in rows]
+                table[rows] = [buffers.begins[self.wants.views[row]] for row in rows]
         return torch.from_numpy(table)
 
     # What moves where
