@@ -51,7 +51,7 @@ class CacheConfig:
         steps: first and last step (1-based, inclusive; ``None``: the last one of the run) whose feature maps are kept.
             Edits run dense in the others. ``None`` keeps all: edits with a given mask are then sparse from the start.
         detect_steps: how many first steps can be detect steps of an edit, for which the queries of cross-attention
-            are kept; ``None``: those at 40 % and more of the first timestep, or those before ``steps``.
+            are kept; ``None``: those at 45 % and more of the first timestep, or those before ``steps``.
 
     Raises:
         UnknownOptionError: a value that an option does not take.
@@ -105,7 +105,7 @@ def _is_selection(steps: object) -> bool:
     return steps[1] is None or (is_whole(steps[1], 1) and steps[0] <= steps[1])
 
 
-DETECTABLE = 0.4
+DETECTABLE = 0.45
 """Of the first timestep of a run: an edit can seek its mask down to there."""
 
 

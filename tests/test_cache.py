@@ -181,7 +181,7 @@ def test_memory_fills(model: nn.Module, call: dict[str, Any], wanted: Any, tmp_p
     share = {kind: sum(of.get(t, 0) for t in first) / sum(of.values()) for kind, of in held.items()}
     assert share["keys"] >= share["maps"] >= share["queries"] and share["queries"] < 1
     assert same(edited(unet, call, base), wanted[0])
-    assert "moved" in unet.tiers(torch.device(DEVICE)).describe() or share["maps"] < 1
+    assert "moved" in unet.tiers(call["sample"].device).describe() or share["maps"] < 1
 
 
 def test_a_dropped_base_gives_its_place_back(model: nn.Module, call: dict[str, Any]) -> None:
@@ -190,7 +190,8 @@ def test_a_dropped_base_gives_its_place_back(model: nn.Module, call: dict[str, A
     tiers = None
     for _ in range(3):
         base = recorded(unet, call)
-        tiers = unet.tiers(torch.device(DEVICE))
+        tiers = unet.tiers(call["sample"].device)
+        assert DEVICE == "cpu" or tiers_of(base) == {"pinned"}
         used = tiers.pool.used
         base.release()
         del base
@@ -258,7 +259,7 @@ def test_pages_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(PageableMemoryWarning, match="no more of them.*slower.*ulimit"):
         data, slab = pool.take(1000)
     data.fill_(3)
-    assert not slab.pinned and pool.used == 1000
+    assert not slab.pinned and pool.used == slab.nbytes >= 1000
     _, other = pool.take(1000)  # without a second warning
     assert not other.pinned
 
@@ -392,17 +393,20 @@ def test_an_edit_that_is_broken_off(
 
 
 def test_many_edits_in_a_row(model: nn.Module, call: dict[str, Any]) -> None:
-    """Memory stays as it is: no block, slab or file is left behind."""
+    """Memory stays as it is, whatever their masks: no block, slab or file is left behind."""
     unet = compiled(model, gpu=0)
     base = recorded(unet, call, TIMESTEPS[:2])
-    tiers, held = unet.tiers(torch.device(DEVICE)), []
+    tiers, held = unet.tiers(call["sample"].device), []
     for number in range(200):
-        with unet.edit(base, corner(), record=number % 10 == 0):
+        mask = torch.zeros(SIZE, dtype=torch.bool)
+        mask[: 1 + number % 5, : 1 + number % 7] = True
+        with unet.edit(base, mask, record=number % 5 == 0):
             run(unet, changed(call), TIMESTEPS[:2], change=0.1)
-        if number % 50 == 9:
+        if number % 50 == 49:
             gc.collect()
-            held.append((tiers.pool.used, tiers.pool.idle, len(tiers.blocks())))
-    assert len(set(held[1:])) == 1
+            assert tiers.pool.used + tiers.pool.idle <= tiers.pool.most
+            held.append((tiers.pool.used, tiers.pool.most, len(tiers.blocks())))
+    assert len(set(held)) == 1, held
 
 
 def test_a_base_dropped_while_it_is_stored(
@@ -413,10 +417,10 @@ def test_a_base_dropped_while_it_is_stored(
 
     begun, go, write = threading.Event(), threading.Event(), tiers.write_tensors
 
-    def slow(*arguments: Any) -> str:
+    def slow(*arguments: Any, **options: Any) -> str:
         begun.set()
         assert go.wait(10)
-        return write(*arguments)
+        return write(*arguments, **options)
 
     monkeypatch.setattr(tiers, "write_tensors", slow)
     unet = compiled(model, gpu=0, host=0, disk=tmp_path)

@@ -36,13 +36,16 @@ ORDERS = "fisedit.orders"
 """The metadata key under which the order of dimensions in memory is kept, where it is not that of the shape."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, lasting: bool = True
+) -> str:
     """Write a safetensors file, whole or not at all; a file that was there is replaced at once.
 
     Args:
         tensors: by name. They may be views of one storage; each is written by its own elements, one after the other,
             without a copy of them all. The order of dimensions in memory (channels last, say) comes back with them.
         metadata: texts to keep with them.
+        lasting: whether the file is to survive a power cut, for which the disk is waited for.
 
     Returns:
         The checksum of the file, see :func:`checksum_of`.
@@ -59,10 +62,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     names = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT > 0, -tensors[n].element_size()))
     kept = {**(metadata or {}), **({ORDERS: json.dumps(orders)} if orders else {})}
     header = _header({name: tensors[name] for name in names}, orders, kept)
-    return write_file(path, chain([header], (_bytes(tensors[name], orders.get(name)) for name in names)))
+    return write_file(path, chain([header], (_bytes(tensors[name], orders.get(name)) for name in names)), lasting)
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], lasting: bool = True) -> str:
     """Write a file of these pieces, whole or not at all: under another name first, which then takes its place.
 
     Returns:
@@ -77,11 +80,13 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
         try:
             for piece in pieces:
                 checksum = _write(file, memoryview(piece), checksum)
-            os.fsync(file)
+            if lasting:
+                os.fsync(file)
         finally:
             os.close(file)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except OSError as error:
         raise CacheWriteError(path=str(path), reason=error.strerror or str(error)) from error
     finally:

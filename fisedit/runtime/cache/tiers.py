@@ -93,6 +93,7 @@ class Tiers:
         self.placed: Counter[tuple[Kind, Place]] = Counter()
         self.moved: Counter[tuple[Kind, Place, Place]] = Counter()
         self.notes: list[str] = []
+        self._told: set[str] = set()
         self._limits: dict[Place, int] = {}
         self._blocks: dict[int, weakref.ref[Block]] = {}
         self._clock = itertools.count(1)
@@ -142,12 +143,14 @@ class Tiers:
         with self._lock:
             for block in blocks:
                 block.readers -= 1
-                if block.file is not None and not block.readers:
+                if (block.file is not None or block.lost is not None) and not block.readers:
                     block.data = block.slab = block.ready = None
 
     def ring(self, nbytes: int) -> Ring:
         """What a recording passes values through that makes ``nbytes`` a call: two pieces of each, or one if the
         budget is small."""
+        self._disk_failure = None  # it may have room again
+        self._told.clear()
         room = self.limit("gpu") - self.held("gpu") if self.on_gpu else 0
         return Ring(2 if 2 * nbytes <= room / 2 else 1, next(self._clock))
 
@@ -358,9 +361,8 @@ class Tiers:
             return
         failure = self._write_file(block, block.values())
         with block.lock:
-            if failure is not None:
-                block.lost = failure
-            if failure is not None or not block.readers:
+            block.lost = failure
+            if not block.readers:
                 block.data = block.slab = block.ready = None
 
     def _write_file(self, block: Block, values: Mapping[str, Tensor]) -> str | None:
@@ -368,7 +370,7 @@ class Tiers:
         try:
             path = self._new_file()
             with span("disk", f"write {block.kind}", args={"bytes": block.nbytes}):
-                checksum = write_tensors(path, values)
+                checksum = write_tensors(path, values, lasting=False)
         except CacheWriteError as error:
             self._disk_failure = self._disk_failure or str(error)
             return str(error)
@@ -385,7 +387,8 @@ class Tiers:
     def _warn_of_losses(self, reason: str | None = None) -> None:
         """Warn once of each reason why values were lost; in the thread that records, not in the writer's."""
         reason = reason or self._disk_failure
-        if reason is not None and reason not in self.notes:
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
             self.notes.append(reason)
             warn(
                 f"Recorded values found no place: {reason}. The image is not affected, but the recording is partial "
