@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calls import Loop, Subject, loop, milliseconds, prepare
+from calls import Loop, Subject, loop, milliseconds, prepare, relative_error
 from masks import blob, family
 from published import MODELS, TINY
 from torch import Tensor
@@ -80,6 +80,7 @@ class Line:
     loaded: float
     transfer: float
     identical: bool
+    error: float
 
     @property
     def exposed(self) -> float:
@@ -202,15 +203,24 @@ def measure_tier(
                     best = median(run[0] for run in runs)
                     reference = wanted.setdefault(f"{exact} {mask_name} {number}", (best, runs[0][1]))
                     identical = all(torch.equal(run[1], reference[1]) for run in runs)
-                    each.append((reference[0], best, runs[0][2], identical))
+                    each.append(
+                        (reference[0], best, runs[0][2], identical, error_of(wanted, mask_name, number, runs, mask))
+                    )
                 transfer = transfers(subject, unet, base, of_kind[0])
                 of, step, loaded = (mean(one[part] for one in each) for part in range(3))
-                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each)))
+                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each),
+                                  max(one[4] for one in each)))  # fmt: skip
                 print(f"  {lines[-1]}", flush=True)
         if name == "GPU":
             lines += moved(subject, unet, base, masks, wanted, exact)
         base.release()
     return recorded, lines
+
+
+def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], mask: Tensor) -> float:
+    """How far an edit's output is from that of the exact edit, of its largest value, over the active positions."""
+    exact = wanted.get(f"cached exact {name} {number}")
+    return math.nan if exact is None else relative_error(runs[0][1], exact[1].float(), mask)
 
 
 def moved(
@@ -225,7 +235,7 @@ def moved(
             known = [wanted[f"{exact} {name} {number}"] for number in range(len(of_kind))]
             identical = all(torch.equal(run[1], out) for run, (_, out) in zip(runs, known, strict=True))
             of, step, loaded = mean(k[0] for k in known), mean(r[0] for r in runs), mean(r[2] for r in runs)
-            yield Line("the GPU's base, moved to the host", name, None, of, step, loaded, math.nan, identical)
+            yield Line("the GPU's base, moved to the host", name, None, of, step, loaded, math.nan, identical, 0.0)
 
 
 def record_table(rows: Sequence[Recorded]) -> str:
@@ -244,15 +254,15 @@ def record_table(rows: Sequence[Recorded]) -> str:
 def edit_table(lines: Sequence[Line]) -> str:
     made = [
         "| base | bus, GB/s | mask | compute, ms | step, ms | exposed, ms | of the step | loaded, MB | transfer, ms "
-        "| same image |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| same image | error |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for line in lines:
         bus = "" if line.bus is None else f"{line.bus:g}"
         made.append(
             f"| {line.tier} | {bus} | {line.mask} | {line.gpu_step:.2f} | {line.step:.2f} | {line.exposed:.2f} "
             f"| {line.exposed / line.step:.1%} | {line.loaded:.1f} | {line.transfer:.2f} "
-            f"| {'yes' if line.identical else 'no'} |"
+            f"| {'yes' if line.identical else 'no'} | {line.error:.1e} |"
         )
     return "\n".join(made)
 

@@ -163,6 +163,17 @@ def test_8_bits(
     assert smaller == (["maps", "keys", "queries"] if options else ["keys"])
 
 
+@both
+def test_active_keys(model: nn.Module, call: dict[str, Any], provider: str, tmp_path: Path) -> None:
+    """No keys are recorded, and none are fetched."""
+    given = []
+    for tier in ({}, {"gpu": 0, "host": 0, "disk": tmp_path}):
+        unet = fisedit.compile(model, provider=provider, kv="active", cache=CacheConfig(**tier), dense="eager")
+        base = recorded(unet, call)
+        given.append(edited(unet, call, base))
+    assert same(*given)
+
+
 def sizes(base: Recording) -> dict[str, int]:
     return {kind: sum(tiers.values()) for kind, tiers in base.placement().items()}
 
