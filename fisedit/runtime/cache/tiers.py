@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,7 @@ from fisedit.errors import CacheSpaceWarning, CacheWriteError, warn
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
 from fisedit.runtime.cache.disk import write_tensors
 from fisedit.runtime.cache.host import HostPool, Slab, available_host_memory
+from fisedit.runtime.cache.keys import Bandwidth
 from fisedit.runtime.trace import carry, span
 
 Place = Literal["gpu", "host", "disk"]
@@ -103,6 +105,11 @@ class Tiers:
         self._writer: ThreadPoolExecutor | None = None
         self._writing: list[Future[None]] = []
         self._disk_failure: str | None = None
+
+    @cached_property
+    def bandwidth(self) -> Bandwidth | None:
+        """Of the bus to the GPU and of its memory, measured once; ``None`` on a CPU."""
+        return Bandwidth.measure(self.device) if self.on_gpu else None
 
     # What is where
 
