@@ -33,6 +33,7 @@ from torch import Tensor
 
 import fisedit
 from fisedit.environment import describe_environment, environment_line
+from fisedit.passes.plan_memory import predict_peak
 from fisedit.recording import Recording
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.trace import Trace
@@ -211,6 +212,8 @@ def measure_tier(
                 lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each),
                                   max(one[4] for one in each)))  # fmt: skip
                 print(f"  {lines[-1]}", flush=True)
+        for line in intermediates(unet, subject.device):
+            print(f"  {line}", flush=True)
         if name == "GPU":
             lines += moved(subject, unet, base, masks, wanted, exact)
         base.release()
@@ -221,6 +224,20 @@ def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], ma
     """How far an edit's output is from that of the exact edit, of its largest value, over the active positions."""
     exact = wanted.get(f"cached exact {name} {number}")
     return math.nan if exact is None else relative_error(runs[0][1], exact[1].float(), mask)
+
+
+def intermediates(unet: fisedit.CompiledUNet, device: torch.device) -> Iterator[str]:
+    """What the values between the kernels of a sparse call take: as planned, in a call op by op, in its CUDA graph."""
+    for program in unet._live.programs.values() if device.type == "cuda" else ():
+        for replay in [replay for kept in program.replays()._idle.values() for replay in kept]:
+            rows = {level: number for level, number, _ in replay.buckets.rows}
+            planned = predict_peak(program.graphs["edit"].graph, rows) / MB
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            replay._call()
+            measured = (torch.cuda.max_memory_allocated() - before) / MB
+            pool = replay.graph_bytes / MB
+            yield f"{max(rows.values())} rows: planned {planned:.1f} MB, measured {measured:.1f}, pool {pool:.1f}"
 
 
 def moved(
