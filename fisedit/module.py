@@ -25,13 +25,11 @@ from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.edit_session import EditSession
 from fisedit.errors import (
-    DenseIslandsWarning,
     ModelChangedError,
     ModelGoneError,
     NestedSessionError,
     UnknownOptionError,
     UnsupportedDtypeError,
-    warn,
 )
 from fisedit.explanation import explain
 from fisedit.fingerprint import Fingerprinter, ModelState
@@ -43,6 +41,7 @@ from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
 from fisedit.runtime.packed_weights import Made
 from fisedit.saving import load_recording, save_recording
+from fisedit.warnings import DenseIslandsWarning, warn
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
 NOT_CAPTURED = "Nothing is captured yet: the first call inside record() or edit() does it."

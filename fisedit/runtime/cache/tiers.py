@@ -23,11 +23,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fisedit.errors import CacheSpaceWarning, CacheWriteError, warn
+from fisedit.errors import CacheWriteError
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
 from fisedit.runtime.cache.disk import write_tensors
 from fisedit.runtime.cache.host import HostPool, available_host_memory
 from fisedit.runtime.trace import carry, span
+from fisedit.warnings import CacheSpaceWarning, warn
 
 Place = Literal["gpu", "host", "disk"]
 PRIORITY: dict[Kind, int] = {"queries": 0, "maps": 1, "keys": 2, "small": 3}
