@@ -151,7 +151,7 @@ class EditSession:
         if kind == "sparse":
             slots = program.wanted("edit")
             for lane in group.lanes:
-                if len(recorded[id(lane)].cache.lacks(slots)) == len(slots):
+                if not recorded[id(lane)].cache.has_any(slots):
                     lane.reason = "the recording kept no feature maps of some steps (CacheConfig.steps)"
                     kind = "dense"
         elif kind == "detect" and self.calls == 1:
@@ -169,7 +169,7 @@ class EditSession:
             base = lane.edit.base
             lacking = [
                 base.step_of(key) + 1 for key, call in base.calls.items()
-                if base.step_of(key) < lane.edit.detect_steps and slots and len(call.cache.lacks(slots)) == len(slots)
+                if base.step_of(key) < lane.edit.detect_steps and slots and not call.cache.has_any(slots)
             ]  # fmt: skip
             if lacking and lane.edit.config.control:
                 missing = [f"the queries of cross-attention at step {step}" for step in dict.fromkeys(lacking)]
@@ -242,16 +242,20 @@ class EditSession:
     ) -> Halos | None:
         """Where recorded values have to be fetched, begin to; ``None`` where kernels read all in their places."""
         wants = Wants(*replays.reads, program.uses)
-        slots = [*wants.views, *wants.loads]
+        slots = (*wants.views, *wants.loads)
         keys = list(group.lanes[0].edit.base.calls)
+        bases = [{id(lane): lane.edit.base.calls[key] for lane in group.lanes} for key in keys]
+        kept = [not any(made.cache.lacks(slots) for made in calls.values()) for calls in bases]
 
         def source(number: int) -> StepCache | StackedCache | None:
-            calls = {id(lane): lane.edit.base.calls[keys[number]] for lane in group.lanes} if number < len(keys) else {}
-            lacking = not calls or any(made.cache.lacks(slots) for made in calls.values())
-            return None if lacking else group.source(calls, call.device)
+            return group.source(bases[number], call.device) if number < len(keys) and kept[number] else None
 
-        coming = [lane.edit.base.calls[key].cache for lane in group.lanes for key in keys[self.calls - 1 :]]
-        if all(cache.is_resident(slots) or cache.lacks(slots) for cache in coming):
+        coming = [
+            group.source(calls, call.device)
+            for calls, whole in list(zip(bases, kept, strict=True))[self.calls - 1 :]
+            if whole
+        ]
+        if all(of.is_resident(slots) for of in coming):
             return None
         halos = Halos.of(masks, wants.geometries, wants.whole_levels)
         group.prefetch = Prefetch(wants, halos, source, call.batch, self.tiers(call.device))
@@ -345,7 +349,7 @@ class _Loading:
 def lacks_queries(program: Program, recorded: dict[int, RecordedCall]) -> bool:
     """Whether bases did not keep what controls their attention maps; :meth:`EditSession._check_queries` let it pass."""
     slots = program.wanted("detect")
-    return bool(slots) and any(len(made.cache.lacks(slots)) == len(slots) for made in recorded.values())
+    return bool(slots) and any(not made.cache.has_any(slots) for made in recorded.values())
 
 
 def _aligned(edit: Edit, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:

@@ -349,6 +349,9 @@ class RecordSession:
             outputs = _with_room(writer.tiers, lambda: executable.run(call.tensors, keep=keep))
         span.end()
         cache = StepCache(call.batch, kept, device=call.device)
+        if program.fused:  # looked at now, while the GPU is busy for long, and kept
+            views, loads = program.replays().reads
+            cache.is_resident((*views, *loads))
         results = [clone_detached(output) for output in outputs]
         made = self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
         made.graph = program.digest

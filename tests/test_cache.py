@@ -23,8 +23,10 @@ from fisedit.errors import (
     PartialRecordingError,
     UnknownOptionError,
 )
+from fisedit.runtime.cache import host
 from fisedit.runtime.cache.block import Kept
-from fisedit.warnings import CacheSpaceWarning
+from fisedit.runtime.cache.host import HostPool, Slab
+from fisedit.warnings import CacheSpaceWarning, PageableMemoryWarning
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -200,12 +202,12 @@ def test_no_room(model: nn.Module, call: dict[str, Any]) -> None:
     """The image is made, the recording is partial, and an edit of it says what is missing."""
     unet = compiled(model, gpu=0, host=0)
     plain = run(compiled(model), call)
-    says = "budgets are used up.*not affected.*CacheConfig"
-    with pytest.warns(CacheSpaceWarning, match=says) as seen, unet.record() as base:
+    text = "budgets are used up.*not affected.*CacheConfig"
+    with pytest.warns(CacheSpaceWarning, match=text) as seen, unet.record() as base:
         outputs = run(unet, call)
     assert len(seen) == 1 and same(outputs, plain)
     assert base.partial and base.complete
-    with pytest.raises(PartialRecordingError, match=r"lacks the \w+ of call 1, .* and \d+ more.*budgets"):
+    with pytest.raises(PartialRecordingError, match=r"lacks the maps of call 1, .* and \d+ more.*budgets"):
         edited(unet, call, base)
 
 
@@ -228,6 +230,82 @@ def test_the_disk_fails(
     with pytest.raises(PartialRecordingError, match="No space left" if reason == "full" else "ile exists"):
         edited(unet, call, base)
     assert not folder.is_dir() or not list(folder.rglob("*.safetensors*"))
+
+
+def test_the_host_runs_out_of_memory(
+    model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a recording, whatever its budget: the disk takes the rest, and the base is whole."""
+    unet, make, made = compiled(model, gpu=0, disk=tmp_path), HostPool._make, []
+
+    def sometimes(pool: HostPool, nbytes: int) -> Slab:
+        if len(made) > 6:
+            raise MemoryError("no memory")
+        made.append(nbytes)
+        return make(pool, nbytes)
+
+    monkeypatch.setattr(HostPool, "_make", sometimes)
+    base = recorded(unet, call)
+    monkeypatch.undo()
+    assert len(tiers_of(base)) == 2 and not base.partial
+    assert same(edited(unet, call, base), wanted[0])
+
+
+def test_pages_that_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "_lock_pages", lambda memory: "no more of them")
+    pool = HostPool(pin=True)
+    with pytest.warns(PageableMemoryWarning, match="no more of them.*slower.*ulimit"):
+        data, slab = pool.take(1000)
+    data.fill_(3)
+    assert not slab.pinned and pool.used == 1000
+    _, other = pool.take(1000)  # without a second warning
+    assert not other.pinned
+
+
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@needs_gpu
+@both
+def test_locked_pages_that_run_out(
+    model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, locked = host._lock_pages, []
+
+    def sometimes(memory: Any) -> str | None:
+        locked.append(memory)
+        return lock(memory) if len(locked) < 5 else "no more of them"
+
+    monkeypatch.setattr(host, "_lock_pages", sometimes)
+    unet = compiled(model, provider, gpu=0)
+    with pytest.warns(PageableMemoryWarning):
+        base = recorded(unet, call)
+    assert tiers_of(base) == {"pinned", "pageable"}
+    assert same(edited(unet, call, base), wanted[0]) and same(two_rounds(unet, call, base), wanted[1])
+
+
+@needs_gpu
+@both
+def test_the_gpu_runs_out_of_memory(
+    model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a recording: what was recorded moves off it, and the base is whole."""
+    empty, made = torch.empty, []
+
+    def sometimes(*shape: Any, **options: Any) -> Tensor:
+        if options.get("dtype") == torch.uint8 and options.get("device", "cpu") != "meta":
+            made.append(shape)
+            if len(made) in (7, 8, 9, 20):
+                raise torch.OutOfMemoryError("no memory")
+        return empty(*shape, **options)
+
+    unet = compiled(model, provider)
+    monkeypatch.setattr(torch, "empty", sometimes)
+    base = recorded(unet, call)
+    monkeypatch.undo()
+    assert tiers_of(base) >= {"gpu", "pinned"} or tiers_of(base) == {"pinned"}
+    assert not base.partial and "ran out" in unet.tiers(base.blocks()[0].data.device).describe()  # type: ignore[union-attr]
+    assert same(edited(unet, call, base), wanted[0]) and same(two_rounds(unet, call, base), wanted[1])
 
 
 def test_a_file_that_was_changed_is_noticed(model: nn.Module, call: dict[str, Any], tmp_path: Path) -> None:
@@ -391,8 +469,8 @@ def test_queries_are_kept_where_a_mask_can_be_sought(model: nn.Module, call: dic
     base = recorded(unet, call)
     kinds = [{block.kind for block in made.cache.blocks()} for made in base.calls.values()]
     assert ["queries" in of_call for of_call in kinds] == [True, True, True, False, False]  # 900, 700, 500, 300, 100
-    says = "queries of cross-attention at step 4.*detect_steps"
-    with pytest.raises(IncompleteRecordingError, match=says), unet.edit(base, detect=DetectConfig(steps=4)):
+    text = "queries of cross-attention at step 4.*detect_steps"
+    with pytest.raises(IncompleteRecordingError, match=text), unet.edit(base, detect=DetectConfig(steps=4)):
         run(unet, changed(call))
     with unet.edit(base, detect=DetectConfig(steps=4, control=False)) as edit:
         run(unet, changed(call), change=0.8)

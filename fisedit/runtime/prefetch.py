@@ -8,30 +8,19 @@ wait for each other by events, never the host; only files, and memory that is no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fisedit.runtime import trace
 from fisedit.runtime.cache.block import Kind, Layout, Use
-from fisedit.runtime.cache.links import (
-    Link,
-    Reach,
-    Source,
-    addresses,
-    links,
-    memory,
-    newest,
-    origins,
-    overlay_at,
-    place,
-    shared_block,
-)
+from fisedit.runtime.cache.links import Links, Reach, Source, links, newest, origins
 from fisedit.runtime.cache.store import Overlay
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.geometry import ConvGeometry, Level
@@ -56,8 +45,8 @@ class Wants:
     uses: Mapping[str, Use]
     shapes: dict[str, tuple[int, int]] = field(default_factory=dict)  # rows and channels, once they are known
 
-    def of(self, kind: Kind) -> list[str]:
-        return sorted({slot for slot in (*self.views, *self.loads) if self.uses[slot].kind == kind})
+    def of(self, kind: Kind) -> tuple[str, ...]:
+        return tuple(sorted({slot for slot in (*self.views, *self.loads) if self.uses[slot].kind == kind}))
 
     @property
     def geometries(self) -> list[ConvGeometry]:
@@ -78,12 +67,19 @@ class Wants:
 
 @dataclass
 class Buffers:
-    """One set: a piece of memory for each kind. ``goals``: its addresses, int64 ``[slots, B]``."""
+    """One set: a piece of memory for each kind.
+
+    Attributes:
+        values: by slot, in that memory. goals, begins: their addresses, of each kind int64 ``[slots, B]`` and by slot.
+        table: where the kernels of a call read each view, int64 ``[views, B]``.
+        ready: when they are filled. read: when the call is over that reads them. alive: what is being copied.
+    """
 
     data: dict[Kind, Tensor] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     goals: dict[Kind, Tensor] = field(default_factory=dict)
-    table: Tensor | None = None  # int64 [views, B]: where kernels read
+    begins: dict[str, np.ndarray] = field(default_factory=dict)
+    table: Tensor | None = None
     ready: torch.cuda.Event | None = None
     read: torch.cuda.Event | None = None
     alive: list[Tensor] = field(default_factory=list)
@@ -137,8 +133,9 @@ class Prefetch:
         self._now = self._sets[0], -1
         self._filled: dict[int, Fetched] = {}
         self._coming: dict[int, Coming | None] = {}
-        self._moves: dict[Any, Moves] = {}
-        self._rows_of: dict[tuple[Kind, int, str], int] = {}  # elements that a copy moves
+        self._rows_of = {kind: [row for row, slot in enumerate(wants.views) if slot in set(of)]
+                         for kind, of in self._slots.items()}  # fmt: skip
+        self._moves: dict[Any, tuple[Moves, np.ndarray]] = {}
         self._thread: ThreadPoolExecutor | None = None
         self._reading: dict[tuple[int, Kind], Future[Tensor]] = {}
 
@@ -233,58 +230,52 @@ class Prefetch:
         layout = Layout.of(shapes)
         buffers.data[kind] = self.tiers.allocate(layout.nbytes)
         buffers.values |= layout.views(buffers.data[kind])
-        begins = [_begins(buffers.values[slot]) for slot in self._slots[kind]]
-        buffers.goals[kind] = addresses(begins, self.batch).to(self.device)
+        begins = np.array([_begins(buffers.values[slot]) for slot in self._slots[kind]], np.int64)
+        buffers.begins |= zip(self._slots[kind], begins, strict=True)
+        buffers.goals[kind] = torch.from_numpy(begins).to(self.device)
 
     def _fetch(self, number: int, kind: Kind, buffers: Buffers, coming: Coming) -> list[Tensor]:
         """Bring the values of one kind into a set of buffers; returns what has to stay alive meanwhile."""
-        reach = coming.reach[kind]
-        if not self._slots[kind] or reach.in_place:
+        reach, slots = coming.reach[kind], self._slots[kind]
+        if not slots or reach.in_place:
             return []
         if not reach.by_address:
             read = self._reading.pop((number, kind)).result()
             self._copy_all(number, buffers.data[kind], read)
             return [read]
-        every = enumerate(links(coming.source, self.batch))
+        every = enumerate(links(coming.source, self.batch, slots))
         return [t for depth, each in every for t in self._copy(number, kind, buffers, each, depth)]
 
-    def _copy(self, number: int, kind: Kind, buffers: Buffers, each: Sequence[Link], depth: int) -> list[Tensor]:
+    def _copy(self, number: int, kind: Kind, buffers: Buffers, each: Links, depth: int) -> list[Tensor]:
         """Copy what one link of the samples' chains has: the dense recordings, or what edits put over them."""
-        slots = self._slots[kind]
-        block = shared_block(each, slots) if kind == "keys" else None
+        block = each.alone if kind == "keys" else None
         if block is not None and block.data is not None:
             self._copy_all(number, buffers.data[kind], block.data)
             return [block.data]
-        places = [[place(link, slot) for link in each] for slot in slots]
         alive = []
         for quantized in (False, True):
-            chosen = [[(a, b) if (b > 0) == quantized else (0, 0) for a, b in of_slot] for of_slot in places]
-            if any(begin for of_slot in chosen for begin, _ in of_slot):
-                alive += self._copy_rows(number, kind, buffers, each, depth, chosen, quantized)
+            begins = np.where((each.scales > 0) == quantized, each.begins, 0)
+            if begins.any():
+                alive += self._copy_rows(number, kind, buffers, each, depth, begins, quantized)
         return alive
 
     def _copy_rows(
-        self, number: int, kind: Kind, buffers: Buffers, each: Sequence[Link], depth: int,
-        places: Sequence[Sequence[tuple[int, int]]], quantized: bool,
-    ) -> list[Tensor]:  # fmt: skip
-        """Copy rows from ``places``, their addresses and those of their scales; 0 where there are none."""
-        slots, moves = self._slots[kind], self._plan(kind, each, depth)
-        begins, scales = (
-            addresses([[pair[part] for pair in of_slot] for of_slot in places], self.batch).to(self.device)
-            for part in (0, 1)
-        )
-        dtype = buffers.values[slots[0]].dtype
-        arguments = (moves, begins, buffers.goals[kind], dtype, scales if quantized else None)
+        self, number: int, kind: Kind, buffers: Buffers, each: Links, depth: int, begins: np.ndarray, quantized: bool
+    ) -> list[Tensor]:
+        """Copy the rows at these addresses; 0 where there are none."""
+        moves, sizes = self._plan(kind, each, depth)
+        tables = torch.from_numpy(np.stack([begins, each.scales])).to(self.device, non_blocking=True)
+        dtype = buffers.values[self._slots[kind][0]].dtype
+        arguments = (moves, tables[0], buffers.goals[kind], dtype, tables[1] if quantized else None)
         if self._stream is None:
             load_rows_reference(*arguments)
         else:
             from fisedit.runtime.kernels.load_rows.triton import load_rows
 
             load_rows(*arguments)
-        for slot, of_slot in zip(slots, places, strict=True):
-            if any(begin for begin, _ in of_slot):
-                self._count(number, self._rows_of[kind, depth, slot] * (1 if quantized else dtype.itemsize))
-        return [begins, scales, *memory(each, slots)]
+        moved = int((sizes * (begins > 0)).sum())
+        self._count(number, moved * (1 if quantized else dtype.itemsize))
+        return [tables, *each.memory]
 
     def _copy_all(self, number: int, goal: Tensor, data: Tensor) -> None:
         goal.copy_(data, non_blocking=True)
@@ -295,47 +286,44 @@ class Prefetch:
 
     def _table(self, buffers: Buffers, coming: Coming) -> Tensor:
         """Where the kernels of a call read each view of each sample: int64 ``[views, B]`` on the host."""
-        fetched = {s for kind, slots in self._slots.items() if not coming.reach[kind].in_place for s in slots}
-        each = origins(coming.source, self.batch)
-        rows = [
-            _begins(buffers.values[slot]) if slot in fetched else [newest(cache, n, slot)[0] for cache, n in each]
-            for slot in self.wants.views
-        ]
-        return addresses(rows, self.batch)
+        table = newest(coming.source, self.batch, self.wants.views)
+        for kind, rows in self._rows_of.items():
+            if not coming.reach[kind].in_place:
+                table[rows] = [buffers.begins[self.wants.views[row]] for row in rows]
+        return torch.from_numpy(table)
 
     # What moves where
 
-    def _plan(self, kind: Kind, each: Sequence[Link], depth: int) -> Moves:
-        """The pairs of source and goal row; the same for all calls, while the same rows were recorded."""
-        slots = self._slots[kind]
-        overlays = [[overlay_at(link, slot) for link in each] for slot in slots]
-        names = [tuple(None if o is None else o.index.data_ptr() for o in of_slot) for of_slot in overlays]
-        key = (kind, depth, tuple(names))
+    def _plan(self, kind: Kind, each: Links, depth: int) -> tuple[Moves, np.ndarray]:
+        """The pairs of source and goal row, the same for all calls while the same rows were recorded; and how many
+        elements they are of each slot and sample, int64 ``[slots, B]``."""
+        key = kind, depth, each.names
         if key not in self._moves:
             lists: dict[Any, int] = {}
             pairs: list[list[Tensor]] = []
             chosen = []
-            for slot, of_slot, name in zip(slots, overlays, names, strict=True):
-                wanted = self.wants.level(slot), self.wants.shapes[slot][0], name
+            for row, slot in enumerate(self._slots[kind]):
+                shape = self.wants.level(slot), self.wants.shapes[slot][0]
+                wanted = *shape, tuple(names[row] if names else None for names in each.names)
                 if wanted not in lists:
                     lists[wanted] = len(pairs)
-                    pairs.append([self._pairs(*wanted[:2], o, sample) for sample, o in enumerate(of_slot)])
+                    pairs.append([self._pairs(*shape, each.index(row, n), n) for n in range(self.batch)])
                 chosen.append(lists[wanted])
-            widths = [self.wants.shapes[slot][1] for slot in slots]
-            for slot, of, width in zip(slots, chosen, widths, strict=True):
-                self._rows_of[kind, depth, slot] = width * sum(len(piece) for piece in pairs[of])
-            self._moves[key] = plan_moves(pairs, chosen, widths, self.batch, self.device)
+            widths = [self.wants.shapes[slot][1] for slot in self._slots[kind]]
+            lengths = np.array([[len(piece) for piece in pairs[of]] for of in chosen], np.int64)
+            moves = plan_moves(pairs, chosen, widths, self.batch, self.device)
+            self._moves[key] = moves, lengths * np.array(widths, np.int64)[:, None]
         return self._moves[key]
 
-    def _pairs(self, level: Level | None, rows: int, overlay: Overlay | None, sample: int) -> Tensor:
-        """Source and goal rows of one sample, int ``[n, 2]``."""
+    def _pairs(self, level: Level | None, rows: int, index: Tensor | None, sample: int) -> Tensor:
+        """Source and goal rows of one sample, int ``[n, 2]``; ``index``: the rows that an overlay has."""
         wanted = torch.arange(rows)
         if level is not None:
             wanted = self.halos.positions[level][sample % len(self.halos.positions[level])]
         goals = torch.arange(len(wanted))
-        if overlay is None:
+        if index is None:
             return torch.stack([wanted, goals], 1)
-        index = overlay.index[sample % len(overlay.index)].cpu()  # [N], padded with R
+        index = index.cpu()  # [N], padded with R
         found = torch.full((rows,), -1)
         found[index[index < rows]] = torch.arange(len(index))[index < rows]
         return torch.stack([found[wanted], goals], 1)[found[wanted] >= 0]

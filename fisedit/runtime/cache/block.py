@@ -70,11 +70,14 @@ class Layout:
             offset += -(-fields[slot].nbytes // ALIGNMENT) * ALIGNMENT
         return Layout(fields, offset)
 
+    def view(self, data: Tensor, slot: str) -> Tensor:
+        """A value in memory uint8 ``[nbytes]``."""
+        of = self.fields[slot]
+        return data[of.offset : of.offset + of.nbytes].view(of.dtype).view(of.shape)
+
     def views(self, data: Tensor) -> dict[str, Tensor]:
-        """The values in memory uint8 ``[nbytes]``."""
-        return {
-            slot: data[f.offset : f.offset + f.nbytes].view(f.dtype).view(f.shape) for slot, f in self.fields.items()
-        }
+        """All values in memory uint8 ``[nbytes]``."""
+        return {slot: self.view(data, slot) for slot in self.fields}
 
     def write(self, data: Tensor, values: Mapping[str, Tensor]) -> None:
         """Copy values into memory uint8 ``[nbytes]``, in a launch for each dtype."""
@@ -118,18 +121,22 @@ class Block:
         return self.layout.nbytes
 
     def values(self) -> Mapping[str, Tensor]:
-        """All values by slot, where they lie. Those on the host are waited for; those in a file are read as needed.
+        """All values by slot, see :meth:`value`."""
+        return {slot: self.value(slot) for slot in self.layout.fields}
+
+    def value(self, slot: str) -> Tensor:
+        """A value where it lies. On the host it is waited for; of a file, what is used of it is read.
 
         Raises:
             CacheReadError: its file is gone or was changed.
         """
         with self.lock:
             if self.data is None:
-                return self._opened
+                return self._opened[slot]
             if self.ready is not None and not self.data.is_cuda:
                 self.ready.synchronize()
                 self.ready = None
-            return self.layout.views(self.data)
+            return self.layout.view(self.data, slot)
 
     @cached_property
     def _opened(self) -> Mapping[str, Tensor]:
@@ -184,8 +191,8 @@ class Kept:
 
         Of what lies on the host only the rows that are asked for are read.
         """
-        values = self.block.values()
-        value, scales = values[self.slot], values.get(SCALE + self.slot)
+        value = self.block.value(self.slot)
+        scales = self.block.value(SCALE + self.slot) if self.quantized else None
         if value.is_cuda and self.block.ready is not None:
             torch.cuda.current_stream(value.device).wait_event(self.block.ready)
         if self.numbers is not None:

@@ -6,6 +6,7 @@ import mmap
 import threading
 import weakref
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,8 +78,6 @@ class HostPool:
             self._idle.clear()
         for slab in slabs:
             slab.wait()
-            if slab.pinned:
-                _unlock_pages(slab.memory)
 
     def _give_back(self, slab: Slab) -> None:
         with self._lock:
@@ -97,6 +96,8 @@ class HostPool:
             torch.frombuffer(memory, dtype=torch.uint8).fill_(0)  # several threads touch the pages: locking uses one
             if (reason := _lock_pages(memory)) is None:
                 slab.pinned = True
+                # Before the memory goes: the address may come again, and cannot be locked twice.
+                weakref.finalize(slab, _unlock_pages, memory).atexit = False
             else:
                 self.pin = False
                 warn(
@@ -113,7 +114,11 @@ def _lock_pages(memory: mmap.mmap) -> str | None:
     runtime: Any = torch.cuda.cudart()
     begin = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
     error = runtime.cudaHostRegister(begin, len(memory), 0)
-    return None if int(error) == 0 else str(error)
+    if int(error) == 0:
+        return None
+    with suppress(RuntimeError):  # CUDA keeps the error for whoever asks next: that is here, not somewhere else
+        torch.zeros(1, device="cuda")
+    return f"CUDA error {int(error)}"
 
 
 def _unlock_pages(memory: mmap.mmap) -> None:

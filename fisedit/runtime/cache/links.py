@@ -9,12 +9,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit.runtime.cache.block import Block, Kept
-from fisedit.runtime.cache.store import Overlay, StackedCache, StepCache, Value
+from fisedit.runtime.cache.block import Block
+from fisedit.runtime.cache.store import Places, StackedCache, StepCache
 
 Source = StepCache | StackedCache
-Link = tuple[StepCache, int] | None
-"""One link of a sample's chain, and the sample's number in it; ``None`` where its chain is shorter than others'."""
+
+
+@dataclass(frozen=True)
+class Links:
+    """One link of the chain of every sample: the dense recordings, or what edits put over them.
+
+    Attributes:
+        begins, scales: addresses of each sample's rows and of their scales, int64 ``[slots, B]``; 0: there are none.
+        places: of each sample's link; ``None`` where its chain is shorter than others'. samples: its number in it.
+    """
+
+    begins: np.ndarray
+    scales: np.ndarray
+    places: tuple[Places | None, ...]
+    samples: tuple[int, ...]
+
+    @staticmethod
+    def of(chain: Sequence[tuple[StepCache, int] | None], slots: tuple[str, ...]) -> Links:
+        """The links of all samples, each a cache and the sample's number in it."""
+        places = tuple(None if link is None else link[0].places(slots) for link in chain)
+        samples = tuple(0 if link is None else link[1] for link in chain)
+        nothing = np.zeros(len(slots), np.int64)
+        each = list(zip(places, samples, strict=True))
+        begins = np.stack([nothing if p is None else p.begins[:, n] for p, n in each], 1)
+        scales = np.stack([nothing if p is None else p.scales[:, n] for p, n in each], 1)
+        return Links(begins, scales, places, samples)
+
+    @property
+    def names(self) -> tuple[tuple[int, ...], ...]:
+        """Tells links whose overlays replace the same rows."""
+        return tuple(() if places is None else places.names for places in self.places)
+
+    def index(self, slot: int, sample: int) -> Tensor | None:
+        """Which rows int64 ``[N]`` a sample's overlay of slot number ``slot`` replaces; ``None`` if it is none."""
+        places = self.places[sample]
+        index = None if places is None else places.indexes[slot]
+        return None if index is None else index[self.samples[sample] % len(index)]
+
+    @property
+    def alone(self) -> Block | None:
+        """The block that holds these slots for all samples, in their order, and nothing else; if there is one."""
+        first = self.places[0]
+        same = all(places is first for places in self.places) and self.samples == tuple(range(len(self.samples)))
+        whole = same and first is not None and first.begins.shape[1] == len(self.samples)
+        return first.alone if whole and first is not None else None
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What must stay alive while the addresses are used."""
+        return [data for places in self.places if places is not None for data in places.memory]
 
 
 def origins(source: Source, batch: int) -> list[tuple[StepCache, int]]:
@@ -22,75 +70,19 @@ def origins(source: Source, batch: int) -> list[tuple[StepCache, int]]:
     return list(source.origins) if isinstance(source, StackedCache) else [(source, n) for n in range(batch)]
 
 
-def links(source: Source, batch: int) -> list[list[Link]]:
-    """For each depth the links of all samples: the dense recordings first, then what edits put over them."""
+def links(source: Source, batch: int, slots: tuple[str, ...]) -> list[Links]:
+    """The links of all samples, depth by depth: the dense recordings first, then what edits put over them."""
     chains = [(cache.chain, sample) for cache, sample in origins(source, batch)]
     depths = range(max(len(chain) for chain, _ in chains))
-    return [[(chain[d], sample) if d < len(chain) else None for chain, sample in chains] for d in depths]
+    return [Links.of([(c[d], n) if d < len(c) else None for c, n in chains], slots) for d in depths]
 
 
-def rows_at(link: Link, slot: str) -> Value | None:
-    """What a link has of a slot: the whole value, or the rows of an overlay."""
-    value = link[0].values.get(slot) if link is not None else None
-    return value.rows if isinstance(value, Overlay) else value
-
-
-def overlay_at(link: Link, slot: str) -> Overlay | None:
-    value = link[0].values.get(slot) if link is not None else None
-    return value if isinstance(value, Overlay) else None
-
-
-def place(link: Link, slot: str) -> tuple[int, int]:
-    """The addresses of a sample's rows, and of their scales; 0 for what is not there."""
-    value = rows_at(link, slot)
-    if value is None or link is None:
-        return 0, 0
-    if isinstance(value, Tensor):
-        return value.data_ptr() + link[1] * value.stride(0) * value.element_size(), 0
-    begins, scales = value.addresses()
-    return begins[link[1]], scales[link[1]] if scales else 0
-
-
-def newest(cache: StepCache, number: int, slot: str) -> tuple[int, int]:
-    """As :func:`place`, in the last link of the chain that has the slot."""
-    for step in reversed(cache.chain):
-        if slot in step.values:
-            return place((step, number), slot)
-    return 0, 0
-
-
-def is_reachable(value: Value | Overlay | None, device: torch.device) -> bool:
-    """Whether a device reads a value by its address; what is not there is looked for elsewhere."""
-    rows = value.rows if isinstance(value, Overlay) else value
-    if rows is None or isinstance(rows, Tensor):
-        return rows is None or rows.device == device
-    data, slab = rows.block.data, rows.block.slab
-    return data is not None and (data.device == device or (slab is not None and slab.pinned))
-
-
-def memory(each: Sequence[Link], slots: Sequence[str]) -> list[Tensor]:
-    """The memory that the links of a slot lie in."""
-    values = [rows_at(link, slot) for link in each for slot in slots]
-    found = [v.block.data if isinstance(v, Kept) else v for v in values]
-    return list({id(data): data for data in found if data is not None}.values())
-
-
-def shared_block(each: Sequence[Link], slots: Sequence[str]) -> Block | None:
-    """The block that holds these slots, all of them for all samples in order, and nothing else; if there is one."""
-    blocks: list[Block] = []
-    for number, link in enumerate(each):
-        for slot in slots:
-            value = link[0].values.get(slot) if link is not None and link[1] == number else None
-            if not isinstance(value, Kept) or value.numbers is not None or value.quantized or value.batch != len(each):
-                return None
-            blocks.append(value.block)
-    same = len({id(block) for block in blocks}) == 1
-    return blocks[0] if same and list(blocks[0].layout.fields) == list(slots) else None
-
-
-def addresses(rows: Sequence[Sequence[int]], batch: int) -> Tensor:
-    """Int64 ``[slots, B]`` on the host."""
-    return torch.from_numpy(np.array(rows, np.int64).reshape(-1, batch))
+def newest(source: Source, batch: int, slots: tuple[str, ...]) -> np.ndarray:
+    """The address of each sample's value in the last link that has the slot: int64 ``[slots, B]``."""
+    found = np.zeros((len(slots), batch), np.int64)
+    for link in links(source, batch, slots):
+        found = np.where(link.begins > 0, link.begins, found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -104,9 +96,9 @@ class Reach:
     by_address: bool
 
     @staticmethod
-    def of(source: Source, slots: Sequence[str], batch: int, device: torch.device, whole: bool) -> Reach:
+    def of(source: Source, slots: tuple[str, ...], batch: int, device: torch.device, whole: bool) -> Reach:
         """``whole``: whether all rows are read, so that they may stay where they are."""
-        caches = {id(cache): cache for cache, _ in origins(source, batch)}.values()
+        caches = list({id(cache): cache for cache, _ in origins(source, batch)}.values())
         in_place = whole and all(cache.is_resident(slots) for cache in caches)
         steps = {id(step): step for cache in caches for step in cache.chain}.values()
-        return Reach(in_place, all(is_reachable(step.values.get(slot), device) for step in steps for slot in slots))
+        return Reach(in_place, all(step.places(slots).is_reachable(device) for step in steps))

@@ -25,6 +25,52 @@ class Overlay:
     index: Tensor
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where some slots of one link of a chain lie, as long as their blocks stay.
+
+    Attributes:
+        begins, scales: addresses of each sample's value and of its scales, int64 ``[slots, B]``; 0: there is none.
+        indexes: of each slot that is an overlay, which rows it replaces.
+        names: tells links whose overlays replace the same rows.
+        blocks: what the values are in, and the memory that they lie in (``None``: a file).
+        alone: the block that holds these slots for all samples, unquantized, and nothing else; if there is one.
+        whole: whether every slot is there, unquantized and no overlay.
+    """
+
+    begins: np.ndarray
+    scales: np.ndarray
+    indexes: tuple[Tensor | None, ...]
+    names: tuple[int, ...]
+    blocks: tuple[tuple[Block, Tensor | None], ...]
+    tensors: tuple[Tensor, ...]
+    alone: Block | None
+    whole: bool
+
+    @property
+    def holds(self) -> bool:
+        """Whether the blocks still lie where they did."""
+        return all(block.data is data for block, data in self.blocks)
+
+    @property
+    def memory(self) -> list[Tensor]:
+        """What must stay alive while the addresses are used."""
+        return [*self.tensors, *(data for _, data in self.blocks if data is not None)]
+
+    def is_within(self, device: torch.device) -> bool:
+        """Whether all lies in the memory of a device."""
+        return all(data is not None and data.device == device for data in self._lie_in())
+
+    def is_reachable(self, device: torch.device) -> bool:
+        """Whether a device reads all by its address."""
+        pinned = all(d is not None and (d.device == device or (b.slab is not None and b.slab.pinned))
+                     for b, d in self.blocks)  # fmt: skip
+        return pinned and all(tensor.device == device for tensor in self.tensors)
+
+    def _lie_in(self) -> list[Tensor | None]:
+        return [*self.tensors, *(data for _, data in self.blocks)]
+
+
 @dataclass
 class StepCache:
     """Recorded values of one call of ``batch`` samples, by slot key; what is missing is looked up in ``base``.
@@ -40,7 +86,8 @@ class StepCache:
     values: Mapping[str, Value | Overlay] = field(default_factory=dict)
     base: StepCache | None = None
     device: torch.device | None = None
-    _tables: dict[tuple[str, ...], tuple[list[int], Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _places: dict[tuple[str, ...], Places] = field(default_factory=dict, repr=False, compare=False)
+    _tables: dict[tuple[str, ...], tuple[Places, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor:
         """A slot's value, or rows ``index`` (int64 ``[M, H]``) of it.
@@ -82,15 +129,50 @@ class StepCache:
         for value in self.values.values():
             yield value.rows if isinstance(value, Overlay) else value
 
+    def has_any(self, slots: Sequence[str]) -> bool:
+        """Whether some of the slots were recorded."""
+        chain = self.chain
+        return any(slot in step.values for slot in slots for step in chain)
+
     def is_resident(self, slots: Sequence[str]) -> bool:
         """Whether kernels can read the slots where they lie: whole, unquantized, in the memory of the device."""
-        return all(self._lies_here(self.values.get(slot)) for slot in slots)
+        places = self.places(tuple(slots))
+        return places.whole and self.device is not None and places.is_within(self.device)
 
-    def _lies_here(self, value: Value | Overlay | None) -> bool:
-        if isinstance(value, Kept):
-            data = value.block.data
-            return data is not None and data.device == self.device and not value.quantized
-        return isinstance(value, Tensor)
+    def places(self, slots: tuple[str, ...]) -> Places:
+        """Where this link's own values of some slots lie; looked at once, until one of their blocks moves."""
+        known = self._places.get(slots)
+        if known is None or not known.holds:
+            known = self._places[slots] = self._look(slots)
+        return known
+
+    def _look(self, slots: tuple[str, ...]) -> Places:
+        begins, scales = (np.zeros((len(slots), self.batch), np.int64) for _ in range(2))
+        indexes: list[Tensor | None] = []
+        blocks: dict[int, tuple[Block, Tensor | None]] = {}
+        tensors, plain = [], True
+        for row, slot in enumerate(slots):
+            value = self.values.get(slot)
+            indexes.append(value.index if isinstance(value, Overlay) else None)
+            rows = value.rows if isinstance(value, Overlay) else value
+            plain &= value is rows is not None and not (isinstance(rows, Kept) and rows.quantized)
+            if isinstance(rows, Kept):
+                blocks[id(rows.block)] = rows.block, rows.block.data
+                if rows.block.data is not None:
+                    begins[row], of_scales = rows.addresses()
+                    scales[row] = of_scales or 0
+            elif rows is not None:
+                tensors.append(rows if rows.is_contiguous() or rows[0].is_contiguous() else rows.contiguous())
+                step = tensors[-1].stride(0) * rows.element_size()
+                begins[row] = [tensors[-1].data_ptr() + number * step for number in range(self.batch)]
+        names = tuple(0 if index is None else index.data_ptr() for index in indexes)
+        alone = self._alone(slots, [block for block, _ in blocks.values()]) if plain and not tensors else None
+        return Places(begins, scales, tuple(indexes), names, tuple(blocks.values()), tuple(tensors), alone, plain)
+
+    def _alone(self, slots: tuple[str, ...], blocks: list[Block]) -> Block | None:
+        kept = [value for slot in slots if isinstance(value := self.values[slot], Kept)]
+        fits = len(blocks) == 1 and list(blocks[0].layout.fields) == list(slots)
+        return blocks[0] if fits and all(v.numbers is None and v.batch == self.batch for v in kept) else None
 
     def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
         """Where each sample's values begin, contiguous from there: int64 ``[slots, batch]`` on the values' device.
@@ -98,26 +180,14 @@ class StepCache:
         Returns:
             The table, and tensors that must stay alive while it is used.
         """
-        values = [self.values.get(slot) for slot in slots]
-        whole = [v if self._lies_here(v) else self.load(slot) for v, slot in zip(values, slots, strict=True)]
-        begins: list[list[int]] = []
-        alive: list[Tensor] = []
-        for value in whole:
-            if isinstance(value, Kept):
-                begins.append(value.addresses()[0])
-                alive += [data for data in (value.block.data,) if data is not None]
-            else:
-                assert isinstance(value, Tensor)
-                alive.append(value if value.is_contiguous() or value[0].is_contiguous() else value.contiguous())
-                step = alive[-1].stride(0) * value.element_size()
-                begins.append([alive[-1].data_ptr() + number * step for number in range(self.batch)])
-        flat = [begin for of_slot in begins for begin in of_slot]
-        known = self._tables.get(slots)
-        if known is None or known[0] != flat:
-            device = alive[0].device if alive else torch.device("cpu")
-            starts = torch.from_numpy(np.array(flat, np.int64).reshape(-1, self.batch))  # [slots, batch]
-            self._tables[slots] = known = flat, starts.to(device, non_blocking=True)
-        return known[1], alive
+        places = self.places(slots)
+        device = self.device or (places.tensors[0].device if places.tensors else torch.device("cpu"))
+        if not (places.whole and places.is_within(device)):  # brought here for this call
+            return StepCache(self.batch, {slot: self.load(slot) for slot in slots}, device=device).addresses(slots)
+        table = self._tables.get(slots)
+        if table is None or table[0] is not places:
+            table = self._tables[slots] = places, torch.from_numpy(places.begins).to(device, non_blocking=True)
+        return table[1], places.memory
 
     def samples(self, numbers: Sequence[int]) -> StepCache:
         """Some samples of this call: views where their numbers are evenly spaced, else copies."""
@@ -172,6 +242,10 @@ class StackedCache:
     def on(self, device: torch.device) -> StackedCache:
         """The same values, wanted on another device."""
         return StackedCache([(cache.on(device), sample) for cache, sample in self.origins])
+
+    def is_resident(self, slots: Sequence[str]) -> bool:
+        """As :meth:`StepCache.is_resident`, of all runs."""
+        return all(cache.is_resident(slots) for cache in {id(cache): cache for cache, _ in self.origins}.values())
 
     def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
         """As :meth:`StepCache.addresses`, of every sample of the call."""

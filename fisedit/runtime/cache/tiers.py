@@ -26,7 +26,7 @@ from torch import Tensor
 from fisedit.errors import CacheWriteError
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
 from fisedit.runtime.cache.disk import write_tensors
-from fisedit.runtime.cache.host import HostPool, available_host_memory
+from fisedit.runtime.cache.host import HostPool, Slab, available_host_memory
 from fisedit.runtime.trace import carry, span
 from fisedit.warnings import CacheSpaceWarning, warn
 
@@ -160,34 +160,26 @@ class Tiers:
         What no tier takes is lost: the block says so, and a warning does, once.
         """
         with self._lock:
-            layout = Layout.of(values)
             self._warn_of_losses()
-            place: Place | None = self.order[0]
-            if kind != "small":
-                place = self._choose(kind, layout.nbytes, ring.began)
-            block = None
-            if place == "gpu":
-                block = self._on_gpu(kind, layout, values)
-                place = place if block is not None else self._choose(kind, layout.nbytes, ring.began)
-            if place in ("host", "disk"):
-                block = self._on_host(kind, layout, values, ring)
-            block = block or Block(kind, layout, "pageable", None, lost=self._why_lost())
-            self._remember(block)
-            if block.lost is None:
-                self.placed[kind, place or "host"] += block.nbytes
-            if place == "disk":
-                self._move_to_disk(block)
+            layout, block, failed = Layout.of(values), None, set[Place]()
+            put = {"gpu": self._on_gpu, "host": self._on_host, "disk": self._on_disk}
+            while block is None and (place := self._choose(kind, layout.nbytes, ring.began, failed)) is not None:
+                block = put[place](kind, layout, values, ring)
+                failed.add(place)
+            if block is None:
+                block = Block(kind, layout, "pageable", None, lost=self._why_lost())
+            else:
+                self.placed[kind, place_of(block.tier)] += block.nbytes
+            block.used = number = next(self._clock)
+            self._blocks[number] = weakref.ref(block)
             return block
 
-    def _remember(self, block: Block) -> None:
-        number = next(self._clock)
-        block.used = number
-        self._blocks[number] = weakref.ref(block)
-
-    def _choose(self, kind: Kind, nbytes: int, began: int) -> Place | None:
+    def _choose(self, kind: Kind, nbytes: int, began: int, failed: set[Place]) -> Place | None:
         """The first tier with room for a new block, after others have made it."""
+        if kind == "small" and not failed:
+            return self.order[0]
         for place in self.order:
-            if place == "disk" and self._disk_failure is not None:
+            if place in failed or (place == "disk" and self._disk_failure is not None):
                 continue
             if self._make_room(place, nbytes, PRIORITY[kind], began):
                 return place
@@ -218,9 +210,12 @@ class Tiers:
         """Move a block to the next tier that takes it; whether one did."""
         for goal in self.order[self.order.index(place) + 1 :]:
             if goal == "disk" and self._disk_failure is None:
+                if place == "gpu" and not self._move_to_host(block):
+                    return False
                 self._move_to_disk(block)
             elif goal == "host" and self._make_room("host", block.nbytes, PRIORITY[block.kind]):
-                self._move_to_host(block)
+                if not self._move_to_host(block):
+                    continue
             else:
                 continue
             self.moved[block.kind, place, goal] += block.nbytes
@@ -250,7 +245,7 @@ class Tiers:
             self._stores = torch.cuda.Stream(self.device)
         return self._stores
 
-    def _on_gpu(self, kind: Kind, layout: Layout, values: Mapping[str, Tensor]) -> Block | None:
+    def _on_gpu(self, kind: Kind, layout: Layout, values: Mapping[str, Tensor], ring: Ring) -> Block | None:
         try:
             data = self.allocate(layout.nbytes)
         except torch.OutOfMemoryError:
@@ -273,12 +268,9 @@ class Tiers:
             return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def _on_host(self, kind: Kind, layout: Layout, values: Mapping[str, Tensor], ring: Ring) -> Block | None:
-        try:
-            data, slab = self.pool.take(layout.nbytes)
-        except MemoryError as error:
-            self.notes.append(str(error))
-            self._limits["host"] = min(self.limit("host"), self.held("host"))
+        if (taken := self._take(layout.nbytes)) is None:
             return None
+        data, slab = taken
         tier: Tier = "pinned" if slab.pinned else "pageable"
         if not self.on_gpu:
             layout.write(data, values)
@@ -293,13 +285,22 @@ class Tiers:
         ring.give_back(staging, ready)
         return Block(kind, layout, tier, data, slab, ready=ready)
 
+    def _take(self, nbytes: int) -> tuple[Tensor, Slab] | None:
+        """Host memory; ``None`` if the machine has none left, whatever the budget: no more is asked for then."""
+        try:
+            return self.pool.take(nbytes)
+        except MemoryError as error:
+            self.notes.append(str(error))
+            self._limits["host"] = min(self.limit("host"), self.held("host"))
+            return None
+
     def _staging(self, ring: Ring, nbytes: int) -> Tensor | None:
         try:
             return ring.take(nbytes, self)
         except torch.OutOfMemoryError:
             return None
 
-    def _copy(self, source: Tensor, data: Tensor, slab: object, name: str) -> torch.cuda.Event:
+    def _copy(self, source: Tensor, data: Tensor, slab: Slab, name: str) -> torch.cuda.Event:
         """Copy from the GPU to the host beside what is computed; the event of its end."""
         computed, ready = torch.cuda.Event(), torch.cuda.Event()
         computed.record()
@@ -310,7 +311,7 @@ class Tiers:
             self.slow_down(source.numel())
             ready.record()
         source.record_stream(self.stores)
-        slab.pending.append(ready)  # type: ignore[attr-defined]
+        slab.pending.append(ready)
         return ready
 
     def slow_down(self, nbytes: int) -> None:
@@ -318,22 +319,32 @@ class Tiers:
         if self.bus is not None:
             torch.cuda._sleep(round(nbytes * (1 / self.bus - 1 / BUS) * CLOCK))
 
-    def _move_to_host(self, block: Block) -> None:
-        assert block.data is not None
-        data, slab = self.pool.take(block.nbytes)
+    def _move_to_host(self, block: Block) -> bool:
+        """Move a block off the GPU, if the host has memory; whether it had."""
+        if (taken := self._take(block.nbytes)) is None:
+            return False
+        data, slab = taken
         with block.lock:
+            assert block.data is not None
             source = block.data
             if block.ready is not None:
                 torch.cuda.current_stream(self.device).wait_event(block.ready)
             block.ready = self._copy(source, data, slab, f"move {block.kind}")
             block.data, block.slab, block.tier = data, slab, "pinned" if slab.pinned else "pageable"
+        return True
 
     # The disk
 
+    def _on_disk(self, kind: Kind, layout: Layout, values: Mapping[str, Tensor], ring: Ring) -> Block | None:
+        block = self._on_host(kind, layout, values, ring)
+        if block is not None:
+            self._move_to_disk(block)
+            return block
+        block = Block(kind, layout, "disk", None)  # no memory to keep it in until it is written
+        return block if self._write_file(block, values) is None else None
+
     def _move_to_disk(self, block: Block) -> None:
         """Have a block written to a file by the writer thread; it is read from memory until it is there."""
-        if place_of(block.tier) == "gpu":
-            self._move_to_host(block)
         self._writing = [job for job in self._writing if not job.done()]
         while len(self._writing) >= WRITING:
             self._writing.pop(0).result()
@@ -346,20 +357,25 @@ class Tiers:
         block = of()
         if block is None:
             return
+        failure = self._write_file(block, block.values())
+        with block.lock:
+            if failure is not None:
+                block.lost = failure
+            if failure is not None or not block.readers:
+                block.data = block.slab = block.ready = None
+
+    def _write_file(self, block: Block, values: Mapping[str, Tensor]) -> str | None:
+        """Write a block's values to a file; why not, if that fails."""
         try:
             path = self._new_file()
             with span("disk", f"write {block.kind}", args={"bytes": block.nbytes}):
-                checksum = write_tensors(path, block.values())
+                checksum = write_tensors(path, values)
         except CacheWriteError as error:
             self._disk_failure = self._disk_failure or str(error)
-            with block.lock:
-                block.lost, block.data, block.slab = str(error), None, None
-            return
+            return str(error)
         weakref.finalize(block, path.unlink, missing_ok=True)
-        with block.lock:
-            block.file, block.checksum = path, checksum
-            if not block.readers:
-                block.data = block.slab = block.ready = None
+        block.file, block.checksum = path, checksum
+        return None
 
     def _why_lost(self) -> str:
         budgets = ", ".join(f"{place} {self.limit(place) / 2**30:.1f} GiB" for place in self.order if place != "disk")
