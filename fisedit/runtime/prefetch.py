@@ -288,7 +288,7 @@ class Prefetch:
         """Where the kernels of a call read each view of each sample: int64 ``[views, B]`` on the host."""
         table = newest(coming.source, self.batch, self.wants.views)
         for kind, rows in self._rows_of.items():
-            if not coming.reach[kind].in_place:
+            if rows and not coming.reach[kind].in_place:
                 table[rows] = [buffers.begins[self.wants.views[row]] for row in rows]
         return torch.from_numpy(table)
 
