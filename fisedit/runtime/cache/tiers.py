@@ -16,6 +16,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -209,7 +210,7 @@ class Tiers:
     def _move_down(self, block: Block, place: Place) -> bool:
         """Move a block to the next tier that takes it; whether one did."""
         for goal in self.order[self.order.index(place) + 1 :]:
-            if goal == "disk" and self._disk_failure is None:
+            if goal == "disk" and block.mapped is None and self._disk_failure is None:
                 if place == "gpu" and not self._move_to_host(block):
                     return False
                 self._move_to_disk(block)
@@ -220,7 +221,7 @@ class Tiers:
                 continue
             self.moved[block.kind, place, goal] += block.nbytes
             return True
-        return False
+        return self._drop_copy(block, place)
 
     def spill(self) -> int:
         """Move all that may leave the GPU to other tiers; the bytes that left. For when its memory ran out."""
@@ -416,6 +417,49 @@ class Tiers:
         for block in blocks:
             if block.ready is not None and place_of(block.tier) != "gpu":
                 block.values()
+
+    # Saved bases
+
+    def adopt(self, kind: Kind, values: Mapping[str, Tensor], began: int) -> Block:
+        """A block of values that lie mapped in a saved file, from which they are read. For a GPU they are copied to
+        the first tier that has room, if one has; what is ``small`` always is, to where the model computes.
+
+        Args:
+            began: when the load did, see :class:`Ring`.
+        """
+        block = Block(kind, Layout.of(values), "disk", None, mapped=values)
+        with self._lock:
+            failed: set[Place] = set()
+            while block.data is None and (self.on_gpu or kind == "small"):
+                if (place := self._choose(kind, block.nbytes, began, failed)) in (None, "disk"):
+                    break
+                self._allocate_copy(block, place)
+                failed.add(place)
+            block.readers, block.used = 1, next(self._clock)  # it stays there while it is filled, without the lock
+            self.placed[kind, place_of(block.tier)] += block.nbytes
+            self._blocks[block.used] = weakref.ref(block)
+        if block.data is not None:
+            block.layout.write(block.data, values)
+        self.let_go([block])
+        return block
+
+    def _allocate_copy(self, block: Block, place: Place) -> None:
+        """Give a block memory of the GPU or the host, if there is some."""
+        if place == "gpu":
+            with suppress(torch.OutOfMemoryError):
+                block.data, block.tier = self.allocate(block.nbytes), "gpu"
+        elif (taken := self._take(block.nbytes)) is not None:
+            block.data, block.slab = taken
+            block.tier = "pinned" if block.slab.pinned else "pageable"
+
+    def _drop_copy(self, block: Block, place: Place) -> bool:
+        """Free the memory of a block that can be read from a saved file; whether it can."""
+        if block.mapped is None:
+            return False
+        with block.lock:
+            block.data, block.slab, block.ready, block.tier = None, None, None, "disk"
+        self.moved[block.kind, place, "disk"] += block.nbytes
+        return True
 
     # What it did
 
