@@ -204,8 +204,8 @@ def _computed(cache: StepCache) -> dict[str, Tensor]:
 
 
 def _kinds(cache: StepCache) -> Kinds:
-    """What :func:`_write_cache` writes, by kind: that of the dense recording. Values come in the order of its blocks, by
-    which a block is told that can be copied in one piece."""
+    """What :func:`_write_cache` writes, by kind, that of the dense recording; in the order of its blocks, by which a
+    block is told that can be copied in one piece."""
     found: Kinds = {}
     first: dict[str, Value | Overlay] = {}
     for step in cache.chain:
