@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,13 +26,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from calls import Loop, Subject, loop, milliseconds, prepare
+from calls import Loop, Subject, loop, milliseconds, prepare, relative_error
 from masks import blob, family
 from published import MODELS, TINY
 from torch import Tensor
 
 import fisedit
 from fisedit.environment import describe_environment, environment_line
+from fisedit.passes.plan_memory import predict_peak
 from fisedit.recording import Recording
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.trace import Trace
@@ -79,6 +81,7 @@ class Line:
     loaded: float
     transfer: float
     identical: bool
+    error: float
 
     @property
     def exposed(self) -> float:
@@ -153,7 +156,9 @@ def transfers(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mas
     return median(spans[WARM:]) * 1e3 if len(spans) > WARM else 0.0
 
 
-def measure_record(subject: Subject, name: str, unet: fisedit.CompiledUNet, repeats: int) -> tuple[Recorded, Recording]:
+def measure_record(
+    subject: Subject, name: str, unet: fisedit.CompiledUNet, repeats: int, baseline: bool
+) -> tuple[Recorded, Recording]:
     device, pool = subject.device, tiers_of(unet, subject.device).pool
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -167,14 +172,15 @@ def measure_record(subject: Subject, name: str, unet: fisedit.CompiledUNet, repe
         gc.collect()
         timed, base = record(subject, unet)
         calls.append(timed.wall)
-        dense.append(loop(subject.step(subject.dense), subject.timesteps, device)[0].wall)
+        if baseline:
+            dense.append(loop(subject.step(subject.dense), subject.timesteps, device)[0].wall)
     trace = Trace("bench")
     base.release()
     gc.collect()
     with trace.open():
         _, base = record(subject, unet)
     copies = sum(s.end - s.start for s in trace.spans() if s.track == "store") / len(base.calls) * 1e3
-    made = Recorded(name, first.wall, median(calls), median(dense), stored, placed, copies, peak,
+    made = Recorded(name, first.wall, median(calls), median(dense or [math.nan]), stored, placed, copies, peak,
                     (pool.used + pool.idle) / MB)  # fmt: skip
     return made, base
 
@@ -187,7 +193,7 @@ def measure_tier(
     lines = []
     exact = f"{tier.kv} {tier.cache.get('storage', 'exact')}"
     with ours(subject, tier, options["dense"], options["keys"], options["folder"]) as unet:
-        recorded, base = measure_record(subject, name, unet, options["repeats"])
+        recorded, base = measure_record(subject, name, unet, options["repeats"], options["baseline"])
         print(f"{name}: recording {recorded.call:.2f} ms, dense {recorded.dense:.2f} ms", flush=True)
         for bus in (None, *options["bus"]) if name.startswith("host") else (None,):
             tiers_of(unet, subject.device).bus = bus * 1e9 if bus else None
@@ -198,13 +204,55 @@ def measure_tier(
                     best = median(run[0] for run in runs)
                     reference = wanted.setdefault(f"{exact} {mask_name} {number}", (best, runs[0][1]))
                     identical = all(torch.equal(run[1], reference[1]) for run in runs)
-                    each.append((reference[0], best, runs[0][2], identical))
+                    each.append(
+                        (reference[0], best, runs[0][2], identical, error_of(wanted, mask_name, number, runs, mask))
+                    )
                 transfer = transfers(subject, unet, base, of_kind[0])
                 of, step, loaded = (mean(one[part] for one in each) for part in range(3))
-                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each)))
+                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each),
+                                  max(one[4] for one in each)))  # fmt: skip
                 print(f"  {lines[-1]}", flush=True)
+        for line in intermediates(unet, subject.device):
+            print(f"  {line}", flush=True)
+        if name == "GPU":
+            lines += moved(subject, unet, base, masks, wanted, exact)
         base.release()
     return recorded, lines
+
+
+def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], mask: Tensor) -> float:
+    """How far an edit's output is from that of the exact edit, of its largest value, over the active positions."""
+    exact = wanted.get(f"cached exact {name} {number}")
+    return math.nan if exact is None else relative_error(runs[0][1], exact[1].float(), mask)
+
+
+def intermediates(unet: fisedit.CompiledUNet, device: torch.device) -> Iterator[str]:
+    """What the values between the kernels of a sparse call take: as planned, in a call op by op, in its CUDA graph."""
+    for program in unet._live.programs.values() if device.type == "cuda" else ():
+        for replay in [replay for kept in program.replays()._idle.values() for replay in kept]:
+            rows = {level: number for level, number, _ in replay.buckets.rows}
+            planned = predict_peak(program.graphs["edit"].graph, rows) / MB
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            replay._call()
+            measured = (torch.cuda.max_memory_allocated() - before) / MB
+            pool = replay.graph_bytes / MB
+            yield f"{max(rows.values())} rows: planned {planned:.1f} MB, measured {measured:.1f}, pool {pool:.1f}"
+
+
+def moved(
+    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, masks: dict[str, list[Tensor]],
+    wanted: dict[str, Any], exact: str,
+) -> Iterator[Line]:  # fmt: skip
+    """The same base, moved off the GPU: whatever else differs between two recordings, here nothing does."""
+    if subject.device.type == "cuda":
+        tiers_of(unet, subject.device).spill()
+        for name, of_kind in masks.items():
+            runs = [edit(subject, unet, base, mask) for mask in of_kind]
+            known = [wanted[f"{exact} {name} {number}"] for number in range(len(of_kind))]
+            identical = all(torch.equal(run[1], out) for run, (_, out) in zip(runs, known, strict=True))
+            of, step, loaded = mean(k[0] for k in known), mean(r[0] for r in runs), mean(r[2] for r in runs)
+            yield Line("the GPU's base, moved to the host", name, None, of, step, loaded, math.nan, identical, 0.0)
 
 
 def record_table(rows: Sequence[Recorded]) -> str:
@@ -223,15 +271,15 @@ def record_table(rows: Sequence[Recorded]) -> str:
 def edit_table(lines: Sequence[Line]) -> str:
     made = [
         "| base | bus, GB/s | mask | compute, ms | step, ms | exposed, ms | of the step | loaded, MB | transfer, ms "
-        "| same image |",
-        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+        "| same image | error |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- | ---: |",
     ]
     for line in lines:
         bus = "" if line.bus is None else f"{line.bus:g}"
         made.append(
             f"| {line.tier} | {bus} | {line.mask} | {line.gpu_step:.2f} | {line.step:.2f} | {line.exposed:.2f} "
             f"| {line.exposed / line.step:.1%} | {line.loaded:.1f} | {line.transfer:.2f} "
-            f"| {'yes' if line.identical else 'no'} |"
+            f"| {'yes' if line.identical else 'no'} | {line.error:.1e} |"
         )
     return "\n".join(made)
 
@@ -249,6 +297,7 @@ def main(
     tiers: Annotated[str, typer.Option(help="Which of the tiers; with semicolons.")] = ";".join(TIERS),
     bus: Annotated[str, typer.Option(help="Slower buses to imitate, GB/s.")] = "",
     dense: Annotated[str, typer.Option(help="How what we run dense is compiled; 'eager': not at all.")] = "inductor",
+    baseline: Annotated[bool, typer.Option(help="Whether to time the dense baseline, which compiles first.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
     tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
 ) -> None:
@@ -264,7 +313,7 @@ def main(
     with torch.no_grad():
         subject = prepare(model, published, device, getattr(torch, environment["dtype"]), steps, dense="eager")
         masks = mask_set(published.size, [float(share) for share in blobs.split(",")], ragged)
-        options = {"dense": dense, "repeats": repeats, "folder": folder, "keys": 0,
+        options = {"dense": dense, "repeats": repeats, "folder": folder, "keys": 0, "baseline": baseline,
                    "bus": [float(b) for b in bus.split(",") if b]}  # fmt: skip
         for name in tiers.split(";"):
             of, made = measure_tier(subject, name, TIERS[name], masks, wanted, options)

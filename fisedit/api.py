@@ -24,7 +24,7 @@ def compile(unet: nn.Module, config: CompileConfig | None = None, **options: Any
     Args:
         unet: any module ``unet(sample [B, C, H, W], timestep, ...)``, in eval mode.
         config: a :class:`CompileConfig`, or its fields as keyword ``options`` (``kv``, ``cost``, ``provider``,
-            ``dense``).
+            ``dense``, ``cache``).
 
     Raises:
         UnknownOptionError: an option has a value that it does not take.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from enum import StrEnum
 from pathlib import Path
@@ -22,7 +22,7 @@ from fisedit.errors import FISEditError
 from fisedit.warnings import FISEditWarning
 
 if TYPE_CHECKING:
-    from fisedit.config import CompileConfig
+    from fisedit.config import CacheConfig, CompileConfig
     from fisedit.pipeline import EditPipeline
 
 
@@ -76,7 +76,15 @@ class KeysValues(StrEnum):
     """What self-attention of the active positions looks at."""
 
     CACHED = "cached"
+    INT8 = "int8"
     ACTIVE = "active"
+
+
+class Storage(StrEnum):
+    """How recorded feature maps are stored."""
+
+    EXACT = "exact"
+    INT8 = "int8"
 
 
 class CostName(StrEnum):
@@ -134,8 +142,33 @@ Compare = Annotated[bool, typer.Option("--compare", help="Also rerun each new pr
 DetectSteps = Annotated[int | None, typer.Option(help="Dense steps that find the mask.", show_default="a fifth of all")]
 Dilation = Annotated[int, typer.Option(help="Latent pixels by which a found mask grows.")]
 KV = Annotated[
-    KeysValues, typer.Option(help="Keys and values of self-attention: 'active' approximates and loads nothing.")
+    KeysValues,
+    typer.Option(
+        help="Keys and values of self-attention: 'int8' keeps them in 8 bits; 'active' approximates and loads nothing."
+    ),
 ]
+GpuCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="The most that feature maps take of the GPU's memory, such as 8GiB.",
+        show_default="60 % of what is free",
+    ),
+]
+HostCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="The most that they take of the host's memory.", show_default="50 % of what is free"
+    ),
+]
+DiskCache = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Where they go that find no room in memory.", show_default="nowhere"),
+]
+Stored = Annotated[
+    Storage, typer.Option("--storage", help="Feature maps as they are, or in 8 bits: smaller, less exact.")
+]
+CACHE_OPTIONS = ("gpu_cache", "host_cache", "disk_cache", "storage")
 Cost = Annotated[CostName, typer.Option(help="How convolutions are cut: by cost model, or forced.")]
 TraceFile = Annotated[
     Path | None,
@@ -149,6 +182,7 @@ Quick = Annotated[bool, typer.Option("--quick", help="Few steps: shows that it r
 
 @app.command()
 def generate(
+    context: typer.Context,
     prompt: Prompt,
     output: Annotated[Path, typer.Option(help="Image file to write.")] = Path("image.png"),
     seed: Seed = 0,
@@ -156,15 +190,24 @@ def generate(
     guidance: Guidance = 5.0,
     size: Size = None,
     save: Save = None,
+    gpu_cache: GpuCache = None,
+    host_cache: HostCache = None,
+    disk_cache: DiskCache = None,
+    storage: Stored = Storage.EXACT,
     model: Model = None,
     device: Device = None,
     dtype: Precision = None,
 ) -> None:
     """Generate an image from a prompt."""
+    from fisedit.config import CompileConfig
+
+    if save is None:
+        _refuse(context, CACHE_OPTIONS, "goes with --save; without it no feature map is kept")
     settings = _settings(steps, guidance, size)
     _make_folder(output.parent)
     _check_image_name(output)
-    editor = _load(model, device, dtype)
+    config = CompileConfig(cache=_cache(gpu_cache, host_cache, disk_cache, storage))
+    editor = _load(model, device, dtype, config)
     from fisedit.commands import draw_image
 
     image = draw_image(editor, prompt, seed, settings, save)
@@ -185,6 +228,10 @@ def edit(
     dilation: Dilation = 2,
     kv: KV = KeysValues.CACHED,
     cost: Cost = CostName.HALO,
+    gpu_cache: GpuCache = None,
+    host_cache: HostCache = None,
+    disk_cache: DiskCache = None,
+    storage: Stored = Storage.EXACT,
     trace: TraceFile = None,
     seed: Seed = 0,
     steps: Steps = 25,
@@ -201,6 +248,7 @@ def edit(
     _check_base(context, base, new_prompts)
     settings = _settings(steps, guidance, size)
     detect = DetectConfig(steps=detect_steps, dilation=dilation)
+    cache = _cache(gpu_cache, host_cache, disk_cache, storage)
     _make_folder(output)
     from fisedit.commands import edit_to_folder
     from fisedit.comparison import comparison_table
@@ -210,7 +258,7 @@ def edit(
     prompts = [prompt, *(new_prompts or [])]
     options: dict[str, Any] = {"mask": mask, "detect": detect, "rounds": rounds, "rerun": compare, "saved": base}
     with nullcontext() if trace is None else traced(trace):
-        editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value))
+        editor = _load(model, device, dtype, CompileConfig(kv=kv.value, cost=cost.value, cache=cache))
         comparisons = edit_to_folder(editor, prompts, output, seed=seed, settings=settings, **options)
     title = environment_line(describe_environment(editor.pipe.device))
     names = [f"edit {number}" for number in range(1, len(comparisons) + 1)]
@@ -258,10 +306,31 @@ def _check_base(context: typer.Context, base: Path | None, new_prompts: list[str
     """A base brings its prompt, seed and settings; without one, there must be a prompt to start from."""
     if base is None and not new_prompts:
         raise typer.BadParameter("Missing argument: there is nothing to edit PROMPT to", param_hint="NEW_PROMPT...")
-    sources = {name: context.get_parameter_source(name) for name in OF_THE_BASE}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if base is not None and given:
-        raise typer.BadParameter(f"goes with a new picture, not with --base {base}", param_hint=f"--{given[0]}")
+    if base is not None:
+        _refuse(context, OF_THE_BASE, f"goes with a new picture, not with --base {base}")
+
+
+def _refuse(context: typer.Context, options: Sequence[str], reason: str) -> None:
+    """Raise for any of ``options`` that was given."""
+    for name in options:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(reason, param_hint=f"--{name.replace('_', '-')}")
+
+
+def _cache(gpu: str | None, host: str | None, disk: Path | None, storage: Storage) -> CacheConfig:
+    """Where feature maps lie.
+
+    Raises:
+        UnknownOptionError: a size that is none.
+        typer.BadParameter: a folder that cannot be made.
+    """
+    from fisedit.config import CacheConfig, parse_size
+
+    budgets = parse_size("gpu-cache", gpu), parse_size("host-cache", host)
+    if disk is not None:
+        _make_folder(disk, "--disk-cache")
+    return CacheConfig(*budgets, disk=disk, storage=storage.value)
 
 
 def _load(
@@ -287,12 +356,12 @@ def _settings(steps: int, guidance: float, size: str | None) -> dict[str, Any]:
     return settings
 
 
-def _make_folder(folder: Path) -> None:
-    """Make the folder that ``--output`` needs, before any time is spent."""
+def _make_folder(folder: Path, option: str = "--output") -> None:
+    """Make the folder that an option names, before any time is spent."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise typer.BadParameter(f"{str(folder)!r} cannot be made: {error.strerror}", param_hint="--output") from None
+        raise typer.BadParameter(f"{str(folder)!r} cannot be made: {error.strerror}", param_hint=option) from None
 
 
 def _check_image_name(output: Path) -> None:

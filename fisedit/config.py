@@ -51,7 +51,7 @@ class CacheConfig:
         steps: first and last step (1-based, inclusive; ``None``: the last one of the run) whose feature maps are kept.
             Edits run dense in the others. ``None`` keeps all: edits with a given mask are then sparse from the start.
         detect_steps: how many first steps can be detect steps of an edit, for which the queries of cross-attention
-            are kept; ``None``: those at 40 % and more of the first timestep, or those before ``steps``.
+            are kept; ``None``: those at 45 % and more of the first timestep, or those before ``steps``.
 
     Raises:
         UnknownOptionError: a value that an option does not take.
@@ -105,7 +105,7 @@ def _is_selection(steps: object) -> bool:
     return steps[1] is None or (is_whole(steps[1], 1) and steps[0] <= steps[1])
 
 
-DETECTABLE = 0.4
+DETECTABLE = 0.45
 """Of the first timestep of a run: an edit can seek its mask down to there."""
 
 
@@ -116,7 +116,8 @@ class CompileConfig:
     Args:
         kv: keys and values of self-attention: ``"cached"`` takes the recorded full map with the active rows rewritten
             (accurate), ``"int8"`` the same, recorded in 8 bits, ``"active"`` the active rows alone (the paper's
-            approximation; nothing to load).
+            approximation; nothing to load). ``"auto"`` plans it by budget and measured bandwidth: the most exact of
+            these that no call waits for (:func:`~fisedit.runtime.cache.keys.plan_keys`).
         cost: how convolutions are cut, see :class:`~fisedit.runtime.cost_model.CostModel`.
         provider: whose kernels run the edit: ``"triton"`` (fused, in CUDA graphs), ``"reference"`` (plain PyTorch), or
             ``"auto"``: Triton on a GPU that has it.
@@ -129,7 +130,7 @@ class CompileConfig:
         UnknownOptionError: a value that an option does not take.
     """
 
-    kv: Literal["cached", "int8", "active"] = "cached"
+    kv: Literal["cached", "int8", "active", "auto"] = "cached"
     cost: Cost = "halo"
     provider: str = "auto"
     dense: Literal["inductor", "eager"] = "inductor"
@@ -138,7 +139,7 @@ class CompileConfig:
     def __post_init__(self) -> None:
         from fisedit.runtime.kernels import PROVIDERS
 
-        _check("kv", self.kv, ("cached", "int8", "active"))
+        _check("kv", self.kv, ("cached", "int8", "active", "auto"))
         _check("cost", self.cost, COSTS)
         _check("provider", self.provider, ("auto", *PROVIDERS))
         _check("dense", self.dense, ("inductor", "eager"))

@@ -262,9 +262,12 @@ class EditSession:
         return halos
 
     def close(self) -> None:
-        """Give the captured graphs back."""
+        """Give the captured graphs back; wait for what is written to files, as it is known then whether it is whole."""
         for group in self.groups.values():
             group.give_back()
+        for lane in self.lanes:
+            if lane.writer is not None:
+                lane.writer.tiers.finish()
 
     def _control(self, group: Group, call: Call, key: CallKey, recorded: dict[int, RecordedCall]) -> dict[str, Tensor]:
         """The inputs of cross-attention control: none for samples whose text did not change (the empty prompt)."""

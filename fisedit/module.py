@@ -335,6 +335,7 @@ class CompiledUNet(nn.Module):
                 state = self._weights()
                 program = self._build(model, call, self.compile_config)
                 program.packed = live.packed
+                program.plan_keys(self.tiers(call.device))
                 state.fingerprint = live.fingerprinter.read(self._dense)
                 _warn_of_islands(program)
                 live.programs[key] = program

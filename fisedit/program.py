@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,8 @@ from fisedit.passes.slot_uses import slot_uses
 from fisedit.passes.slots import Slot
 from fisedit.runtime import dense
 from fisedit.runtime.cache.block import Use
+from fisedit.runtime.cache.keys import STEPS, KeysPlan, plan_keys
+from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cuda_graph import Replays
 from fisedit.runtime.executor import Executable
 from fisedit.runtime.kernels import choose_provider
@@ -39,6 +41,7 @@ class Program:
     executables: dict[str, Executable] = field(default_factory=dict)
     compilations: list[dense.Compilation] = field(default_factory=list)
     packed: Made = field(default_factory=Made)
+    keys_plan: KeysPlan | None = None
     _replays: dict[bool, Replays] = field(default_factory=dict)
     _wanted: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -119,6 +122,28 @@ class Program:
             self._wanted[kind] = sorted(slot for slot in loaded if self.uses[slot].kind != "small")
         return self._wanted[kind]
 
+    def plan_keys(self, tiers: Tiers) -> None:
+        """Choose how keys and values are kept, where the user leaves it to us; before anything is recorded."""
+        if self.config.kv != "auto":
+            return
+        self.executable("edit")
+        sizes = {
+            str(ir.args(node)[0]): node.meta["recorded"].nbytes
+            for node in self.graphs["edit"].graph.nodes
+            if ir.is_op(node, ir.fisedit.cache_load.default, ir.fisedit.cache_view.default)
+        }
+        keys = sum(size for slot, size in sizes.items() if self.uses[slot].kind == "keys")
+        weights = sum(weight.nbytes for weight in self.captured.module.parameters())
+        first, last = self.config.cache.steps or (1, None)
+        steps = (last or max(STEPS, first)) - first + 1
+        plan = self.keys_plan = plan_keys(keys, weights, tiers.limit(tiers.order[0]), tiers.bandwidth, steps)
+        self.config = replace(self.config, kv=plan.kv)
+        if plan.kv == "active":  # another graph, and other slots
+            for made in (self.graphs, self.executables, self.logs):
+                made.pop("edit")
+            self.__dict__.pop("uses")
+            self._wanted.clear()
+
     @property
     def kv(self) -> str:
         """The keys and values of self-attention that an edit sees."""
@@ -150,6 +175,8 @@ class Program:
             lines.append("compiled by Inductor: " + "; ".join(states))
         if kind == "edit":
             lines.append(memory_line(self.graphs[kind].graph))
+        if self.keys_plan is not None:
+            lines.append(f"keys and values: {self.keys_plan.kv}, since {self.keys_plan.reason}")
         islands = self.islands
         lines.append("dense islands: " + ("; ".join(islands) if islands else "none"))
         return "\n".join(lines)

@@ -24,7 +24,7 @@ from fisedit.errors import (
 from fisedit.fingerprint import ModelState
 from fisedit.program import Program
 from fisedit.runtime import trace
-from fisedit.runtime.cache.block import Block, Kept, Kind, Use, take_samples
+from fisedit.runtime.cache.block import Block, Kept, Kind, take_samples
 from fisedit.runtime.cache.store import StepCache, clone_detached
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cache.writer import Writer
@@ -161,12 +161,14 @@ class Recording:
             self.writer.tiers.let_go(blocks.values())
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Bytes by kind of value and by tier (``gpu``, ``pinned``, ``pageable``, ``disk``), where they are now."""
+        """Bytes by kind of value and by tier (``gpu``, ``pinned``, ``pageable``, ``disk``), where they are now; what
+        found no place is ``lost``."""
         found: dict[str, dict[str, int]] = {}
-        for block in self.blocks():
-            of_kind = found.setdefault(block.kind, {})
-            tier = block.tier if block.lost is None else "lost"
-            of_kind[tier] = of_kind.get(tier, 0) + block.nbytes
+        for call in self.calls.values():
+            for value in call.cache.kept():
+                of_kind = found.setdefault(value.block.kind, {})
+                tier = value.block.tier if value.block.lost is None else "lost"
+                of_kind[tier] = of_kind.get(tier, 0) + value.nbytes
         return found
 
     @property
@@ -223,9 +225,7 @@ class Recording:
         for call in self.calls.values():
             root, *overlays = call.cache.chain
             if self.writer is not None and sum(step.nbytes for step in overlays) > root.nbytes:
-                values = {Store(slot, None): call.cache.load(slot) for slot in root.values}
-                uses = {slot: Use(value.block.kind) for slot, value in root.values.items() if isinstance(value, Kept)}
-                kept = self.writer.keep(values, uses, call.cache.batch)
+                kept = self.writer.keep_again(call.cache)
                 call.cache = StepCache(call.cache.batch, kept, device=call.cache.device)
 
     def release(self) -> None:

@@ -136,10 +136,16 @@ def test_a_table_has_the_footnotes_of_its_rows_and_no_others():
     assert "seconds" not in printed(comparison_table([], []))
 
 
-def test_a_mask_from_a_file_is_taken_as_it_is(run):
+def draw_mask():
+    """Writes mask.png into the current folder."""
     mask = Image.new("L", (64, 64), 0)
     mask.paste(255, (16, 16, 40, 32))
     mask.save("mask.png")
+    return mask
+
+
+def test_a_mask_from_a_file_is_taken_as_it_is(run):
+    mask = draw_mask()
     result = run("edit", BEFORE, AFTER, "--steps", 2, "--mask", "mask.png")
     assert result.exit_code == 0, result.output
     assert np.array_equal(pixels("edit/mask_1.png"), np.asarray(mask.resize((32, 32), Image.Resampling.NEAREST)))
@@ -170,10 +176,46 @@ def test_a_base_is_kept_and_edited_by_another_command(run):
         (["generate", BEFORE, "--save", "kept"], 1, "it holds a saved base"),
         (["edit", "--base", "kept", FIRST, "--steps", 3], 2, "--steps: goes with a new picture"),
         (["edit", "--base", "kept", FIRST, "--dtype", "bfloat16"], 1, "dtype: saved with 'float32', here 'bfloat16'"),
+        (["edit", "--base", "kept", FIRST, "--kv", "int8"], 1, "kv: saved with 'cached', here 'int8'"),
         (["edit", "--base", "none", FIRST], 1, "there is no such folder"),
     ):
         result = run(*arguments)
         assert result.exit_code == code and says in error_line(result), result.output
+
+
+def test_feature_maps_in_a_folder_give_the_same_pictures(run):
+    everywhere_else = ["--gpu-cache", 0, "--host-cache", "0B", "--disk-cache", "new/cache"]
+    for name, options in (("memory", []), ("disk", [*everywhere_else, "--trace", "trace.json"])):
+        result = run("edit", BEFORE, FIRST, SECOND, "--steps", 3, "--rounds", "--output", name, *options)
+        assert result.exit_code == 0, result.output
+    for image in ("base.png", "edit_1.png", "edit_2.png", "mask_1.png", "mask_2.png"):
+        assert np.array_equal(pixels(f"memory/{image}"), pixels(f"disk/{image}"))
+    assert Path("new/cache").is_dir()
+    events = json.loads(Path("trace.json").read_text())["traceEvents"]
+    assert {"write maps", "write keys", "write queries"} <= {event["name"] for event in events}
+
+
+@pytest.mark.parametrize("options", [["--storage", "int8"], ["--kv", "int8"]], ids=lambda options: options[0])
+def test_8_bits_are_near_what_is_exact(run, options):
+    draw_mask()
+    for name, given in (("exact", []), ("small", options)):
+        result = run("edit", BEFORE, AFTER, "--steps", 3, "--mask", "mask.png", "--output", name, *given)
+        assert result.exit_code == 0, result.output
+    exact, small = pixels("exact/edit_1.png").astype(int), pixels("small/edit_1.png").astype(int)
+    assert np.array_equal(pixels("exact/base.png"), pixels("small/base.png"))
+    assert np.abs(exact - small).max() <= 8
+    if "--storage" in options:  # the keys alone change no pixel of this model
+        assert not np.array_equal(exact, small)
+
+
+def test_a_base_is_saved_from_the_tier_it_lies_on(run):
+    draw_mask()
+    given = ["--steps", 2, "--save", "kept", "--host-cache", 0, "--disk-cache", "cache", "--gpu-cache", 0]
+    result = run("generate", BEFORE, *given)
+    assert result.exit_code == 0, result.output
+    result = run("edit", "--base", "kept", AFTER, "--mask", "mask.png")
+    assert result.exit_code == 0, result.output
+    assert np.array_equal(pixels("image.png"), pixels("edit/base.png"))
 
 
 def test_demo_writes_a_sheet_and_a_report_of_three_edits(run):
@@ -197,10 +239,19 @@ def test_edit_writes_a_trace_of_its_calls(run):
     assert [name.split()[0] for name in names] == ["record"] * 3 + ["detect"] + ["sparse"] * 2
 
 
-def test_a_trace_that_cannot_be_written_is_told_before_a_model_is_loaded(run):
-    result = run("edit", BEFORE, AFTER, "--trace", "gone/t.json", model="nowhere")
-    assert result.exit_code == 1
-    assert "The trace cannot be written to 'gone/t.json'" in error_line(result)
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--trace", "gone/t.json"], 1, "The trace cannot be written to 'gone/t.json'"),
+        (["--host-cache", "much"], 1, "host-cache='much' is not known"),
+        (["--disk-cache", "file.txt"], 2, "--disk-cache: 'file.txt' cannot be made"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_is_told_before_a_model_is_loaded(run, options, code, says):
+    Path("file.txt").write_text("no folder")
+    result = run("edit", BEFORE, AFTER, *options, model="nowhere")
+    assert result.exit_code == code and says in error_line(result), result.output
 
 
 @pytest.mark.parametrize(
@@ -222,6 +273,8 @@ def test_inspect_prints_the_graph_and_its_passes(run, graph, shows):
         (["edit", BEFORE, AFTER, "--mask", "missing.png", "--steps", 2], 1, "missing.png"),
         (["edit", BEFORE, AFTER, "--detect-steps", 2, "--steps", 2], 1, "the schedule has 2 steps"),
         (["edit", BEFORE, AFTER, "--dilation", -1], 1, "dilation=-1"),
+        (["edit", BEFORE, AFTER, "--gpu-cache", "8 gigs"], 1, "gpu-cache='8 gigs' is not known; it takes a size"),
+        (["generate", BEFORE, "--save", "kept", "--host-cache", "-1"], 1, "host-cache='-1' is not known"),
         (["edit", BEFORE, AFTER, "--dtype", "float16", "--steps", 3], 1, "float16 on cpu"),
         (["generate", BEFORE, "--dtype", "float16"], 1, "float16 on cpu"),
         (["demo", "--dtype", "float16"], 1, "float16 on cpu"),
@@ -235,6 +288,16 @@ def test_inspect_prints_the_graph_and_its_passes(run, graph, shows):
         (["edit", BEFORE, AFTER, "--steps", 1001], 1, "steps=1001"),
         (["edit", BEFORE], 2, "Missing argument"),
         (["edit", BEFORE, AFTER, "--cost", "cheap"], 2, "'cheap' is not one of"),
+        (["edit", BEFORE, AFTER, "--storage", "int4"], 2, "'int4' is not one of"),
+        (["edit", BEFORE, AFTER, "--kv", "int4"], 2, "'int4' is not one of"),
+        (["edit", BEFORE, AFTER, "--disk-cache", "file.txt"], 2, "--disk-cache: 'file.txt' cannot be made"),
+        (
+            ["generate", BEFORE, "--save", "kept", "--disk-cache", "file.txt/cache"],
+            2,
+            "'file.txt/cache' cannot be made",
+        ),
+        (["generate", BEFORE, "--gpu-cache", "1GiB"], 2, "--gpu-cache: goes with --save"),
+        (["generate", BEFORE, "--storage", "exact"], 2, "--storage: goes with --save"),
         (["generate", BEFORE, "--size", "big"], 2, "'big' is no size"),
         (["generate", BEFORE, "--size", "-8x8"], 2, "'-8x8' is no size"),
         (["generate", BEFORE, "--steps", 0], 2, "greater than or equal to 1"),

@@ -21,7 +21,7 @@ from editing import AFTER, BEFORE, PROMPTS, SETTINGS, assert_background_kept, pi
 from PIL import Image
 from tiny_pipeline import LATENT, build_tiny_pipeline
 
-from fisedit import DetectConfig, EditPipeline, errors
+from fisedit import CacheConfig, DetectConfig, EditPipeline, errors
 from fisedit.warnings import EmptyMaskWarning
 
 
@@ -94,6 +94,27 @@ def test_several_rounds_each_keep_the_background_of_the_one_before(base):
     assert_background_kept(second, first)
     assert_background_kept(third, second)
     assert torch.equal(second.latents[..., square(1, 1)], first.latents[..., square(1, 1)])
+
+
+def test_a_base_on_the_disk_gives_the_same_pictures(pipe, base, tmp_path):
+    """Generated, edited where a mask is found, and edited again: bit for bit; the report says where the base lies."""
+    editor = EditPipeline(pipe, cache=CacheConfig(gpu=0, host=0, disk=tmp_path / "cache"))
+    on_disk = editor.generate(BEFORE, seed=3, **SETTINGS)
+    detect = DetectConfig(dilation=0)
+    results = [base, base.edit(AFTER, detect=detect)]
+    others = [on_disk, on_disk.edit(AFTER, detect=detect)]
+    for made in (results, others):
+        made.append(made[-1].edit("a blue tree on the left, on grass, at noon", mask=square(8, 8)))
+    for result, other in zip(results, others, strict=True):
+        assert torch.equal(other.latents, result.latents)
+        assert np.array_equal(pixels(other.image), pixels(result.image))
+    for other, edited in zip(others[1:], others, strict=False):
+        assert 0 < other.report.active_share < 1
+        placement = other.report.placement
+        assert placement == edited.recording.placement()
+        assert all(set(placement[kind]) == {"disk"} for kind in ("maps", "keys", "queries"))
+    assert "disk" in str(others[1].report) and "disk" not in str(results[1].report)
+    assert list((tmp_path / "cache").rglob("*.safetensors"))
 
 
 def test_many_edits_of_one_base_do_not_touch_it(base):

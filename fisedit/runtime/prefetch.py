@@ -32,6 +32,9 @@ SETS = 2
 """Sets of buffers: one is read while the other one is filled."""
 AHEAD = 3
 """Calls for which the reading thread works ahead, where it has to."""
+BUS_PROGRAMS, OWN_PROGRAMS = 12, 64
+"""Programs of a GPU that copy rows: few keep the bus busy, and leave the rest to the call that computes; rows in the
+GPU's own memory take more."""
 FETCHED: tuple[Kind, ...] = ("maps", "keys")
 """What is fetched; statistics and the like always lie where they are read."""
 
@@ -71,6 +74,7 @@ class Buffers:
 
     Attributes:
         values: by slot, in that memory. goals, begins: their addresses, of each kind int64 ``[slots, B]`` and by slot.
+        quantized: keys as they were stored in 8 bits.
         table: where the kernels of a call read each view, int64 ``[views, B]``.
         ready: when they are filled. read: when the call is over that reads them. alive: what is being copied.
     """
@@ -79,6 +83,7 @@ class Buffers:
     values: dict[str, Tensor] = field(default_factory=dict)
     goals: dict[Kind, Tensor] = field(default_factory=dict)
     begins: dict[str, np.ndarray] = field(default_factory=dict)
+    quantized: Tensor | None = None
     table: Tensor | None = None
     ready: torch.cuda.Event | None = None
     read: torch.cuda.Event | None = None
@@ -248,34 +253,45 @@ class Prefetch:
 
     def _copy(self, number: int, kind: Kind, buffers: Buffers, each: Links, depth: int) -> list[Tensor]:
         """Copy what one link of the samples' chains has: the dense recordings, or what edits put over them."""
-        block = each.alone if kind == "keys" else None
-        if block is not None and block.data is not None:
-            self._copy_all(number, buffers.data[kind], block.data)
-            return [block.data]
+        block, begins, scales = each.alone if kind == "keys" else None, each.begins, each.scales
         alive = []
+        if block is not None and block.data is not None:
+            if not scales.any():
+                self._copy_all(number, buffers.data[kind], block.data)
+                return [block.data]
+            # In one piece over the bus, as it lies; what makes it exact again reads it on this side.
+            if buffers.quantized is None:
+                buffers.quantized = self.tiers.allocate(block.nbytes)
+            self._copy_all(number, buffers.quantized, block.data)
+            shift = buffers.quantized.data_ptr() - block.data.data_ptr()
+            begins, scales = begins + shift, scales + shift
+            alive.append(block.data)
         for quantized in (False, True):
-            begins = np.where((each.scales > 0) == quantized, each.begins, 0)
-            if begins.any():
-                alive += self._copy_rows(number, kind, buffers, each, depth, begins, quantized)
+            of = np.where((each.scales > 0) == quantized, begins, 0)
+            if of.any():
+                here = block is not None or all(data.is_cuda for data in each.memory)
+                moved = self._copy_rows(kind, buffers, each, depth, of, scales if quantized else None, here)
+                self._count(number, 0 if block is not None else moved)
+                alive += each.memory
         return alive
 
     def _copy_rows(
-        self, number: int, kind: Kind, buffers: Buffers, each: Links, depth: int, begins: np.ndarray, quantized: bool
-    ) -> list[Tensor]:
-        """Copy the rows at these addresses; 0 where there are none."""
+        self, kind: Kind, buffers: Buffers, each: Links, depth: int, begins: np.ndarray, scales: np.ndarray | None,
+        here: bool,
+    ) -> int:  # fmt: skip
+        """Copy the rows at these addresses, 0 where there are none; the bytes read. ``here``: none are the host's."""
         moves, sizes = self._plan(kind, each, depth)
-        tables = torch.from_numpy(np.stack([begins, each.scales])).to(self.device, non_blocking=True)
+        begins_there = torch.from_numpy(begins).to(self.device, non_blocking=True)
+        scales_there = None if scales is None else torch.from_numpy(scales).to(self.device, non_blocking=True)
         dtype = buffers.values[self._slots[kind][0]].dtype
-        arguments = (moves, tables[0], buffers.goals[kind], dtype, tables[1] if quantized else None)
+        arguments = (moves, begins_there, buffers.goals[kind], dtype, scales_there)
         if self._stream is None:
             load_rows_reference(*arguments)
         else:
             from fisedit.runtime.kernels.load_rows.triton import load_rows
 
-            load_rows(*arguments)
-        moved = int((sizes * (begins > 0)).sum())
-        self._count(number, moved * (1 if quantized else dtype.itemsize))
-        return [tables, *each.memory]
+            load_rows(*arguments, programs=OWN_PROGRAMS if here else BUS_PROGRAMS)
+        return int((sizes * (begins > 0)).sum()) * (1 if scales is not None else dtype.itemsize)
 
     def _copy_all(self, number: int, goal: Tensor, data: Tensor) -> None:
         goal.copy_(data, non_blocking=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,15 +36,20 @@ DTYPES = {
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
 ORDERS = "fisedit.orders"
 """The metadata key under which the order of dimensions in memory is kept, where it is not that of the shape."""
+PREFIX = "fisedit-"
+"""What folders of :func:`own_folder` are called, before the process and a random name."""
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, lasting: bool = True
+) -> str:
     """Write a safetensors file, whole or not at all; a file that was there is replaced at once.
 
     Args:
         tensors: by name. They may be views of one storage; each is written by its own elements, one after the other,
             without a copy of them all. The order of dimensions in memory (channels last, say) comes back with them.
         metadata: texts to keep with them.
+        lasting: whether the file is to survive a power cut, for which the disk is waited for.
 
     Returns:
         The checksum of the file, see :func:`checksum_of`.
@@ -59,10 +66,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     names = sorted(tensors, key=lambda n: (tensors[n].nbytes % ALIGNMENT > 0, -tensors[n].element_size()))
     kept = {**(metadata or {}), **({ORDERS: json.dumps(orders)} if orders else {})}
     header = _header({name: tensors[name] for name in names}, orders, kept)
-    return write_file(path, chain([header], (_bytes(tensors[name], orders.get(name)) for name in names)))
+    return write_file(path, chain([header], (_bytes(tensors[name], orders.get(name)) for name in names)), lasting)
 
 
-def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
+def write_file(path: Path, pieces: Iterable[bytes | memoryview], lasting: bool = True) -> str:
     """Write a file of these pieces, whole or not at all: under another name first, which then takes its place.
 
     Returns:
@@ -77,11 +84,13 @@ def write_file(path: Path, pieces: Iterable[bytes | memoryview]) -> str:
         try:
             for piece in pieces:
                 checksum = _write(file, memoryview(piece), checksum)
-            os.fsync(file)
+            if lasting:
+                os.fsync(file)
         finally:
             os.close(file)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        if lasting:
+            _sync_folder(path.parent)
     except OSError as error:
         raise CacheWriteError(path=str(path), reason=error.strerror or str(error)) from error
     finally:
@@ -221,3 +230,35 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def own_folder(within: Path) -> Path:
+    """A new folder of this process, once those are removed that killed processes left beside it.
+
+    Raises:
+        CacheWriteError: it cannot be made.
+    """
+    try:
+        within.mkdir(parents=True, exist_ok=True)
+        _sweep(within)
+        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=within))
+    except OSError as error:
+        raise CacheWriteError(path=str(within), reason=error.strerror or str(error)) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left behind that were killed."""
+    for left in folder.glob(f"{PREFIX}*"):
+        pid = left.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -53,7 +53,7 @@ class Links:
 
     @property
     def alone(self) -> Block | None:
-        """The block that holds these slots for all samples, in their order, and nothing else; if there is one."""
+        """The block that holds these slots for all samples, in order, and nothing but their scales; if there is one."""
         first = self.places[0]
         same = all(places is first for places in self.places) and self.samples == tuple(range(len(self.samples)))
         whole = same and first is not None and first.begins.shape[1] == len(self.samples)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisedit.runtime.cache.block import Block, Kept, take_samples
+from fisedit.runtime.cache.block import SCALE, Block, Kept, take_samples
 from fisedit.runtime.kernels.gather_rows.reference import gather_rows
 from fisedit.runtime.kernels.scatter_rows.reference import scatter_rows
 
@@ -34,7 +34,7 @@ class Places:
         indexes: of each slot that is an overlay, which rows it replaces.
         names: tells links whose overlays replace the same rows.
         blocks: what the values are in, and the memory that they lie in (``None``: a file).
-        alone: the block that holds these slots for all samples, unquantized, and nothing else; if there is one.
+        alone: the block that holds these slots for all samples, their scales, and nothing else; if there is one.
         whole: whether every slot is there, unquantized and no overlay.
     """
 
@@ -123,7 +123,11 @@ class StepCache:
 
     def blocks(self) -> list[Block]:
         """The blocks that hold its own values, each once."""
-        return list({id(value.block): value.block for value in self._own() if isinstance(value, Kept)}.values())
+        return list({id(value.block): value.block for value in self.kept()}.values())
+
+    def kept(self) -> list[Kept]:
+        """Its own values that lie in blocks."""
+        return [value for value in self._own() if isinstance(value, Kept)]
 
     def _own(self) -> Iterator[Value]:
         for value in self.values.values():
@@ -166,13 +170,15 @@ class StepCache:
                 step = tensors[-1].stride(0) * rows.element_size()
                 begins[row] = [tensors[-1].data_ptr() + number * step for number in range(self.batch)]
         names = tuple(0 if index is None else index.data_ptr() for index in indexes)
-        alone = self._alone(slots, [block for block, _ in blocks.values()]) if plain and not tensors else None
+        only = not tensors and not any(index is not None for index in indexes)
+        alone = self._alone(slots, [block for block, _ in blocks.values()]) if only else None
         return Places(begins, scales, tuple(indexes), names, tuple(blocks.values()), tuple(tensors), alone, plain)
 
     def _alone(self, slots: tuple[str, ...], blocks: list[Block]) -> Block | None:
-        kept = [value for slot in slots if isinstance(value := self.values[slot], Kept)]
-        fits = len(blocks) == 1 and list(blocks[0].layout.fields) == list(slots)
-        return blocks[0] if fits and all(v.numbers is None and v.batch == self.batch for v in kept) else None
+        if len(blocks) != 1 or [f for f in blocks[0].layout.fields if not f.startswith(SCALE)] != list(slots):
+            return None
+        kept = [value for slot in slots if isinstance(value := self.values.get(slot), Kept)]
+        return blocks[0] if all(v.numbers is None and v.batch == self.batch for v in kept) else None
 
     def addresses(self, slots: tuple[str, ...]) -> tuple[Tensor, list[Tensor]]:
         """Where each sample's values begin, contiguous from there: int64 ``[slots, batch]`` on the values' device.
@@ -213,7 +219,7 @@ class StepCache:
     def nbytes(self) -> int:
         """Bytes held by this step itself, without its base."""
         own = {(value.data_ptr() if isinstance(value, Tensor) else (id(value.block), value.slot)): value.nbytes
-               for value in self._own()}  # fmt: skip
+               for value in self._own() if isinstance(value, Tensor) or value.block.lost is None}  # fmt: skip
         return sum(own.values())
 
 

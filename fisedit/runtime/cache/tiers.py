@@ -8,9 +8,7 @@ longest; of ``maps`` only few rows cross the bus; ``queries`` are only read whil
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import tempfile
 import threading
 import weakref
 from collections import Counter
@@ -18,6 +16,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +25,9 @@ from torch import Tensor
 
 from fisedit.errors import CacheWriteError
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
-from fisedit.runtime.cache.disk import write_tensors
+from fisedit.runtime.cache.disk import own_folder, write_tensors
 from fisedit.runtime.cache.host import HostPool, Slab, available_host_memory
+from fisedit.runtime.cache.keys import Bandwidth
 from fisedit.runtime.trace import carry, span
 from fisedit.warnings import CacheSpaceWarning, warn
 
@@ -36,8 +36,6 @@ PRIORITY: dict[Kind, int] = {"queries": 0, "maps": 1, "keys": 2, "small": 3}
 """What moves first when a tier is full. ``small`` never moves."""
 SHARE = {"gpu": 0.6, "host": 0.5}
 """Of the memory that is free when the first run is recorded: the budgets by default."""
-PREFIX = "fisedit-"
-"""What folders in the disk tier are called, before the process and a random name."""
 BUS, CLOCK = 55e9, 1.755e9
 """Bytes a second of the bus, and cycles of the GPU's clock, of an H100: to imitate slower ones."""
 WRITING = 3
@@ -95,6 +93,7 @@ class Tiers:
         self.placed: Counter[tuple[Kind, Place]] = Counter()
         self.moved: Counter[tuple[Kind, Place, Place]] = Counter()
         self.notes: list[str] = []
+        self._told: set[str] = set()
         self._limits: dict[Place, int] = {}
         self._blocks: dict[int, weakref.ref[Block]] = {}
         self._clock = itertools.count(1)
@@ -104,6 +103,11 @@ class Tiers:
         self._writer: ThreadPoolExecutor | None = None
         self._writing: list[Future[None]] = []
         self._disk_failure: str | None = None
+
+    @cached_property
+    def bandwidth(self) -> Bandwidth | None:
+        """Of the bus to the GPU and of its memory, measured once; ``None`` on a CPU."""
+        return Bandwidth.measure(self.device) if self.on_gpu else None
 
     # What is where
 
@@ -144,12 +148,14 @@ class Tiers:
         with self._lock:
             for block in blocks:
                 block.readers -= 1
-                if block.file is not None and not block.readers:
+                if (block.file is not None or block.lost is not None) and not block.readers:
                     block.data = block.slab = block.ready = None
 
     def ring(self, nbytes: int) -> Ring:
         """What a recording passes values through that makes ``nbytes`` a call: two pieces of each, or one if the
         budget is small."""
+        self._disk_failure = None  # it may have room again
+        self._told.clear()
         room = self.limit("gpu") - self.held("gpu") if self.on_gpu else 0
         return Ring(2 if 2 * nbytes <= room / 2 else 1, next(self._clock))
 
@@ -360,9 +366,8 @@ class Tiers:
             return
         failure = self._write_file(block, block.values())
         with block.lock:
-            if failure is not None:
-                block.lost = failure
-            if failure is not None or not block.readers:
+            block.lost = failure
+            if not block.readers:
                 block.data = block.slab = block.ready = None
 
     def _write_file(self, block: Block, values: Mapping[str, Tensor]) -> str | None:
@@ -370,7 +375,7 @@ class Tiers:
         try:
             path = self._new_file()
             with span("disk", f"write {block.kind}", args={"bytes": block.nbytes}):
-                checksum = write_tensors(path, values)
+                checksum = write_tensors(path, values, lasting=False)
         except CacheWriteError as error:
             self._disk_failure = self._disk_failure or str(error)
             return str(error)
@@ -387,7 +392,8 @@ class Tiers:
     def _warn_of_losses(self, reason: str | None = None) -> None:
         """Warn once of each reason why values were lost; in the thread that records, not in the writer's."""
         reason = reason or self._disk_failure
-        if reason is not None and reason not in self.notes:
+        if reason is not None and reason not in self._told:
+            self._told.add(reason)
             self.notes.append(reason)
             warn(
                 f"Recorded values found no place: {reason}. The image is not affected, but the recording is partial "
@@ -400,12 +406,7 @@ class Tiers:
         """A file in a folder of this process; only the writer thread asks for one."""
         assert self.budgets.disk is not None
         if self._folder is None:
-            try:
-                self.budgets.disk.mkdir(parents=True, exist_ok=True)
-                _sweep(self.budgets.disk)
-                self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=self.budgets.disk))
-            except OSError as error:
-                raise CacheWriteError(path=str(self.budgets.disk), reason=error.strerror or str(error)) from error
+            self._folder = own_folder(self.budgets.disk)
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder / f"block-{next(self._clock):08d}.safetensors"
 
@@ -471,24 +472,6 @@ class Tiers:
             lines.append(f"{place}: {self.held(place) / 2**20:.0f}{limit} MiB")
         lines += [f"moved {kind} {a} -> {b}: {n / 2**20:.0f} MiB" for (kind, a, b), n in sorted(self.moved.items())]
         return "\n".join(lines + self.notes)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes left behind that were killed."""
-    for left in folder.glob(f"{PREFIX}*"):
-        pid = left.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def place_of(tier: Tier) -> Place:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fisedit.runtime.cache.block import SCALE, Kept, Kind, Use
+from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cache.tiers import Ring, Tiers
 from fisedit.runtime.executor import Store
+from fisedit.runtime.kernels.quantize_rows.reference import quantize_rows
 
 
 @dataclass
@@ -66,3 +68,17 @@ class Writer:
             block = self.tiers.adopt(kind, {slot: values[slot] for slot in dtypes}, self._ring.began)
             kept |= {s: Kept(block, s, dtype, batch) for s, dtype in dtypes.items() if not s.startswith(SCALE)}
         return kept
+
+    def keep_again(self, cache: StepCache) -> dict[str, Kept]:
+        """A whole copy of what a chain of edits has come to, stored as the dense recording was."""
+        values: dict[Store, Tensor] = {}
+        uses: dict[str, Use] = {}
+        for slot, root in cache.chain[0].values.items():
+            value = cache.load(slot)
+            if isinstance(root, Kept):
+                uses[slot] = Use(root.block.kind)
+            if isinstance(root, Kept) and root.quantized:
+                values[Store(slot, None, value.dtype)], values[Store(SCALE + slot, None)] = quantize_rows(value)
+            else:
+                values[Store(slot, None)] = value
+        return self.keep(values, uses, cache.batch)
