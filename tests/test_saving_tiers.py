@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 from files import flip
-from test_cache import (
+from tiered import (
     DEVICE,
     OTHER_TIERS,
     Small,
