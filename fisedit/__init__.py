@@ -4,11 +4,12 @@ from fisedit.api import compile
 from fisedit.backend import edit, load_recording, record
 from fisedit.config import CacheConfig, CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
-from fisedit.errors import FISEditError, FISEditWarning
+from fisedit.errors import FISEditError
 from fisedit.module import CompiledUNet
 from fisedit.pipeline import EditPipeline, EditResult, Generation
 from fisedit.recording import Recording
 from fisedit.tracing import trace
+from fisedit.warnings import FISEditWarning
 
 __all__ = [
     "CacheConfig",

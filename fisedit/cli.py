@@ -18,7 +18,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from fisedit.errors import FISEditError, FISEditWarning
+from fisedit.errors import FISEditError
+from fisedit.warnings import FISEditWarning
 
 if TYPE_CHECKING:
     from fisedit.config import CacheConfig, CompileConfig

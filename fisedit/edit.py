@@ -12,11 +12,12 @@ from fisedit import mask as masks
 from fisedit.alignment import TokenAlignment
 from fisedit.capture import timestep_value
 from fisedit.config import DetectConfig
-from fisedit.errors import EmptyMaskWarning, IncompleteRecordingError, RecordingMismatchError, warn
+from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
 from fisedit.recording import Recording
 from fisedit.report import EditReport
 from fisedit.runtime.cache.store import clone_detached
 from fisedit.runtime.timing import Span
+from fisedit.warnings import EmptyMaskWarning, warn
 
 
 class Carrier(Protocol):

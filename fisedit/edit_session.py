@@ -298,7 +298,8 @@ class EditSession:
         """Keep a lane's part of what a call stores."""
         assert lane.edit.recording is not None
         lane.edit.recording.writer = lane.edit.recording.writer or Writer(self.tiers(call.device))
-        lane.kinds = frozenset(program.uses[slot].kind for slot in recorded[id(lane)].cache.chain[0].values)
+        root = recorded[id(lane)].cache.chain[0].values  # it may hold more, if it was saved under another kv
+        lane.kinds = frozenset(program.uses[slot].kind for slot in root if slot in program.uses)
         plan, own = group.plan, group.own(lane)
         if len(group.lanes) > 1 or group.replay is not None:
             values = {store: take_samples(value, call.batch, own) for store, value in values.items()}

@@ -5,8 +5,6 @@ An error is a dataclass of the facts, and its message is `template` filled with 
     raise PromptTooLongError(prompt=prompt, tokens=81, limit=77)
 """
 
-import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
@@ -476,35 +474,3 @@ class ModelGoneError(FISEditError):
         "The compiled model that made this recording ({model}) is gone, and a recording is saved with what tells its "
         "model from others. Keep the model until the recording is saved."
     )
-
-
-class FISEditWarning(UserWarning):
-    """The base of every warning of FISEdit."""
-
-
-class EmptyMaskWarning(FISEditWarning):
-    """The mask selects nothing, so the edit is the recorded image."""
-
-
-class DenseIslandsWarning(FISEditWarning):
-    """Much of the model stays dense while editing, so that an edit gains little."""
-
-
-class NotCompiledWarning(FISEditWarning):
-    """Inductor could not compile a dense graph, which runs uncompiled."""
-
-
-class PageableMemoryWarning(FISEditWarning):
-    """Host memory could not be page-locked, so that copies from and to it hold the GPU up."""
-
-
-class CacheSpaceWarning(FISEditWarning):
-    """Recorded values found no place within the budgets, or the disk did not take them; the recording lacks them."""
-
-
-def warn(message: str, category: type[FISEditWarning]) -> None:
-    """Warn at the line of the user's code that led here: the first that is not ours, diffusers' or torch's."""
-    level, frame, passed = 1, inspect.currentframe(), ("fisedit", "diffusers", "torch", "contextlib")
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in passed:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)

@@ -24,7 +24,7 @@ class ModelIdentity:
 
     Attributes:
         model: the original. state: as it was found. owner: whom its recordings belong to. name: for messages.
-        kv: how self-attention is computed, which decides what is recorded.
+        kv: how self-attention is computed: ``"active"`` records no keys and values for it.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class ModelIdentity:
         """Raise unless a recording is this model's, as it is now, and whole.
 
         Raises:
-            ForeignRecordingError, SessionClosedError, IncompleteRecordingError.
+            ForeignRecordingError, SessionClosedError, PartialRecordingError, IncompleteRecordingError.
         """
         recording.check_editable(self.owner, self.name, self.state)
 
@@ -52,9 +52,9 @@ class ModelIdentity:
             SavedBaseMismatchError: names what differs.
         """
         here = self._description()
-        differences = {
-            name: (saved[name], here[name]) for name in ("class", "dtype", "kv") if saved[name] != here[name]
-        }
+        differences = {name: (saved[name], here[name]) for name in ("class", "dtype") if saved[name] != here[name]}
+        if saved["kv"] == "active" != self.kv:  # else all is there, in 8 bits or not
+            differences["kv"] = (saved["kv"], self.kv)
         # A key that only one of them has came with another version of the library, with its default.
         config, own = saved["config"], here["config"]
         differences |= {f"config.{k}": (config[k], own[k]) for k in config if k in own and config[k] != own[k]}

@@ -25,13 +25,11 @@ from fisedit.config import CompileConfig, DetectConfig
 from fisedit.edit import Edit, Edits
 from fisedit.edit_session import EditSession
 from fisedit.errors import (
-    DenseIslandsWarning,
     ModelChangedError,
     ModelGoneError,
     NestedSessionError,
     UnknownOptionError,
     UnsupportedDtypeError,
-    warn,
 )
 from fisedit.explanation import explain
 from fisedit.fingerprint import Fingerprinter, ModelState
@@ -39,10 +37,12 @@ from fisedit.identity import ModelIdentity
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
 from fisedit.runtime.cache.tiers import Tiers
+from fisedit.runtime.cache.writer import Writer
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
 from fisedit.runtime.packed_weights import Made
 from fisedit.saving import load_recording, save_recording
+from fisedit.warnings import DenseIslandsWarning, warn
 
 Build = Callable[[nn.Module, Call, CompileConfig], Program]
 NOT_CAPTURED = "Nothing is captured yet: the first call inside record() or edit() does it."
@@ -233,20 +233,22 @@ class CompiledUNet(nn.Module):
         """A recording that ``recording.save(folder)`` or ``generation.save(folder)`` wrote, as this model's own.
 
         Feature maps stay in their files until an edit reads them; the files may be removed or replaced meanwhile, but
-        must not be written to. On a GPU they are brought there now.
+        must not be written to. For a GPU they are copied now, to the first tier with room (``CacheConfig``), and read
+        from their files only where there is none.
 
         Args:
             verify: whether every file is read and its checksum compared; else only sizes are.
 
         Raises:
-            SavedBaseMismatchError: another class, config, dtype or ``kv``, or other weights (LoRA included).
+            SavedBaseMismatchError: another class, config or dtype, other weights (LoRA included), or ``kv="active"``,
+                which keeps too little for another ``kv``.
             SavedBaseNotFoundError, UnfinishedSaveError: nothing was saved there, or not to the end.
             CacheReadError: names the file that is missing or damaged.
             SavedFormatError: a newer version of FISEdit saved it.
             NestedSessionError: inside ``record`` or ``edit`` of this model.
             UnreadableWeightsError: what tells this model from others cannot be found out.
         """
-        return load_recording(self.identify("load_recording"), folder, verify)
+        return load_recording(self.identify("load_recording"), self.tiers, folder, verify)
 
     def identify(self, action: str) -> ModelIdentity:
         """What tells this model from others, for an ``action`` that saves or loads.
@@ -270,7 +272,10 @@ class CompiledUNet(nn.Module):
         if mask is not None:
             size = next(iter(base.calls.values())).sample.shape[-2:]
             mask = masks.user_mask(mask, (int(size[0]), int(size[1])))[None]
-        return Edit(base, detect, self._new_recording(state) if record else None, alignment, mask)
+        recording = self._new_recording(state) if record else None
+        if recording is not None and base.writer is not None:
+            recording.writer = Writer(base.writer.tiers)
+        return Edit(base, detect, recording, alignment, mask)
 
     def _new_recording(self, state: ModelState) -> Recording:
         return Recording(self._identity, self.model_name, state)

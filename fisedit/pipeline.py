@@ -260,7 +260,7 @@ class EditPipeline:
                 none of diffusers'.
             NotRecordedError: an edit made with ``record=False``.
             UnknownOptionError, ForeignRecordingError, SessionClosedError, IncompleteRecordingError,
-            NestedSessionError, UnreadableWeightsError.
+            PartialRecordingError, NestedSessionError, UnreadableWeightsError.
         """
         self._check_base(base)
         save_generation(self.pipe.unet.identify("save"), base, folder, overwrite)
@@ -272,7 +272,8 @@ class EditPipeline:
 
         It must have been made by the same U-Net (class, config, weights) in the same dtype, under the scheduler that
         this pipeline has. Feature maps stay in their files until an edit reads them; the files may be removed or
-        replaced meanwhile, but must not be written to. On a GPU they are brought there now.
+        replaced meanwhile, but must not be written to. For a GPU they are copied now, to the first tier with room
+        (``CacheConfig``), and read from their files only where there is none.
 
         Args:
             verify: whether every file is read and its checksum compared; else only sizes are.
@@ -288,7 +289,7 @@ class EditPipeline:
         """
         check_settings(self.pipe, settings)
         return load_generation(
-            self.pipe.unet.identify("load"), self, folder,
+            self.pipe.unet.identify("load"), self.pipe.unet.tiers, self, folder,
             verify=verify, any_scheduler=any_scheduler, settings=settings,
         )  # fmt: skip
 

@@ -62,6 +62,10 @@ class RecordedCall:
     batch: int  # samples of the signature, of which this may be some
     graph: str = ""  # digest of the graph whose nodes the slots of the cache are named after
 
+    def blocks(self) -> list[Block]:
+        """The blocks that its values are in, and those of what it is an edit of."""
+        return [block for link in self.cache.chain for block in link.blocks()]
+
     @property
     def seconds(self) -> float:
         """How long it took; waits for a GPU that is not done with it."""
@@ -146,8 +150,7 @@ class Recording:
     @contextmanager
     def held(self) -> Iterator[None]:
         """Let its values, and those of what it is an edit of, stay where they are."""
-        links = {id(link): link for call in self.calls.values() for link in call.cache.chain}
-        blocks = {id(block): block for link in links.values() for block in link.blocks()}
+        blocks = {id(block): block for call in self.calls.values() for block in call.blocks()}
         if self.writer is None:
             yield
             return
@@ -211,6 +214,7 @@ class Recording:
             CacheWriteError: a file cannot be written; what was written so far is removed, this recording is as it was.
             ForeignRecordingError: the model was changed since.
             SessionClosedError, IncompleteRecordingError, NestedSessionError: it was released, or is not finished yet.
+            PartialRecordingError: some of its values found no place when it was made.
             UnreadableWeightsError, ModelGoneError: what tells the model from others cannot be found out.
         """
         self.owner.save(self, folder, overwrite)
@@ -246,7 +250,7 @@ class Recording:
         if self.released:
             raise SessionClosedError(session="recording", action="edit")
         if lost := [(number, b) for number, call in enumerate(self.calls.values(), 1)
-                    for b in call.cache.blocks() if b.lost is not None]:  # fmt: skip
+                    for b in call.blocks() if b.lost is not None]:  # fmt: skip
             missing = [f"the {block.kind} of call {number}" for number, block in lost]
             raise PartialRecordingError(missing=missing, reason=str(lost[0][1].lost))
         if not self.complete or not self.calls:

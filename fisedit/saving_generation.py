@@ -16,7 +16,7 @@ from fisedit.manifest import write_folder
 from fisedit.packing import Packer, Unpacker
 from fisedit.results import Editor, Generation
 from fisedit.sampling import Run, same, scheduler_differences
-from fisedit.saving import SavedFolder, pack_recording
+from fisedit.saving import MakeTiers, SavedFolder, held_for_saving, pack_recording
 
 
 def save_generation(identity: ModelIdentity, base: Generation, folder: Path | str, overwrite: bool) -> None:
@@ -24,20 +24,21 @@ def save_generation(identity: ModelIdentity, base: Generation, folder: Path | st
     if base.recording is None:
         raise NotRecordedError
     packer = Packer()
-    content, files = pack_recording(identity, base.recording, packer)
-    content["generation"] = {
-        "prompt": base.prompt,
-        "images": [packer.value(image, f"images[{number}]") for number, image in enumerate(base.images)],
-        "seconds": base.seconds,
-        "run": _pack_run(base.run, packer),
-        "pipeline": _describe(base.pipeline.pipe),
-    }
-    write_folder(Path(folder), content, files | packer.files(), overwrite)
+    with held_for_saving(identity, base.recording):
+        content, files = pack_recording(identity, base.recording, packer)
+        content["generation"] = {
+            "prompt": base.prompt,
+            "images": [packer.value(image, f"images[{number}]") for number, image in enumerate(base.images)],
+            "seconds": base.seconds,
+            "run": _pack_run(base.run, packer),
+            "pipeline": _describe(base.pipeline.pipe),
+        }
+        write_folder(Path(folder), content, files | packer.files(), overwrite)
 
 
 def load_generation(
-    identity: ModelIdentity, editor: Editor, folder: Path | str, *, verify: bool, any_scheduler: bool,
-    settings: Mapping[str, Any],
+    identity: ModelIdentity, tiers: MakeTiers, editor: Editor, folder: Path | str, *, verify: bool,
+    any_scheduler: bool, settings: Mapping[str, Any],
 ) -> Generation:  # fmt: skip
     """A generation that was saved; see :meth:`EditPipeline.load`."""
     saved = SavedFolder(Path(folder), identity, verify)
@@ -53,7 +54,7 @@ def load_generation(
         differences |= error.differences
     if differences:
         raise SavedBaseMismatchError(folder=str(folder), differences=differences)
-    recording = saved.read(saved.recording)
+    recording = saved.read(lambda: saved.recording(tiers))
     images = saved.read(lambda: [saved.unpacker.value(image) for image in kept["images"]])
     return saved.read(lambda: Generation(str(kept["prompt"]), images, recording, run, float(kept["seconds"]), editor))
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 import fisedit
 from fisedit import CompiledUNet, DetectConfig, Recording
-from fisedit.errors import EmptyMaskWarning, RecordingMismatchError, UnknownOptionError
+from fisedit.errors import RecordingMismatchError, UnknownOptionError
 from fisedit.runtime.cost_model import COSTS
+from fisedit.warnings import EmptyMaskWarning
 
 SIZE = (9, 7)
 TIMESTEPS = (900, 500, 100)

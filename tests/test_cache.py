@@ -14,47 +14,34 @@ from typing import Any
 import models
 import pytest
 import torch
+from tiered import (
+    DEVICE,
+    OTHER_TIERS,
+    Small,
+    changed,
+    compiled,
+    edited,
+    recorded,
+    same,
+    sizes,
+    tiers_of,
+    two_rounds,
+)
 from torch import Tensor, nn
-from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
+from toy_sampler import SIZE, TIMESTEPS, corner, run
 
 import fisedit
-from fisedit import CompiledUNet, DetectConfig, Recording
-from fisedit.config import CacheConfig, parse_size
+from fisedit import DetectConfig
+from fisedit.config import CacheConfig
 from fisedit.errors import (
-    CacheSpaceWarning,
     IncompleteRecordingError,
-    PageableMemoryWarning,
     PartialRecordingError,
-    UnknownOptionError,
 )
 from fisedit.runtime.cache import host
 from fisedit.runtime.cache.block import Kept
 from fisedit.runtime.cache.host import HostPool, Slab
 from fisedit.runtime.cache.keys import Bandwidth, plan_keys
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-class Small(nn.Module):
-    """Two convolutions, a norm, attention over positions and over a text: what interpreted kernels do in no time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv_in, self.middle = nn.Conv2d(4, 32, 3, padding=1), nn.Conv2d(32, 32, 3, padding=1)
-        self.conv_out, self.norm, self.time = nn.Conv2d(32, 4, 3, padding=1), nn.GroupNorm(4, 32), nn.Linear(1, 32)
-        self.own = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
-        self.query, self.key, self.value = nn.Linear(32, 32), nn.Linear(models.TEXT, 32), nn.Linear(models.TEXT, 32)
-
-    def forward(self, sample: Tensor, timestep: Any, encoder_hidden_states: Tensor, return_dict: bool = True) -> Any:
-        time = torch.as_tensor(timestep, device=sample.device).float().reshape(-1, 1).expand(len(sample), 1)
-        x = self.conv_in(sample) + self.time(time / 1000)[:, :, None, None]
-        x = self.middle(nn.functional.silu(self.norm(x)))
-        rows, text = x.flatten(2).transpose(1, 2), encoder_hidden_states
-        for operands in ([f(rows) for f in self.own], (self.query(rows), self.key(text), self.value(text))):
-            heads = [o.unflatten(-1, (2, 16)).transpose(1, 2) for o in operands]
-            rows = rows + nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
-        return (self.conv_out(rows.transpose(1, 2).unflatten(-1, sample.shape[2:])),)
+from fisedit.warnings import CacheSpaceWarning, PageableMemoryWarning
 
 
 @pytest.fixture(scope="module", params=["reference"])
@@ -80,53 +67,12 @@ def call() -> dict[str, Any]:
 both = pytest.mark.parametrize("provider", ["reference", "triton"], indirect=True, scope="module")
 
 
-def compiled(model: nn.Module, provider: str = "reference", **cache: Any) -> CompiledUNet:
-    return fisedit.compile(model, provider=provider, cache=CacheConfig(**cache), dense="eager")
-
-
-def recorded(unet: CompiledUNet, call: dict[str, Any], timesteps: Any = TIMESTEPS) -> Recording:
-    with unet.record() as base:
-        run(unet, call, timesteps)
-    return base
-
-
-def edited(unet: CompiledUNet, call: dict[str, Any], base: Recording, mask: Any = "corner") -> list[Tensor]:
-    mask = corner() if isinstance(mask, str) else mask
-    with unet.edit(base, mask):
-        return run(unet, changed(call), change=0.1)
-
-
-def changed(call: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(DEVICE) for name, value in other_text({n: v.cpu() for n, v in call.items()}).items()}
-
-
-def two_rounds(unet: CompiledUNet, call: dict[str, Any], base: Recording) -> list[Tensor]:
-    """An edit whose mask is found, and is recorded; and an edit of that."""
-    detect = DetectConfig(steps=2, window=(1, 2), dilation=0, smooth=0)
-    with unet.edit(base, detect=detect, record=True) as edit:
-        first = run(unet, changed(call), change=0.8)
-    assert edit.recording is not None and edit.mask is not None and 0 < edit.mask.sum() < 64
-    with unet.edit(edit.recording, corner().flip(0)):
-        return first + run(unet, changed(call), change=0.8)
-
-
-def tiers_of(base: Recording) -> set[str]:
-    return {tier for kind, tiers in base.placement().items() for tier in tiers if kind != "small"}
-
-
-def same(mine: list[Tensor], theirs: list[Tensor]) -> bool:
-    return len(mine) == len(theirs) and all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
-
-
 @pytest.fixture(scope="module")
 def wanted(model: nn.Module, provider: str, call: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
     """Edits of a base that lies whole in the memory of the device."""
     unet = compiled(model, provider)
     base = recorded(unet, call)
     return edited(unet, call, base), two_rounds(unet, call, base)
-
-
-OTHER_TIERS = {"host": {"gpu": 0}, "disk": {"gpu": 0, "host": 0}}
 
 
 @both
@@ -175,10 +121,6 @@ def test_active_keys(model: nn.Module, call: dict[str, Any], provider: str, tmp_
         base = recorded(unet, call)
         given.append(edited(unet, call, base))
     assert same(*given)
-
-
-def sizes(base: Recording) -> dict[str, int]:
-    return {kind: sum(tiers.values()) for kind, tiers in base.placement().items()}
 
 
 def test_memory_fills(model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path) -> None:
@@ -532,26 +474,6 @@ def test_keys_by_plan(model: nn.Module, call: dict[str, Any], wanted: Any, provi
             assert same(edited(unet, call, base), wanted[0])
         elif budget:
             assert sizes(base)["keys"] < 0.5 * sizes(recorded(compiled(model, provider), call))["keys"]
-
-
-# Options
-
-
-@pytest.mark.parametrize(
-    ("given", "size"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("20", 20), (7, 7), (None, None), ("3 kib", 3072)]
-)
-def test_sizes(given: Any, size: Any) -> None:
-    assert parse_size("gpu", given) == size
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"gpu": "8 gigs"}, {"host": -1}, {"gpu": True}, {"disk": 3}, {"storage": "int4"}, {"steps": (0, 4)},
-     {"steps": (4, 2)}, {"steps": 5}, {"detect_steps": -1}, {"host": "GiB"}],
-)  # fmt: skip
-def test_what_options_do_not_take(options: dict[str, Any]) -> None:
-    with pytest.raises(UnknownOptionError, match=next(iter(options))):
-        CacheConfig(**options)
 
 
 def test_values_look_like_tensors(model: nn.Module, call: dict[str, Any]) -> None:

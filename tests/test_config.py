@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fisedit.config import CompileConfig, DetectConfig
+from fisedit.config import CacheConfig, CompileConfig, DetectConfig, parse_size
 from fisedit.errors import FISEditError, ScheduleTooShortError, UnknownOptionError
 
 NAN = float("nan")
@@ -83,3 +83,20 @@ def test_what_does_not_fit_the_schedule_is_named(config: DetectConfig, schedule:
     with pytest.raises(FISEditError, match=message) as caught:
         config.resolve(schedule)
     assert isinstance(caught.value, UnknownOptionError)
+
+
+@pytest.mark.parametrize(
+    ("given", "size"), [("8GiB", 2**33), ("1.5 GB", 1_500_000_000), ("20", 20), (7, 7), (None, None), ("3 kib", 3072)]
+)
+def test_sizes_of_budgets(given: Any, size: Any) -> None:
+    assert parse_size("gpu", given) == size
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"gpu": "8 gigs"}, {"host": -1}, {"gpu": True}, {"disk": 3}, {"storage": "int4"}, {"steps": (0, 4)},
+     {"steps": (4, 2)}, {"steps": 5}, {"detect_steps": -1}, {"host": "GiB"}],
+)  # fmt: skip
+def test_what_options_of_caches_do_not_take(options: dict[str, Any]) -> None:
+    with pytest.raises(UnknownOptionError, match=next(iter(options))):
+        CacheConfig(**options)

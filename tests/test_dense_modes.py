@@ -15,10 +15,10 @@ from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
 
 import fisedit
 from fisedit import CompiledUNet, DetectConfig
-from fisedit.errors import NotCompiledWarning
 from fisedit.runtime import dense
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.kernels.group_norm_stats.reference import group_norm_stats
+from fisedit.warnings import NotCompiledWarning
 
 
 class Overwriting:

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from fisedit import errors
+from fisedit import errors, warnings
 
 EXAMPLES = [
     (errors.InvalidMaskError(given="of shape [3, 4, 5]", expected="[H, W]"), ["[3, 4, 5]", "[H, W]", "Give one mask"]),
@@ -17,6 +17,10 @@ EXAMPLES = [
     (
         errors.IncompleteRecordingError(missing=[f"timestep {t}" for t in range(8)], recorded="2 steps"),
         ["timestep 0, timestep 1", "timestep 4 and 3 more", "2 steps"],
+    ),
+    (
+        errors.PartialRecordingError(missing=[f"the maps of call {n}" for n in range(7)], reason="the disk is full"),
+        ["lacks the maps of call 0, ", "call 4 and 2 more", "(the disk is full)", "Record again with"],
     ),
     (errors.InvalidTimestepError(given=[900.0, 100.5]), ["[900, 100.5]", "Call once for each timestep"]),
     (
@@ -86,5 +90,5 @@ def test_every_error_has_an_example():
 
 
 def test_warnings_are_user_warnings():
-    assert issubclass(errors.EmptyMaskWarning, errors.FISEditWarning)
-    assert issubclass(errors.FISEditWarning, UserWarning)
+    assert issubclass(warnings.EmptyMaskWarning, warnings.FISEditWarning)
+    assert issubclass(warnings.FISEditWarning, UserWarning)

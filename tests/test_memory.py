@@ -23,6 +23,7 @@ from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
+from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
 
 SIZE = (6, 8)
 Built = tuple[nn.Module, dict[str, Any]]
@@ -56,7 +57,9 @@ def measure(h: Harness, mask: Tensor, meter: Meter, store: bool = False) -> dict
     executable, plan = h.program.executable("edit", store), MaskPlan(mask, CostModel())
     source = h.poisoned(plan)
     if h.program.fused:
-        replay = h.program.replays(store).take(mask.expand(h.call.batch, -1, -1), h.call.batch, h.call.device)
+        replays = h.program.replays(store)
+        projected = LevelMasks(mask.expand(h.call.batch, -1, -1), replays.levels)
+        replay = replays.take(projected, h.call.batch, h.call.device)
         with meter.watching(executable.step.module):
             replay.run(h.call.tensors, source, Memo())
         return replay.plan.sizes
@@ -134,7 +137,8 @@ def test_a_captured_graph_tells_what_its_memory_is() -> None:
     on_gpu = {name: value.to("cuda") for name, value in arguments.items()}
     h = Harness(model.to("cuda"), on_gpu, provider="triton")
     mask = torch.ones(SIZE, dtype=torch.bool, device="cuda")
-    replay = h.program.replays().take(mask.expand(2, -1, -1), 2, h.call.device)
+    replays = h.program.replays()
+    replay = replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, h.call.device)
     assert replay.graph_bytes == 0
     replay.run(h.call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
     assert replay.graph_bytes >= predict_peak(h.program.graphs["edit"].graph, replay.plan.sizes) > 0

@@ -22,6 +22,7 @@ from PIL import Image
 from tiny_pipeline import LATENT, build_tiny_pipeline
 
 from fisedit import CacheConfig, DetectConfig, EditPipeline, errors
+from fisedit.warnings import EmptyMaskWarning
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_many_edits_of_one_base_do_not_touch_it(base):
 
 
 def test_an_empty_mask_gives_the_recorded_image_and_warns(base):
-    with pytest.warns(errors.EmptyMaskWarning):
+    with pytest.warns(EmptyMaskWarning):
         result = base.edit(AFTER, mask=torch.zeros(LATENT, LATENT))
     assert np.array_equal(pixels(result.image), pixels(base.image))
     assert torch.equal(result.latents, base.latents)
@@ -134,7 +135,7 @@ def test_an_empty_mask_gives_the_recorded_image_and_warns(base):
 
 
 def test_equal_prompts_give_the_recorded_image(base):
-    with pytest.warns(errors.EmptyMaskWarning):
+    with pytest.warns(EmptyMaskWarning):
         result = base.edit(BEFORE)
     assert not result.mask.any()
     assert torch.equal(result.latents, base.latents)

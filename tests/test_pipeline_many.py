@@ -11,6 +11,7 @@ from PIL import Image
 from tiny_pipeline import build_tiny_pipeline
 
 from fisedit import DetectConfig, EditPipeline, errors
+from fisedit.warnings import EmptyMaskWarning
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_edits_of_several_bases(editor, base):
 
 
 def test_an_edit_that_changes_nothing_among_others(base):
-    with pytest.warns(errors.EmptyMaskWarning):
+    with pytest.warns(EmptyMaskWarning):
         kept, changed = base.edit([BEFORE, AFTER], detect=DetectConfig(steps=2))
     assert np.array_equal(pixels(kept.image), pixels(base.image)) and torch.equal(kept.latents, base.latents)
     assert not torch.equal(changed.latents, base.latents)
@@ -107,7 +108,7 @@ def test_the_way_to_the_photograph_is_no_change(editor):
     coarse = Image.fromarray(np.random.default_rng(1).integers(0, 255, (5, 5, 3), dtype=np.uint8))
     base = editor.invert(coarse.resize((32, 32)), BEFORE, num_inference_steps=6, guidance_scale=5.0)
     assert max(float(correction.abs().max()) for correction in base.recording.corrections) > 0.1
-    with pytest.warns(errors.EmptyMaskWarning):
+    with pytest.warns(EmptyMaskWarning):
         assert not base.edit(BEFORE).mask.any()
 
 

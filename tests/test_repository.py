@@ -12,7 +12,7 @@ PYTHON_FILES = [
 ]
 
 # Parts that know nothing of the others; every part may use them.
-FOUNDATION = ("fisedit.errors", "fisedit.mask", "fisedit.alignment")
+FOUNDATION = ("fisedit.errors", "fisedit.warnings", "fisedit.mask", "fisedit.alignment")
 # Imports run one way: api -> passes -> config -> runtime -> torch.
 MAY_IMPORT = {
     **dict.fromkeys(FOUNDATION, FOUNDATION),

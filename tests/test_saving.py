@@ -102,9 +102,9 @@ def test_feature_maps_stay_in_their_files_until_they_are_read(editor, damaged):
     loaded = editor.load(damaged)
     files = sorted(damaged.glob("call-*"))
     assert all(path.stat().st_size > 2**20 for path in files)
-    assert sum(resident(path) for path in files) == 0
+    assert all(resident(path) <= 2**16 for path in files)  # statistics, and what the system maps around them
     loaded.edit(AFTER, mask=square(), record=False)
-    assert all(resident(path) > 0 for path in files)
+    assert all(resident(path) > 2**17 for path in files)
 
 
 def test_a_folder_may_go_once_it_is_loaded(editor, base, damaged):
@@ -302,8 +302,6 @@ def test_another_model_is_refused(tokenizer, saved):
     refused(r"config\.norm_num_groups: saved with 8, here 4", "weights", unet={"norm_num_groups": 4})
     refused("pipeline: saved with 'StableDiff.*', here '.*InpaintPipeline'", kind=StableDiffusionInpaintPipeline)
     other = build_tiny_pipeline(tokenizer)
-    with pytest.raises(errors.SavedBaseMismatchError, match="kv: saved with 'cached', here 'active'"):
-        EditPipeline(other, kv="active").load(saved)
     other.unet.conv_in.weight.data[3, 1, 2, 0] += 1e-6  # one value, far from those that fingerprints look at
     with pytest.raises(errors.SavedBaseMismatchError, match="weights"):
         EditPipeline(other).load(saved)

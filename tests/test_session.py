@@ -15,7 +15,6 @@ from toy_sampler import SIZE, TIMESTEPS, corner, other_text, run
 import fisedit
 from fisedit import CompiledUNet, DetectConfig, Recording
 from fisedit.errors import (
-    EmptyMaskWarning,
     ForeignRecordingError,
     IncompleteRecordingError,
     InvalidMaskError,
@@ -25,6 +24,7 @@ from fisedit.errors import (
     UnknownOptionError,
     UnsupportedCaptureError,
 )
+from fisedit.warnings import EmptyMaskWarning
 
 
 @pytest.fixture(scope="module")

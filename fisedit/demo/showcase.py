@@ -17,9 +17,9 @@ from fisedit.comparison import Comparison, compare, comparison_table
 from fisedit.config import DetectConfig
 from fisedit.contact_sheet import draw_contact_sheet
 from fisedit.environment import describe_environment, environment_line
-from fisedit.errors import EmptyMaskWarning
 from fisedit.pipeline import EditPipeline
 from fisedit.results import HEADINGS, EditResult
+from fisedit.warnings import EmptyMaskWarning
 
 
 @dataclass(frozen=True)

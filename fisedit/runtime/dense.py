@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fisedit.errors import NotCompiledWarning, warn
 from fisedit.runtime.cuda_graph import CAPTURING
 from fisedit.runtime.executor import Executable, Keep, Stage
+from fisedit.warnings import NotCompiledWarning, warn
 
 logger = logging.getLogger("fisedit")
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import fisedit
 from fisedit import CompiledUNet
-from fisedit.errors import DenseIslandsWarning, ForeignRecordingError, UnsupportedCaptureError
+from fisedit.errors import ForeignRecordingError, UnsupportedCaptureError
+from fisedit.warnings import DenseIslandsWarning
 
 
 @pytest.fixture(scope="module")

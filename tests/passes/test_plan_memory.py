@@ -26,6 +26,7 @@ from fisedit.passes.lower import lower
 from fisedit.passes.plan_memory import all_rows, memory_line, plan_memory, planned_bytes, predict_peak
 from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
+from fisedit.runtime.executor import Store
 from fisedit.runtime.plan import MaskPlan
 
 
@@ -101,9 +102,10 @@ def run(model: nn.Module, gm: GraphModule, mask: Tensor) -> Tensor:
     dense, _ = captured(model)
     insert_cache_stores(dense, loaded_slots(gm.graph))
     call = bind_call(model, (), inputs())
-    _, stored = lower(dense).run(call.tensors)
+    stored: dict[Store, Tensor] = {}
+    lower(dense).run(call.tensors, keep=stored.update)
     source = StepCache(call.batch, {store.slot: value for store, value in stored.items()})
-    (out,), _ = lower(gm).run(call.tensors, plan=MaskPlan(mask, CostModel()), source=source)
+    (out,) = lower(gm).run(call.tensors, plan=MaskPlan(mask, CostModel()), source=source)
     return out
 
 

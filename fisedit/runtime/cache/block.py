@@ -101,6 +101,8 @@ class Block:
         lost: why no tier has it; ``None`` if one has.
         used: counts up with every read, over all blocks: what was read longest ago moves first.
         readers: how many have said that they are about to read it; it stays where it is meanwhile.
+        mapped: its values in the file of a saved base, which is not the block's own: they are read from there while
+            no tier has a copy.
     """
 
     kind: Kind
@@ -114,6 +116,7 @@ class Block:
     lost: str | None = None
     used: int = 0
     readers: int = 0
+    mapped: Mapping[str, Tensor] | None = None
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -140,6 +143,8 @@ class Block:
 
     @cached_property
     def _opened(self) -> Mapping[str, Tensor]:
+        if self.mapped is not None:
+            return self.mapped
         assert self.file is not None, self.lost
         return open_tensors(self.file, self.checksum)
 
@@ -186,24 +191,29 @@ class Kept:
         own = range(self.batch) if self.numbers is None else self.numbers
         return replace(self, numbers=tuple(own[number] for number in numbers))
 
+    def raw(self) -> dict[str, Tensor]:
+        """The value as it lies in the block, and its scales if it is quantized, by their slots."""
+        values = {slot: self.block.value(slot) for slot in (self.slot, SCALE + self.slot)[: 1 + self.quantized]}
+        if values[self.slot].is_cuda and self.block.ready is not None:
+            torch.cuda.current_stream(values[self.slot].device).wait_event(self.block.ready)
+        if self.numbers is None:
+            return values
+        return {slot: take_samples(value, self.batch, self.numbers) for slot, value in values.items()}
+
     def read(self, device: torch.device, index: Tensor | None = None) -> Tensor:
         """The value on ``device``, or rows ``index`` (int64 ``[M, H]``) of it, as it was recorded.
 
         Of what lies on the host only the rows that are asked for are read.
         """
-        value = self.block.value(self.slot)
-        scales = self.block.value(SCALE + self.slot) if self.quantized else None
-        if value.is_cuda and self.block.ready is not None:
-            torch.cuda.current_stream(value.device).wait_event(self.block.ready)
-        if self.numbers is not None:
-            value = take_samples(value, self.batch, self.numbers)
-            scales = None if scales is None else take_samples(scales, self.batch, self.numbers)
+        raw = self.raw()
+        value, scales = raw[self.slot], raw.get(SCALE + self.slot)
         if index is not None:
             rows = index.to(value.device)
             value = gather_rows(value, rows)  # [B, H, C]
             scales = None if scales is None else gather_rows(scales[..., None], rows)[..., 0]
-        value = value.to(device, non_blocking=True)
-        return value if scales is None else dequantize_rows(value, scales.to(device, non_blocking=True), self.dtype)
+        ahead = device.type != "cpu"  # what the host gets it reads at once
+        value = value.to(device, non_blocking=ahead)
+        return value if scales is None else dequantize_rows(value, scales.to(device, non_blocking=ahead), self.dtype)
 
     def addresses(self) -> tuple[list[int], list[int]]:
         """Where each sample's value begins in memory, and where its scales do (empty if it has none)."""

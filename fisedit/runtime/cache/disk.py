@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import tempfile
 import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -34,6 +36,8 @@ DTYPES = {
 NAMES = {name: dtype for dtype, name in DTYPES.items()}
 ORDERS = "fisedit.orders"
 """The metadata key under which the order of dimensions in memory is kept, where it is not that of the shape."""
+PREFIX = "fisedit-"
+"""What folders of :func:`own_folder` are called, before the process and a random name."""
 
 
 def write_tensors(
@@ -226,3 +230,35 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(number)
         finally:
             os.close(number)
+
+
+def own_folder(within: Path) -> Path:
+    """A new folder of this process, once those are removed that killed processes left beside it.
+
+    Raises:
+        CacheWriteError: it cannot be made.
+    """
+    try:
+        within.mkdir(parents=True, exist_ok=True)
+        _sweep(within)
+        return Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=within))
+    except OSError as error:
+        raise CacheWriteError(path=str(within), reason=error.strerror or str(error)) from error
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what processes left behind that were killed."""
+    for left in folder.glob(f"{PREFIX}*"):
+        pid = left.name.removeprefix(PREFIX).partition("-")[0]
+        if pid.isdigit() and not _runs(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit.errors import PageableMemoryWarning, warn
+from fisedit.warnings import PageableMemoryWarning, warn
 
 SMALL = 1 << 16
 """Bytes up to which a slab is not worth huge pages."""

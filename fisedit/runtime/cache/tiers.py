@@ -8,14 +8,13 @@ longest; of ``maps`` only few rows cross the bus; ``queries`` are only read whil
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import tempfile
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +23,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fisedit.errors import CacheSpaceWarning, CacheWriteError, warn
+from fisedit.errors import CacheWriteError
 from fisedit.runtime.cache.block import Block, Kind, Layout, Tier
-from fisedit.runtime.cache.disk import write_tensors
+from fisedit.runtime.cache.disk import own_folder, write_tensors
 from fisedit.runtime.cache.host import HostPool, Slab, available_host_memory
 from fisedit.runtime.cache.keys import Bandwidth
 from fisedit.runtime.trace import carry, span
+from fisedit.warnings import CacheSpaceWarning, warn
 
 Place = Literal["gpu", "host", "disk"]
 PRIORITY: dict[Kind, int] = {"queries": 0, "maps": 1, "keys": 2, "small": 3}
 """What moves first when a tier is full. ``small`` never moves."""
 SHARE = {"gpu": 0.6, "host": 0.5}
 """Of the memory that is free when the first run is recorded: the budgets by default."""
-PREFIX = "fisedit-"
-"""What folders in the disk tier are called, before the process and a random name."""
 BUS, CLOCK = 55e9, 1.755e9
 """Bytes a second of the bus, and cycles of the GPU's clock, of an H100: to imitate slower ones."""
 WRITING = 3
@@ -218,7 +216,7 @@ class Tiers:
     def _move_down(self, block: Block, place: Place) -> bool:
         """Move a block to the next tier that takes it; whether one did."""
         for goal in self.order[self.order.index(place) + 1 :]:
-            if goal == "disk" and self._disk_failure is None:
+            if goal == "disk" and block.mapped is None and self._disk_failure is None:
                 if place == "gpu" and not self._move_to_host(block):
                     return False
                 self._move_to_disk(block)
@@ -229,7 +227,7 @@ class Tiers:
                 continue
             self.moved[block.kind, place, goal] += block.nbytes
             return True
-        return False
+        return self._drop_copy(block, place)
 
     def spill(self) -> int:
         """Move all that may leave the GPU to other tiers; the bytes that left. For when its memory ran out."""
@@ -408,12 +406,7 @@ class Tiers:
         """A file in a folder of this process; only the writer thread asks for one."""
         assert self.budgets.disk is not None
         if self._folder is None:
-            try:
-                self.budgets.disk.mkdir(parents=True, exist_ok=True)
-                _sweep(self.budgets.disk)
-                self._folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=self.budgets.disk))
-            except OSError as error:
-                raise CacheWriteError(path=str(self.budgets.disk), reason=error.strerror or str(error)) from error
+            self._folder = own_folder(self.budgets.disk)
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         return self._folder / f"block-{next(self._clock):08d}.safetensors"
 
@@ -426,6 +419,49 @@ class Tiers:
             if block.ready is not None and place_of(block.tier) != "gpu":
                 block.values()
 
+    # Saved bases
+
+    def adopt(self, kind: Kind, values: Mapping[str, Tensor], began: int) -> Block:
+        """A block of values that lie mapped in a saved file, from which they are read. For a GPU they are copied to
+        the first tier that has room, if one has; what is ``small`` always is, to where the model computes.
+
+        Args:
+            began: when the load did, see :class:`Ring`.
+        """
+        block = Block(kind, Layout.of(values), "disk", None, mapped=values)
+        with self._lock:
+            failed: set[Place] = set()
+            while block.data is None and (self.on_gpu or kind == "small"):
+                if (place := self._choose(kind, block.nbytes, began, failed)) in (None, "disk"):
+                    break
+                self._allocate_copy(block, place)
+                failed.add(place)
+            block.readers, block.used = 1, next(self._clock)  # it stays there while it is filled, without the lock
+            self.placed[kind, place_of(block.tier)] += block.nbytes
+            self._blocks[block.used] = weakref.ref(block)
+        if block.data is not None:
+            block.layout.write(block.data, values)
+        self.let_go([block])
+        return block
+
+    def _allocate_copy(self, block: Block, place: Place) -> None:
+        """Give a block memory of the GPU or the host, if there is some."""
+        if place == "gpu":
+            with suppress(torch.OutOfMemoryError):
+                block.data, block.tier = self.allocate(block.nbytes), "gpu"
+        elif (taken := self._take(block.nbytes)) is not None:
+            block.data, block.slab = taken
+            block.tier = "pinned" if block.slab.pinned else "pageable"
+
+    def _drop_copy(self, block: Block, place: Place) -> bool:
+        """Free the memory of a block that can be read from a saved file; whether it can."""
+        if block.mapped is None:
+            return False
+        with block.lock:
+            block.data, block.slab, block.ready, block.tier = None, None, None, "disk"
+        self.moved[block.kind, place, "disk"] += block.nbytes
+        return True
+
     # What it did
 
     def describe(self) -> str:
@@ -436,24 +472,6 @@ class Tiers:
             lines.append(f"{place}: {self.held(place) / 2**20:.0f}{limit} MiB")
         lines += [f"moved {kind} {a} -> {b}: {n / 2**20:.0f} MiB" for (kind, a, b), n in sorted(self.moved.items())]
         return "\n".join(lines + self.notes)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what processes left behind that were killed."""
-    for left in folder.glob(f"{PREFIX}*"):
-        pid = left.name.removeprefix(PREFIX).partition("-")[0]
-        if pid.isdigit() and not _runs(int(pid)):
-            shutil.rmtree(left, ignore_errors=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def place_of(tier: Tier) -> Place:

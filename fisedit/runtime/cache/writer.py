@@ -53,6 +53,22 @@ class Writer:
             kept |= {s: Kept(block, s, dtypes[s], batch) for s in group if not s.startswith(SCALE)}
         return kept
 
+    def adopt(
+        self, values: Mapping[str, Tensor], kinds: Mapping[Kind, Mapping[str, torch.dtype]], batch: int
+    ) -> dict[str, Kept]:
+        """The values of a call that lie mapped in a saved file, by slot; see :meth:`Tiers.adopt`.
+
+        Args:
+            kinds: the slots of each kind in the order of its block, and what they were recorded in.
+            batch: samples that they have.
+        """
+        self._ring = self._ring or self.tiers.ring(0)  # nothing comes from the GPU
+        kept: dict[str, Kept] = {}
+        for kind, dtypes in kinds.items():
+            block = self.tiers.adopt(kind, {slot: values[slot] for slot in dtypes}, self._ring.began)
+            kept |= {s: Kept(block, s, dtype, batch) for s, dtype in dtypes.items() if not s.startswith(SCALE)}
+        return kept
+
     def keep_again(self, cache: StepCache) -> dict[str, Kept]:
         """A whole copy of what a chain of edits has come to, stored as the dense recording was."""
         values: dict[Store, Tensor] = {}
