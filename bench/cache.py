@@ -152,6 +152,7 @@ def transfers(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mas
     with trace.open(), unet.edit(base, mask.to(subject.device)):
         for timestep in subject.timesteps:
             step(timestep)
+    print(f"  files: read at {rate(trace, 'read')}", flush=True)
     spans = [s.end - s.start for s in trace.spans() if s.track == "load"]
     return median(spans[WARM:]) * 1e3 if len(spans) > WARM else 0.0
 
@@ -179,6 +180,7 @@ def measure_record(
     gc.collect()
     with trace.open():
         _, base = record(subject, unet)
+    print(f"  files: written at {rate(trace, 'write')}", flush=True)
     copies = sum(s.end - s.start for s in trace.spans() if s.track == "store") / len(base.calls) * 1e3
     made = Recorded(name, first.wall, median(calls), median(dense or [math.nan]), stored, placed, copies, peak,
                     (pool.used + pool.idle) / MB)  # fmt: skip
@@ -224,6 +226,13 @@ def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], ma
     """How far an edit's output is from that of the exact edit, of its largest value, over the active positions."""
     exact = wanted.get(f"cached exact {name} {number}")
     return math.nan if exact is None else relative_error(runs[0][1], exact[1].float(), mask)
+
+
+def rate(trace: Trace, word: str) -> str:
+    """Bytes a second of what a thread reads from files, or writes to them."""
+    spans = [s for s in trace.spans() if s.track == "disk" and s.name.startswith(word)]
+    seconds = sum(s.end - s.start for s in spans)
+    return f"{sum(s.args['bytes'] for s in spans) / seconds / 1e9:.2f} GB/s" if spans else "nothing"
 
 
 def intermediates(unet: fisedit.CompiledUNet, device: torch.device) -> Iterator[str]:

@@ -362,7 +362,8 @@ class Prefetch:
 
     def _read(self, number: int, kind: Kind, source: Source) -> Tensor:
         """The rows of one kind as they lie in the buffers: uint8 on the host, page-locked for a GPU."""
-        with trace.span("disk", f"read {kind}, call {number + 1}"), torch.no_grad():
+        counted: dict[str, int] = {}
+        with trace.span("disk", f"read {kind}, call {number + 1}", args=counted), torch.no_grad():
             on_host, rows = source.on(torch.device("cpu")), {}
             for slot in self._slots[kind]:
                 level = self.wants.level(slot)
@@ -370,6 +371,7 @@ class Prefetch:
             layout = Layout.of(rows)
             data, _ = self.tiers.pool.take(layout.nbytes)
             layout.write(data, rows)
+            counted["bytes"] = layout.nbytes
             return data
 
 
