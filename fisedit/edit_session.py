@@ -123,7 +123,7 @@ class EditSession:
     ) -> tuple[list[Tensor], Program]:
         program, stored = self.programs(call), dict[int, Stored]()
         for lane in group.lanes:
-            lane.edit.base.check_graph(key, program.digest)
+            lane.edit.base.check_program(key, program)
         kind = self._kind(group, call, program, recorded)
 
         def keep(values: Values) -> None:
@@ -320,7 +320,9 @@ class EditSession:
         whole = kind == "dense" and lane.whole
         cache = StepCache(len(own), base=None if whole else base.cache, device=call.device)
         made = recording.calls[key] = recording.keep(mine, cache, kept, span, lane.texts)
-        made.graph = base.graph
+        made.graph, made.kv = base.graph, base.kv
+        if lane.program is not None and kind != "recorded":
+            made.kv = lane.program.kv
         if stored is not None and kind == "detect":
             lane.unsettled.append((key, stored, made))
         elif stored is not None:

@@ -24,7 +24,7 @@ class ModelIdentity:
 
     Attributes:
         model: the original. state: as it was found. owner: whom its recordings belong to. name: for messages.
-        kv: how self-attention is computed: ``"active"`` records no keys and values for it.
+        kv: how edits see the keys and values of self-attention, which ``"active"`` does not record.
     """
 
     model: nn.Module
@@ -41,9 +41,11 @@ class ModelIdentity:
         """
         recording.check_editable(self.owner, self.name, self.state)
 
-    def facts(self) -> dict[str, Any]:
-        """All of it as JSON values."""
-        return {**self._description(), "weights": self.weights}
+    def facts(self, recording: Recording) -> dict[str, Any]:
+        """What tells the model from others, and whether a recording of it has keys and values, as JSON values."""
+        kept = {call.kv for call in recording.calls.values()}
+        kv = "active" if "active" in kept else "cached"
+        return {**self._description(), "weights": self.weights, "kv": kv}
 
     def check(self, folder: str, saved: Mapping[str, Any]) -> None:
         """Raise unless these :meth:`facts` are this model's. Weights are read last, and not if all else differs.
@@ -53,7 +55,7 @@ class ModelIdentity:
         """
         here = self._description()
         differences = {name: (saved[name], here[name]) for name in ("class", "dtype") if saved[name] != here[name]}
-        if saved["kv"] == "active" != self.kv:  # else all is there, in 8 bits or not
+        if saved["kv"] == "active" and self.kv not in ("active", "auto"):  # else all is there, in 8 bits or not
             differences["kv"] = (saved["kv"], self.kv)
         # A key that only one of them has came with another version of the library, with its default.
         config, own = saved["config"], here["config"]
@@ -82,7 +84,7 @@ class ModelIdentity:
     def _description(self) -> dict[str, Any]:
         dtypes = {str(p.dtype).removeprefix("torch.") for p in self.model.parameters() if p.is_floating_point()}
         config = _plain_config(getattr(self.model, "config", None))
-        return {"class": type(self.model).__name__, "config": config, "dtype": "+".join(sorted(dtypes)), "kv": self.kv}
+        return {"class": type(self.model).__name__, "config": config, "dtype": "+".join(sorted(dtypes))}
 
 
 def hash_weights(model: nn.Module) -> str:

@@ -61,6 +61,7 @@ class RecordedCall:
     signature: Signature
     batch: int  # samples of the signature, of which this may be some
     graph: str = ""  # digest of the graph whose nodes the slots of the cache are named after
+    kv: str = "cached"  # "active" if keys and values of self-attention are not among them
 
     def blocks(self) -> list[Block]:
         """The blocks that its values are in, and those of what it is an edit of."""
@@ -257,19 +258,24 @@ class Recording:
             recorded = f"{len(self.calls)} calls of a run that did not finish" if self.calls else "no call at all"
             raise IncompleteRecordingError(missing=["a finished run"], recorded=recorded)
 
-    def check_graph(self, key: CallKey, graph: str) -> None:
-        """Raise unless the feature maps of a call, if they come from a folder, are those of a graph of this digest.
+    def check_program(self, key: CallKey, program: Program) -> None:
+        """Raise unless the feature maps of a call are those that a program reads.
 
         Raises:
-            ForeignRecordingError: the model computes something else now, or is traced otherwise.
+            ForeignRecordingError: they come from a folder, and the model computes something else now, or is traced
+                otherwise.
+            RecordingMismatchError: it reads keys and values, which were not kept (``kv="active"``, given or planned).
         """
-        if self.saved_with and self.calls[key].graph != graph:
+        made = self.calls[key]
+        if self.saved_with and made.graph != program.digest:
             edited_by = (
                 "the same model with a forward pass that traces to another graph (other versions of its libraries, "
                 "attention processors, adapter scales or the like)"
             )
             recorded_by = f"{self.model_name}, saved with {self.saved_with}"
             raise ForeignRecordingError(recorded_by=recorded_by, edited_by=edited_by)
+        if made.kv == "active" != program.kv:
+            raise RecordingMismatchError(differences={"kv": (made.kv, program.kv)})
 
     def find(self, key: CallKey) -> RecordedCall:
         """The recorded call ``key``.
@@ -358,7 +364,7 @@ class RecordSession:
             cache.is_resident((*views, *loads))
         results = [clone_detached(output) for output in outputs]
         made = self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
-        made.graph = program.digest
+        made.graph, made.kv = program.digest, program.kv
         return program.captured.result(outputs)
 
     def _kinds(self, key: CallKey) -> frozenset[Kind]:

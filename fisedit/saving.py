@@ -101,7 +101,7 @@ def pack_recording(
         "corrections": [packer.tensor(each, f"correction-{n}") for n, each in enumerate(recording.corrections)],
         "device": str(next(iter(recording.calls.values())).sample.device),
     }
-    return {"versions": _versions(), "model": identity.facts(), "recording": kept}, files
+    return {"versions": _versions(), "model": identity.facts(recording), "recording": kept}, files
 
 
 class SavedFolder:
@@ -159,6 +159,7 @@ class SavedFolder:
                 signatures[call["signature"]],
                 int(call["batch"]),
                 call["graph"],
+                self.content["model"]["kv"],
             )
         recording.latents = [tensor(name) for name in kept["latents"]]
         recording.corrections = [tensor(name) for name in kept["corrections"]]

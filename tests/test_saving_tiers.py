@@ -30,11 +30,12 @@ from torch import Tensor
 from toy_sampler import SIZE, TIMESTEPS, corner, run
 
 import fisedit
-from fisedit import CompiledUNet, Recording, errors, saving
+from fisedit import CompiledUNet, Recording, errors, program, saving
 from fisedit.config import CacheConfig
 from fisedit.runtime.cache import disk
 from fisedit.runtime.cache.block import Block, Kept
 from fisedit.runtime.cache.disk import open_tensors, write_tensors
+from fisedit.runtime.cache.keys import KeysPlan
 from fisedit.runtime.cache.tiers import Budgets, Tiers
 from fisedit.warnings import CacheSpaceWarning
 
@@ -285,6 +286,28 @@ def test_a_base_that_holds_more_than_is_read(made: Made, call: dict[str, Any], p
         recorded_edit(active, call, loaded, corner(), TIMESTEPS).save(tmp_path / "edit")
         with pytest.raises(errors.SavedBaseMismatchError, match="kv: saved with 'active', here 'cached'"):
             cached.load_recording(tmp_path / "edit")  # its keys and values are the base's
+
+
+@pytest.mark.parametrize("kv", ["cached", "active"])
+def test_how_keys_are_kept_by_plan_is_saved(
+    made: Made, call: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv: str
+) -> None:
+    """Not known before a call is captured: what was planned tells, and an edit says if a plan was another one."""
+    monkeypatch.setattr(program, "plan_keys", lambda *_: KeysPlan(kv, "as told"))
+    planned = [fisedit.compile(Small(), kv="auto", dense="eager") for _ in range(2)]
+    base = recorded(planned[0], call, FEW)
+    base.save(tmp_path / "b")
+    loaded = planned[1].load_recording(tmp_path / "b")
+    assert same(edited_few(planned[1], call, loaded), edited_few(planned[0], call, base))
+    other = {"cached": "active", "active": "cached"}[kv]
+    monkeypatch.setattr(program, "plan_keys", lambda *_: KeysPlan(other, "as told"))
+    late = fisedit.compile(Small(), kv="auto", dense="eager")
+    loaded = late.load_recording(tmp_path / "b")
+    if kv == "cached":
+        edited_few(late, call, loaded)
+    else:
+        with pytest.raises(errors.RecordingMismatchError, match="kv: recorded 'active', edited with 'cached'"):
+            edited_few(late, call, loaded)
 
 
 def test_a_file_that_was_not_verified_is_not_read_for_its_checksum(
