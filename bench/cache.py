@@ -2,6 +2,7 @@
 
     python bench/cache.py --output cache.json              SD2.1 at 768x768, fp16, batch 2, on a GPU
     python bench/cache.py --bus 12,25                      also as if the bus moved so many GB/s
+    python bench/cache.py --sizes                          what a step stores, counted; needs no GPU
     python bench/cache.py --tiny                           a small model on any device, to try the script out
 
 *Exposed* is what a step waits for its recorded values: its time less that of the same step whose base lies whole on the
@@ -28,13 +29,20 @@ import torch
 import typer
 from calls import Loop, Subject, loop, milliseconds, prepare, relative_error
 from masks import blob, family
-from published import MODELS, TINY
+from published import MODELS, TINY, Published, arguments, build
 from torch import Tensor
 
 import fisedit
+from fisedit.capture import bind_call, capture
 from fisedit.environment import describe_environment, environment_line
+from fisedit.passes.base import PassLog, run_passes
+from fisedit.passes.ir import args, is_op
+from fisedit.passes.ir import fisedit as ops
+from fisedit.passes.pipeline import canonical_passes
 from fisedit.passes.plan_memory import predict_peak
+from fisedit.program import Program
 from fisedit.recording import Recording
+from fisedit.runtime.cache.block import SCALE
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.trace import Trace
 
@@ -293,6 +301,27 @@ def edit_table(lines: Sequence[Line]) -> str:
     return "\n".join(made)
 
 
+def stored_sizes(published: Published, cache: fisedit.CacheConfig, steps: int) -> dict[str, float]:
+    """MB that a recorded step stores of each kind, the mean over a run: counted on the graph, nothing is computed."""
+    unet = build(published, torch.device("meta"), torch.float16)
+    call = bind_call(unet, (), arguments(published, published.size, torch.device("meta"), torch.float16))
+    program = Program(capture(unet, call), fisedit.CompileConfig(cache=cache, provider="triton"))
+    program.logs["canonical"] = PassLog("canonical")
+    run_passes(program.captured.module, canonical_passes(), program.logs["canonical"])
+    program.executable("record")
+    sizes: dict[str, float] = {}
+    timesteps = [1 + (steps - 1 - step) * (1000 // steps) for step in range(steps)]  # as DDIM spaces them
+    for node in program.graphs["record"].graph.nodes:
+        if is_op(node, ops.cache_store.default) and (rows := node.meta.get("stores")) is not None:
+            slot, scale = str(args(node)[1]).removeprefix(SCALE), str(args(node)[1]).startswith(SCALE)
+            kind = program.uses[slot].kind
+            kept = sum(kind in cache.kinds(n + 1, t / timesteps[0]) for n, t in enumerate(timesteps)) / steps
+            number = rows.batch * rows.level[0] * rows.level[1]
+            size = 4 if scale else rows.channels * (1 if "dtype" in node.meta else 2)
+            sizes[kind] = sizes.get(kind, 0.0) + kept * number * size / MB
+    return sizes
+
+
 def mask_set(size: tuple[int, int], shares: Sequence[float], ragged: int) -> dict[str, list[Tensor]]:
     return {**{f"blob {s:.0%}": [blob(size, s)] for s in shares}, f"ragged, {ragged} masks": family(size, ragged)}
 
@@ -308,6 +337,7 @@ def main(
     dense: Annotated[str, typer.Option(help="How what we run dense is compiled; 'eager': not at all.")] = "inductor",
     baseline: Annotated[bool, typer.Option(help="Whether to time the dense baseline, which compiles first.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file.")] = None,
+    sizes: Annotated[bool, typer.Option("--sizes", help="Only count what a step stores; needs no GPU.")] = False,
     tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
 ) -> None:
     """Measure recordings and edits on each tier."""
@@ -315,6 +345,13 @@ def main(
     environment = {**describe_environment(device), "dtype": "float16" if device.type == "cuda" else "float32"}
     print(environment_line(environment), environment["dtype"], flush=True)
     published = TINY if tiny else MODELS[model]
+    if sizes:
+        for storage in ("exact", "int8"):
+            of = stored_sizes(published, fisedit.CacheConfig(storage=storage), steps)
+            each = ", ".join(f"{kind} {size:.1f}" for kind, size in sorted(of.items()))
+            without = sum(of.values()) - of.get("keys", 0.0)
+            print(f"{model}, {storage}: {each} MB a step; {without:.1f} without keys and values")
+        return
     folder = Path(tempfile.mkdtemp())
     recorded: list[Recorded] = []
     lines: list[Line] = []

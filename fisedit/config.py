@@ -44,7 +44,7 @@ class CacheConfig:
 
     Args:
         gpu, host: the most that recordings of a model may take of the GPU's and the host's memory (``"8GiB"``, or
-            bytes); ``None``: 60 % and 50 % of what is free when the first run is recorded.
+            bytes); ``None``: 60 % and 50 % of what is free, or holds recordings of it, when one begins.
         disk: a folder for what finds no room there; ``None``: none.
         storage: ``"exact"``, or ``"int8"``: feature maps in 8 bits with a scale for each row, half the memory and half
             the traffic, and edits a little less exact.

@@ -35,7 +35,7 @@ Place = Literal["gpu", "host", "disk"]
 PRIORITY: dict[Kind, int] = {"queries": 0, "maps": 1, "keys": 2, "small": 3}
 """What moves first when a tier is full. ``small`` never moves."""
 SHARE = {"gpu": 0.6, "host": 0.5}
-"""Of the memory that is free when the first run is recorded: the budgets by default."""
+"""Of the memory that is free, or holds recorded values, when a recording begins: the budgets by default."""
 BUS, CLOCK = 55e9, 1.755e9
 """Bytes a second of the bus, and cycles of the GPU's clock, of an H100: to imitate slower ones."""
 WRITING = 3
@@ -112,7 +112,7 @@ class Tiers:
     # What is where
 
     def limit(self, place: Place) -> int:
-        """The budget of a tier in bytes; the disk has none."""
+        """The budget of a tier in bytes, what it holds included; the disk has none."""
         if place == "disk":
             return 1 << 62
         if place not in self._limits:
@@ -124,6 +124,7 @@ class Tiers:
         if place == "host":
             return available_host_memory() + self.pool.used + self.pool.idle
         free, _ = torch.cuda.mem_get_info(self.device)
+        free += self.held("gpu")
         return free + torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
 
     def blocks(self) -> list[Block]:
@@ -154,7 +155,8 @@ class Tiers:
     def ring(self, nbytes: int) -> Ring:
         """What a recording passes values through that makes ``nbytes`` a call: two pieces of each, or one if the
         budget is small."""
-        self._disk_failure = None  # it may have room again
+        self._disk_failure = None  # it may have room again, and so may others
+        self._limits.clear()
         self._told.clear()
         room = self.limit("gpu") - self.held("gpu") if self.on_gpu else 0
         return Ring(2 if 2 * nbytes <= room / 2 else 1, next(self._clock))
