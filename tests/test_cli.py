@@ -176,7 +176,6 @@ def test_a_base_is_kept_and_edited_by_another_command(run):
         (["generate", BEFORE, "--save", "kept"], 1, "it holds a saved base"),
         (["edit", "--base", "kept", FIRST, "--steps", 3], 2, "--steps: goes with a new picture"),
         (["edit", "--base", "kept", FIRST, "--dtype", "bfloat16"], 1, "dtype: saved with 'float32', here 'bfloat16'"),
-        (["edit", "--base", "kept", FIRST, "--kv", "int8"], 1, "kv: saved with 'cached', here 'int8'"),
         (["edit", "--base", "none", FIRST], 1, "there is no such folder"),
     ):
         result = run(*arguments)
