@@ -90,7 +90,10 @@ def test_edits_are_the_same_on_every_tier(
 
 
 @both
-@pytest.mark.parametrize("options", [{"storage": "int8"}, {}], ids=["all", "keys"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({"storage": "int8"}, id="all"), pytest.param({}, id="keys", marks=pytest.mark.nightly)],
+)
 def test_8_bits(
     model: nn.Module, call: dict[str, Any], wanted: Any, provider: str, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -331,7 +334,7 @@ class Stop(BaseException):
 
 
 @both
-@pytest.mark.parametrize("error", [Stop, ValueError])
+@pytest.mark.parametrize("error", [Stop, pytest.param(ValueError, marks=pytest.mark.nightly)])
 def test_an_edit_that_is_broken_off(
     model: nn.Module, call: dict[str, Any], wanted: Any, tmp_path: Path, provider: str, error: type[BaseException]
 ) -> None:
