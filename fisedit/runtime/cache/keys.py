@@ -34,14 +34,15 @@ class Bandwidth:
         host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
         first, second = (torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2))
         found = []
-        for source in (host, first):
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            for _ in range(2):  # the second one counts
-                events[0].record()
-                second.copy_(source, non_blocking=True)
-                events[1].record()
-            events[1].synchronize()
-            found.append(nbytes / (events[0].elapsed_time(events[1]) * 1e-3))
+        with torch.cuda.device(device):
+            for source in (host, first):
+                events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+                for _ in range(2):  # the second one counts
+                    events[0].record()
+                    second.copy_(source, non_blocking=True)
+                    events[1].record()
+                events[1].synchronize()
+                found.append(nbytes / (events[0].elapsed_time(events[1]) * 1e-3))
         return Bandwidth(found[0], 2 * found[1])  # a copy reads and writes
 
 
