@@ -36,6 +36,7 @@ from fisedit.fingerprint import Fingerprinter, ModelState
 from fisedit.identity import ModelIdentity
 from fisedit.program import Program
 from fisedit.recording import Recording, RecordSession
+from fisedit.runtime.cache.keys import KeysPlan
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cache.writer import Writer
 from fisedit.runtime.cost_model import CostModel
@@ -84,6 +85,7 @@ class _Live:
     programs: dict[tuple[nn.Module, Signature], Program] = field(default_factory=dict)
     packed: Made = field(default_factory=Made)
     tiers: dict[torch.device, Tiers] = field(default_factory=dict)
+    keys_plan: KeysPlan | None = None
     state: ModelState | None = None
     sessions: int = 0
     in_session: bool = False
@@ -335,7 +337,7 @@ class CompiledUNet(nn.Module):
                 state = self._weights()
                 program = self._build(model, call, self.compile_config)
                 program.packed = live.packed
-                program.plan_keys(self.tiers(call.device))
+                live.keys_plan = program.plan_keys(self.tiers(call.device), live.keys_plan)
                 state.fingerprint = live.fingerprinter.read(self._dense)
                 _warn_of_islands(program)
                 live.programs[key] = program

@@ -122,11 +122,25 @@ class Program:
             self._wanted[kind] = sorted(slot for slot in loaded if self.uses[slot].kind != "small")
         return self._wanted[kind]
 
-    def plan_keys(self, tiers: Tiers) -> None:
-        """Choose how keys and values are kept, where the user leaves it to us; before anything is recorded."""
+    def plan_keys(self, tiers: Tiers, known: KeysPlan | None) -> KeysPlan | None:
+        """Choose how keys and values are kept, where the user leaves it to us; before anything is recorded.
+
+        Args:
+            known: what was chosen for other signatures of the model: one recording may be edited in calls of several.
+        """
         if self.config.kv != "auto":
-            return
+            return None
         self.executable("edit")
+        plan = self.keys_plan = known or self._plan_keys(tiers)
+        self.config = replace(self.config, kv=plan.kv)
+        if plan.kv == "active":  # another graph, and other slots
+            for made in (self.graphs, self.executables, self.logs):
+                made.pop("edit")
+            self.__dict__.pop("uses", None)
+            self._wanted.clear()
+        return plan
+
+    def _plan_keys(self, tiers: Tiers) -> KeysPlan:
         sizes = {
             str(ir.args(node)[0]): node.meta["recorded"].nbytes
             for node in self.graphs["edit"].graph.nodes
@@ -136,13 +150,7 @@ class Program:
         weights = sum(weight.nbytes for weight in self.captured.module.parameters())
         first, last = self.config.cache.steps or (1, None)
         steps = (last or max(STEPS, first)) - first + 1
-        plan = self.keys_plan = plan_keys(keys, weights, tiers.limit(tiers.order[0]), tiers.bandwidth, steps)
-        self.config = replace(self.config, kv=plan.kv)
-        if plan.kv == "active":  # another graph, and other slots
-            for made in (self.graphs, self.executables, self.logs):
-                made.pop("edit")
-            self.__dict__.pop("uses")
-            self._wanted.clear()
+        return plan_keys(keys, weights, tiers.limit(tiers.order[0]), tiers.bandwidth, steps)
 
     @property
     def kv(self) -> str:

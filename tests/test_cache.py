@@ -475,6 +475,10 @@ def test_keys_by_plan(model: nn.Module, call: dict[str, Any], wanted: Any, provi
         assert f"keys and values: {kv}, since keys and values take" in unet.inspect()
         if budget is None:
             assert same(edited(unet, call, base), wanted[0])
+            with unet.record():  # one plan for calls of all sizes, which one recording may see
+                unet(torch.cat([call["sample"]] * 2), 900, torch.cat([call["encoder_hidden_states"]] * 2))
+            assert {program.kv for program in unet._live.programs.values()} == {"cached"}
+            assert len(unet._live.programs) == 2 and unet.inspect().count("keys and values: cached") == 2
         elif budget:
             assert sizes(base)["keys"] < 0.5 * sizes(recorded(compiled(model, provider), call))["keys"]
 
