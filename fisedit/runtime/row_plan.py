@@ -152,9 +152,8 @@ class RowPlan:
         """A table, or one of the flags ``full`` and ``partial`` of a level.
 
         Shapes: active int64 ``[M, N]``, padded with R; sources and own sources int32 ``[M, N', taps]``; keys int32
-        ``[M, R]``;
-        number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``, the rows
-        of each; locks int32 ``[LOCKS]``, zeros.
+        ``[M, R]``; number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``,
+        the rows of each; locks int32 ``[LOCKS]``, zeros.
         """
         if key.kind == "locks":
             return self.locks

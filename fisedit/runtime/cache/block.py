@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fisedit.runtime.kernels.quantize_rows.reference import dequantize_rows
 
 Kind = Literal["small", "keys", "maps", "queries"]
 """How recorded values are read: ``maps`` by edits, the rows around the mask; ``keys`` by edits, whole (keys and values
-of self-attention, maps of dense islands); ``queries`` while a mask is sought, whole; ``small`` (statistics, outputs)
+of self-attention, maps of dense islands); ``queries`` while a mask is sought, whole; ``small`` (statistics)
 in every sparse call, whole."""
 Tier = Literal["gpu", "pinned", "pageable", "disk"]
 """Where a block lies: in the GPU's memory, in host memory that the GPU reads by address, in other host memory (all
@@ -236,8 +236,3 @@ def take_samples(value: Tensor, batch: int, numbers: Sequence[int]) -> Tensor:
     else:
         taken = torch.stack([split[number] for number in numbers])  # an index would be waited for
     return taken.flatten(0, 1) if len(value) != batch else taken
-
-
-def distinct_bytes(blocks: Sequence[Any]) -> int:
-    """Bytes of the blocks of a list, each counted once."""
-    return sum({id(block): block.nbytes for block in blocks}.values())

@@ -90,7 +90,6 @@ class Tiers:
         self.order += ["disk"] if budgets.disk is not None else []
         self.pool = HostPool(pin=self.on_gpu)
         self.bus: float | None = None
-        self.placed: Counter[tuple[Kind, Place]] = Counter()
         self.moved: Counter[tuple[Kind, Place, Place]] = Counter()
         self.notes: list[str] = []
         self._told: set[str] = set()
@@ -177,8 +176,6 @@ class Tiers:
                 failed.add(place)
             if block is None:
                 block = Block(kind, layout, "pageable", None, lost=self._why_lost())
-            else:
-                self.placed[kind, place_of(block.tier)] += block.nbytes
             block.used = number = next(self._clock)
             self._blocks[number] = weakref.ref(block)
             return block
@@ -439,7 +436,6 @@ class Tiers:
                 self._allocate_copy(block, place)
                 failed.add(place)
             block.readers, block.used = 1, next(self._clock)  # it stays there while it is filled, without the lock
-            self.placed[kind, place_of(block.tier)] += block.nbytes
             self._blocks[block.used] = weakref.ref(block)
         if block.data is not None:
             block.layout.write(block.data, values)
