@@ -58,163 +58,180 @@ def _load_weight(
 
 
 @triton.jit
-def _scale(x, affine, plane, stride, sample, batch, column, kept, PAIR: tl.constexpr):
-    """``x`` by the scale and offset of each row's sample: of one or two samples, a row of each is loaded once."""
-    if PAIR:
-        at, other = affine + column, affine + (batch - 1) * stride + column
-        own = (sample == 0)[:, None]
-        x *= tl.where(own, tl.load(at, mask=kept, other=0.0)[None, :], tl.load(other, mask=kept, other=0.0)[None, :])
-        at, other = at + plane, other + plane
-        x += tl.where(own, tl.load(at, mask=kept, other=0.0)[None, :], tl.load(other, mask=kept, other=0.0)[None, :])
+def _sample_of(row, per, PAIR: tl.constexpr):
+    """Which sample each row is of: of one or two, without a division."""
+    return (row >= per).to(tl.int32) if PAIR else row // per
+
+
+@triton.jit
+def _scale(x, affine, plane, stride, sample, lowest, highest, column, kept, EVEN_N: tl.constexpr, PAIR: tl.constexpr):
+    """``x`` by the scale and offset of each row's sample. Most tiles lie in one sample (``lowest`` is ``highest``)."""
+    within = None if EVEN_N else kept
+    if lowest == highest:
+        at = affine + lowest * stride + column
+        x = x * tl.load(at, mask=within)[None, :] + tl.load(at + plane, mask=within)[None, :]
+    elif PAIR:
+        at, own = affine + column, (sample == 0)[:, None]
+        x *= tl.where(own, tl.load(at, mask=within)[None, :], tl.load(at + stride, mask=within)[None, :])
+        at += plane
+        x += tl.where(own, tl.load(at, mask=within)[None, :], tl.load(at + stride, mask=within)[None, :])
     else:
         at = affine + sample[:, None] * stride + column[None, :]
-        x *= tl.load(at, mask=kept[None, :], other=0.0)
-        x += tl.load(at + plane, mask=kept[None, :], other=0.0)
+        within = None if EVEN_N else kept[None, :]
+        x = x * tl.load(at, mask=within) + tl.load(at + plane, mask=within)
     return x
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "splits", "ahead_size"])
+@triton.jit
+def _recorded_rows(rows, recorded, sample, stride, ADDRESSES: tl.constexpr):
+    """Where each row's sample has its recorded map."""
+    ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    if ADDRESSES:
+        first = tl.load(recorded + sample)
+    else:
+        first = recorded.to(tl.int64) + sample.to(tl.int64) * stride * ITEM
+    return tl.multiple_of(first.to(rows.dtype), 16)
+
+
+@triton.jit
+def _add_parts(part, splits, inside, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr):
+    """The sum of all parts in their order. They come from L2: L1 may hold what stood there before."""
+    sums = tl.zeros((BM, BN), tl.float32)
+    for first in range(0, splits, 4):
+        for more in tl.static_range(4):  # four loads under way
+            sums += tl.load(part + inside, mask=first + more < splits, other=0.0, cache_modifier=".cg")
+            part += SIZE
+    return sums
+
+
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "ahead_size"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
     locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride,
-    recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, splits,
+    recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, steps,
+    each,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
     per = tl.load(count)
     total = per * batch
-    tiles_m, tiles_n = tl.cdiv(total, BM), tl.cdiv(co, BN)
-    tile = tl.program_id(0)
-    if tile >= tiles_m * tiles_n:
+    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
+    if tile_m * BM >= total:
         return
-    # Eight row tiles at a time share what they read of the weights in L2.
-    group = tile // (8 * tiles_n)
-    height = min(tiles_m - group * 8, 8)
-    tile_m = group * 8 + (tile % (8 * tiles_n)) % height
-    tile_n = (tile % (8 * tiles_n)) // height
-
     row = tile_m * BM + tl.arange(0, BM)
     valid = row < total
-    row = tl.where(valid, row, 0)
-    sample = row // per
-    place = row - sample * per
+    sample = _sample_of(tl.where(valid, row, 0), per, PAIR)
+    row = tl.where(valid, row, 0) - sample * per
     column = tile_n * BN + tl.arange(0, BN)
     kept = column < co
     step = tl.arange(0, BK)
-    chunks = tl.cdiv(c1, BK)
-    steps = inner // BK if TWO else chunks * taps
     first, last = 0, steps
     if SPLIT:
-        each = tl.cdiv(steps, splits)
-        first = tl.program_id(1) * each
+        first = tl.program_id(2) * each
         last = min(first + each, steps)
+
+    # Tables and addresses are no kernel's work: they need not be waited for.
+    tap, begin = 0, first * BK
+    width = tl.cdiv(c1, BK) * BK
+    if GATHER or TWO:
+        if SPLIT:
+            tap = min(begin // width, taps)
+            begin -= tap * width
+    if GATHER:
+        table = sources + sample * table_stride + row * taps
+        own = rows + (sample * n_in).to(tl.int64) * c1
+        there = _recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
+        index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+    else:
+        own = rows + (sample * n_in + row).to(tl.int64) * rows_stride
+    place = sample * n_out + row
+    if TWO:  # after the taps
+        own2 = rows2 + place.to(tl.int64) * rows2_stride
+        if THREE:
+            own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    own = (sample * n_in).to(tl.int64)
-    if GATHER:
-        table = sources + sample * table_stride + place * taps
-        if ADDRESSES:
-            shift = (tl.load(recorded + sample) - rows.to(tl.int64)) // ITEM
-        else:
-            shift = (recorded.to(tl.int64) - rows.to(tl.int64)) // ITEM
-            shift = shift + sample.to(tl.int64) * recorded_stride
-        shift = tl.multiple_of(shift, [16 // ITEM])
-    else:
-        offset = (own + place) * rows_stride
-    if TWO:  # after the taps
-        mine = (sample * n_out + place).to(tl.int64)
-        apart = (rows2.to(tl.int64) - rows.to(tl.int64)) // ITEM
-        offset2 = tl.multiple_of(apart, 16 // ITEM) + mine * rows2_stride
-        if THREE:
-            apart = (rows3.to(tl.int64) - rows.to(tl.int64)) // ITEM
-            offset3 = tl.multiple_of(apart, 16 // ITEM) + mine * rows3_stride - c2
-
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
-    if GATHER:
-        index = tl.load(table + min(first // chunks, taps - 1), mask=valid, other=-1)
     for number in tl.range(first, last):
-        tap = min(number // chunks, taps) if TWO else number // chunks
-        begin = (number - tap * chunks) * BK
-        channel = begin + step
+        start, wanted = own, valid
+        channel = (begin + step)[None, :]
         if GATHER:
-            offset = tl.where(index < n_in, (own + index) * rows_stride, shift + (index - n_in).to(tl.int64) * c1)
-            wanted = index >= 0
-        else:
-            wanted = valid
+            start, wanted = tl.where(index < n_in, own, there), index >= 0
+            inside = (index.to(tl.int64) if WIDE else index) * c1
+            if TWO:
+                inside = tl.where(tap < taps, inside, 0)
+            channel = inside[:, None] + channel
         if TWO:
-            start = tl.where(tap < taps, offset, offset2)
             wanted = tl.where(tap < taps, wanted, valid)
+            start = tl.where(tap < taps, start, own2)
             if THREE:
-                start = tl.where((tap < taps) | (begin < c2), start, offset3)
-        else:
-            start = offset
-        if EVEN_C:
-            a = tl.load(rows + start[:, None] + channel[None, :], mask=wanted[:, None], other=0.0)
-        else:
-            a = tl.load(
-                rows + start[:, None] + channel[None, :], mask=wanted[:, None] & (channel < c1)[None, :], other=0.0
-            )
+                start = tl.where((tap < taps) | (begin < c2), start, own3)
+        wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
+        a = tl.load(start[:, None] + channel, mask=wanted, other=0.0)
         at = number * BK if EVEN_C else tap * c1 + begin
-        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N)
+        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, begin + step < c1, TMA, EVEN_C, EVEN_N)
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
             w = _load_weight(
-                weight, co + tile_n * BN, at, co + column, step, inner, kept, channel < c1, TMA, EVEN_C, EVEN_N
+                weight, co + tile_n * BN, at, co + column, step, inner, kept, begin + step < c1, TMA, EVEN_C, EVEN_N
             )
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
+        begin += BK
+        if GATHER or TWO:
+            over = (begin >= width) & (tap < taps)
+            tap += over.to(tl.int32)
+            begin = tl.where(over, 0, begin)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
-            index = tl.load(table + min((number + 1) // chunks, taps - 1), mask=valid, other=-1)
+            index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+    tile = tile_m * tl.num_programs(0) + tile_n
+    splits = tl.num_programs(2)
     if PDL:
-        prefetch(ahead, ahead_size, tile * splits + tl.program_id(1), tiles_m * tiles_n * splits)
+        prefetch(ahead, ahead_size, tile * splits + tl.program_id(2), tl.cdiv(total, BM) * tl.num_programs(0) * splits)
 
     if SPLIT:
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-        mine = partial + (tile * splits + tl.program_id(1)).to(tl.int64) * SIZE
+        parts = partial + (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tl.store(mine + inside, sums)
+        tl.store(parts + tl.program_id(2) * SIZE + inside, sums)
         if GATED:
-            tl.store(mine + BM * BN + inside, gates)
+            tl.store(parts + tl.program_id(2) * SIZE + BM * BN + inside, gates)
         tl.debug_barrier()
         if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
             return
         tl.store(locks + tile, 0)
-        sums = tl.zeros((BM, BN), tl.float32)
-        gates = tl.zeros((BM, BN), tl.float32)
-        mine = partial + (tile * splits).to(tl.int64) * SIZE
-        for first in range(0, splits, 4):
-            for more in tl.static_range(4):  # four loads under way
-                there = first + more < splits
-                sums += tl.load(mine + inside, mask=there, other=0.0, cache_modifier=".cg")
-                if GATED:
-                    gates += tl.load(mine + BM * BN + inside, mask=there, other=0.0, cache_modifier=".cg")
-                mine += SIZE
-
-    if BIAS:
-        sums += tl.load(bias + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+        sums = _add_parts(parts, splits, inside, BM, BN, SIZE)
         if GATED:
-            gates += tl.load(bias + co + column, mask=kept, other=0.0).to(tl.float32)[None, :]
+            gates = _add_parts(parts + BM * BN, splits, inside, BM, BN, SIZE)
+
+    within = None if EVEN_N else kept
+    if BIAS:
+        sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
+        if GATED:
+            gates += tl.load(bias + co + column, mask=within).to(tl.float32)[None, :]
+    lowest = _sample_of(tile_m * BM, per, PAIR)
+    highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
     if AFFINE:
-        sums = _scale(sums, affine, affine_plane, affine_batch, sample, batch, column, kept, PAIR)
-    if GATED:
-        sums = sums * activate(gates, ACTIVATION)
-    else:
-        sums = activate(sums, ACTIVATION)
-    goal = (sample * n_out + place).to(tl.int64)[:, None]
-    good = valid[:, None] & kept[None, :]
+        sums = _scale(
+            sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, kept, EVEN_N, PAIR
+        )
+    sums = sums * activate(gates, ACTIVATION) if GATED else activate(sums, ACTIVATION)
+    goal = place.to(tl.int64)[:, None]
+    good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
     if RESIDUAL:
         sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
     result = sums.to(out.dtype.element_ty)
     tl.store(out + goal * co + column[None, :], result, mask=good)
     if normalized is not None:
-        sums = result.to(tl.float32)
-        sums = _scale(sums, norm_affine, norm_plane, norm_batch, sample, batch, column, kept, PAIR)
+        sums = _scale(
+            result.to(tl.float32), norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, kept, EVEN_N,
+            PAIR,
+        )  # fmt: skip
         sums = activate(sums, NORM_ACTIVATION)
         tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
@@ -240,7 +257,7 @@ def multiply_rows(
     norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
 ) -> Tensor:
     """See the reference. ``norm``: where the rows go once more, normalized with this affine, and activated."""
-    rows = _plain(rows)
+    rows = _plain(rows) if sources is None else rows.contiguous()
     batch, n_in, c1 = rows.shape
     n_out = n_in if sources is None else sources.shape[1]
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
@@ -252,7 +269,8 @@ def multiply_rows(
     if full:
         affine, activation = None, activation if gated else "none"
     out, (normalized, norm_affine, norm_activation) = rows.new_empty(batch, n_out, co), norm  # [B, N', Co]
-    tiles = cdiv(batch * n_out, config.m) * cdiv(co, config.n)
+    tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
+    tiles = tiles_n * tiles_m
     steps = cdiv(c1, config.k) * taps + cdiv(c2 + c3, config.k)
     splits = _splits(config.split, steps, tiles, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
@@ -264,16 +282,18 @@ def multiply_rows(
     assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
     tma = TMA and pdl and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
-    launch(_multiply, (tiles, splits),
+    launch(_multiply, (tiles_n, tiles_m, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
         _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
         *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
-        _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, splits,
+        _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
+        cdiv(steps, splits),
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
+        WIDE=(n_in + 16 * positions) * c1 >= 2**31,
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         SPLIT=splits > 1, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
         num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
