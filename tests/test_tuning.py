@@ -246,7 +246,7 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
                   product(0, (320, 0), 320), product(9, (960, 0), 320)):  # fmt: skip
         for rows in (8, 24, 96, 200, 800, 3000, 9216):
             ways = [way for way in tuning.candidates(shape, rows) if isinstance(way, Config)]
-            assert 1 <= len(ways) <= 10
+            assert 1 <= len(ways) <= 12
             for way in ways:
                 assert way.m <= 4 * rows and way.stages >= 2
                 assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * way.stages <= 227 * 1024
@@ -259,7 +259,7 @@ def test_work_is_split_where_tiles_are_few() -> None:
         return {way.split for way in tuning.candidates(shape, rows) if isinstance(way, Config)}
 
     assert splits(product(9, (1280, 0), 1280), 8) == {6}  # 20 tiles on 132 multiprocessors
-    assert splits(product(9, (1280, 0), 1280), 96) <= {2, 3, 4, 6, 8}
+    assert splits(product(9, (1280, 0), 1280), 96) <= {2, 3, 4, 6, 8, 13}  # staged ones share them
     assert splits(product(0, (5120, 0), 1280), 8) == {7}
     assert splits(product(0, (320, 0), 320), 8) == {1}
     assert splits(product(0, (5120, 0), 1280), 3000) == {1}

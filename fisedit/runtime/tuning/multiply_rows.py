@@ -38,6 +38,8 @@ TILES = (
     kernel.Config(128, 128, 64, 8, 4),
     kernel.Config(128, 128, 128, 8, 3),
     kernel.Config(128, 256, 64, 8, 3),
+    kernel.Config(128, 64, 64, 4, 4, staged=True, registers=168),
+    kernel.Config(128, 128, 64, 8, 4, staged=True, registers=128),
 )
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
@@ -192,17 +194,19 @@ def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
         return False  # tiles of 128 rows are many enough, and read less
     if _tiles(tile, product, rows) * 2**17 < MULTIPROCESSORS * tile.m * tile.n:
         return False  # too few to fill the GPU, however the work is split
+    if tile.staged and (product.taps <= 1 or any(channels % tile.k for channels in product.channels)):
+        return False
     if any(channels % tile.k for channels in product.channels):
         alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
         if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
             return False
-    return SHARED_MEMORY // _stage_bytes(tile, product) >= 3
+    return _deepest(tile, product, SHARED_MEMORY) >= 3
 
 
 def _stages(tile: kernel.Config, product: Product) -> int:
     """As deep as the tile says and fits; of short products no deeper than lets two programs share a multiprocessor,
     one of which starts or ends while the other multiplies."""
-    deep, shared = (memory // _stage_bytes(tile, product) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
+    deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     short = product.taps <= 1 and sum(product.channels) <= SHORT
     return min(tile.stages, shared if short and shared >= 2 else deep)
 
@@ -211,13 +215,16 @@ def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
     return cdiv(rows, tile.m) * cdiv(product.columns, tile.n)
 
 
-def _stage_bytes(tile: kernel.Config, product: Product) -> int:
-    return (tile.m + tile.n * (2 if product.gated else 1)) * tile.k * product.dtype.itemsize
+def _deepest(tile: kernel.Config, product: Product, memory: int) -> int:
+    """How many steps of a product fit into so many bytes."""
+    rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
+    return (memory - rows) // weights if tile.staged else memory // (rows + weights)
 
 
 def _split(tile: kernel.Config, product: Product, number: int) -> int:
-    """How often the work is split, for about one program a multiprocessor: never more, where each has much to do."""
-    share = MULTIPROCESSORS / _tiles(tile, product, product.batch * grid(number))
+    """How often the work is split, for about one program a multiprocessor, two if they are staged: never more, where each
+    has much to do."""
+    share = MULTIPROCESSORS * (2 if tile.staged else 1) / _tiles(tile, product, product.batch * grid(number))
     most = product.steps(tile.k) // LEAST_STEPS
     return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))
 

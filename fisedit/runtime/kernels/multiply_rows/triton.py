@@ -25,7 +25,12 @@ TMA = True
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
+    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split.
+
+    ``staged``: rows wait for their turn in registers, one step ahead, not in shared memory. They come through L1, where
+    the taps of a convolution find them again, and more programs fit on a multiprocessor; but products wait for them.
+    ``registers``: of a thread, at most.
+    """
 
     m: int
     n: int
@@ -33,9 +38,12 @@ class Config:
     warps: int
     stages: int
     split: int = 1
+    staged: bool = False
+    registers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
+        how = f"{' staged' * self.staged}{f' r{self.registers}' if self.registers else ''}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{how} /{self.split}"
 
 
 @triton.jit
@@ -104,6 +112,78 @@ def _add_parts(part, splits, inside, BM: tl.constexpr, BN: tl.constexpr, SIZE: t
     return sums
 
 
+@triton.jit
+def _first_step(number, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
+    """Tap and channel where a step begins; what lies behind the taps has tap ``taps``, or channels from ``width`` on.
+
+    Steps go ``BY_TAP``, all channels of one after the other, or else through all taps of some channels, whose rows are
+    in L1 then. Without ``TURNS`` there is one tap, and nothing behind it.
+    """
+    if not TURNS:
+        tap, begin = 0, number * BK
+    elif BY_TAP:
+        tap = min(number * BK // width, taps)
+        begin = number * BK - tap * width
+    else:
+        chunk = min(number // taps, width // BK)
+        behind = chunk * BK == width
+        tap = tl.where(behind, 0, number - chunk * taps)
+        begin = chunk * BK + tl.where(behind, (number - chunk * taps) * BK, 0)
+    return tap, begin
+
+
+@triton.jit
+def _next_step(tap, begin, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
+    if not TURNS:
+        begin += BK
+    elif BY_TAP:
+        begin += BK
+        over = (begin >= width) & (tap < taps)
+        tap += over.to(tl.int32)
+        begin = tl.where(over, 0, begin)
+    else:
+        tap += 1
+        over = (tap == taps) | (begin >= width)
+        tap = tl.where(over, 0, tap)
+        begin += tl.where(over, BK, 0)
+    return tap, begin
+
+
+@triton.jit
+def _weight_of(tap, begin, c1, width, taps, TWO: tl.constexpr):
+    """Where the weights of a step begin that goes through all taps of some channels."""
+    at = tap * c1 + begin
+    return at + tl.where(begin >= width, (taps - 1) * c1, 0) if TWO else at
+
+
+@triton.jit
+def _load_rows(
+    own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
+    GATHER: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
+    BY_TAP: tl.constexpr,
+):  # fmt: skip
+    """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
+    if TWO:
+        behind = tap == taps if BY_TAP else begin >= width
+        begin = begin if BY_TAP else tl.where(behind, begin - width, begin)
+    channel = (begin + step)[None, :]
+    if GATHER:
+        start, wanted = tl.where(index < n_in, own, there), index >= 0
+        inside = (index.to(tl.int64) if WIDE else index) * c1
+        if TWO:
+            wanted = tl.where(behind, valid, wanted)
+            inside = tl.where(behind, 0, inside)
+        channel = inside[:, None] + channel
+    else:
+        start, wanted = own, valid
+    if TWO:
+        start = tl.where(behind, own2, start)
+        if THREE:
+            start = tl.where(behind & (begin >= c2), own3, start)
+    wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
+    return tl.load(start[:, None] + channel, mask=wanted, other=0.0)
+
+
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "ahead_size"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
@@ -112,10 +192,11 @@ def _multiply(
     each,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, STAGED: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     PAIR: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    BY_TAP: tl.constexpr = not STAGED
     per = tl.load(count)
     total = per * batch
     tile_n, tile_m = tl.program_id(0), tl.program_id(1)
@@ -134,12 +215,12 @@ def _multiply(
         last = min(first + each, steps)
 
     # Tables and addresses are no kernel's work: they need not be waited for.
-    tap, begin = 0, first * BK
     width = tl.cdiv(c1, BK) * BK
-    if GATHER or TWO:
-        if SPLIT:
-            tap = min(begin // width, taps)
-            begin -= tap * width
+    tap, begin = 0, 0
+    if SPLIT:
+        tap, begin = _first_step(first, width, taps, BK, BY_TAP, GATHER or TWO)
+    place = sample * n_out + row
+    own, own2, own3, there, index = rows, rows, rows, rows, row
     if GATHER:
         table = sources + sample * table_stride + row * taps
         own = rows + (sample * n_in).to(tl.int64) * c1
@@ -147,46 +228,44 @@ def _multiply(
         index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     else:
         own = rows + (sample * n_in + row).to(tl.int64) * rows_stride
-    place = sample * n_out + row
     if TWO:  # after the taps
         own2 = rows2 + place.to(tl.int64) * rows2_stride
-        if THREE:
-            own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
+    if THREE:
+        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
-    for number in tl.range(first, last):
-        start, wanted = own, valid
-        channel = (begin + step)[None, :]
+    at = _weight_of(tap, begin, c1, width, taps, TWO)
+    if STAGED:
+        a = _load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
+                       GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
+        tap, begin = _next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
         if GATHER:
-            start, wanted = tl.where(index < n_in, own, there), index >= 0
-            inside = (index.to(tl.int64) if WIDE else index) * c1
-            if TWO:
-                inside = tl.where(tap < taps, inside, 0)
-            channel = inside[:, None] + channel
-        if TWO:
-            wanted = tl.where(tap < taps, wanted, valid)
-            start = tl.where(tap < taps, start, own2)
-            if THREE:
-                start = tl.where((tap < taps) | (begin < c2), start, own3)
-        wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
-        a = tl.load(start[:, None] + channel, mask=wanted, other=0.0)
-        at = number * BK if EVEN_C else tap * c1 + begin
-        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, begin + step < c1, TMA, EVEN_C, EVEN_N)
+            index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+    for number in tl.range(first, last):
+        if not STAGED:
+            a = _load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
+                           GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
+            at = number * BK if EVEN_C else tap * c1 + begin
+        elif not (GATHER or TWO):
+            at = number * BK
+        within = begin + step < c1
+        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
-            w = _load_weight(
-                weight, co + tile_n * BN, at, co + column, step, inner, kept, begin + step < c1, TMA, EVEN_C, EVEN_N
-            )
+            w = _load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
-        begin += BK
-        if GATHER or TWO:
-            over = (begin >= width) & (tap < taps)
-            tap += over.to(tl.int32)
-            begin = tl.where(over, 0, begin)
+        if STAGED:
+            more = valid & (number + 1 < last)
+            if GATHER:
+                index = tl.where(more, index, -1)
+            a = _load_rows(own, there, own2, own3, index, more, tap, begin, step, n_in, c1, c2, width, taps,
+                           GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
+            at = _weight_of(tap, begin, c1, width, taps, TWO)
+        tap, begin = _next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
             index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     tile = tile_m * tl.num_programs(0) + tile_n
@@ -217,9 +296,7 @@ def _multiply(
     lowest = _sample_of(tile_m * BM, per, PAIR)
     highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
     if AFFINE:
-        sums = _scale(
-            sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, kept, EVEN_N, PAIR
-        )
+        sums = _scale(sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, kept, EVEN_N, PAIR)
     sums = sums * activate(gates, ACTIVATION) if GATED else activate(sums, ACTIVATION)
     goal = place.to(tl.int64)[:, None]
     good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
@@ -280,6 +357,7 @@ def multiply_rows(
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
+    staged = config.staged and even_c  # else the weights' channels are masked, of a step that is not at hand
     tma = TMA and pdl and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles_n, tiles_m, splits),
@@ -295,8 +373,8 @@ def multiply_rows(
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31,
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        SPLIT=splits > 1, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
-        num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
+        SPLIT=splits > 1, STAGED=staged, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
