@@ -191,7 +191,10 @@ class Lane:
 
 @dataclass
 class Group:
-    """The lanes of a call that are computed alike, as one call of their samples."""
+    """The lanes of a call that are computed alike, as one call of their samples.
+
+    ``settled``: whether it is known if calls that seek a mask have to fetch.
+    """
 
     lanes: list[Lane]
     numbers: list[int]
@@ -200,6 +203,7 @@ class Group:
     replays: Replays | None = None
     replay: Replay | None = None
     prefetch: Prefetch | None = None
+    settled: bool = False
     _selected: dict[str, tuple[Tensor, int, Tensor]] = field(default_factory=dict)
     _masks: Tensor | None = None
 

@@ -18,7 +18,7 @@ from fisedit.errors import IncompleteRecordingError, RecordingMismatchError
 from fisedit.program import Program
 from fisedit.recording import CallCounter, CallKey, RecordedCall
 from fisedit.runtime import trace
-from fisedit.runtime.cache.block import take_samples
+from fisedit.runtime.cache.block import Use, take_samples
 from fisedit.runtime.cache.store import StackedCache, StepCache, clone_detached
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cache.writer import Writer
@@ -65,6 +65,9 @@ class EditSession:
             self._check(lane, call, key, recorded[id(lane)])
         self.calls += 1
         groups = self._groups()
+        for (kind, _), group in self.groups.items():
+            if kind == "detect" and group not in groups:
+                group.give_back()  # its masks are found: it comes no more
         results = [self._run_group(group, group.select(call), key, recorded) for group in groups]
         if len(groups) == 1:
             return results[0][1].captured.result(results[0][0])
@@ -194,7 +197,8 @@ class EditSession:
             detect = program.executable("detect", store)
             inputs = {**call.tensors, **self._control(group, call, key, recorded)}
             if not lacks_queries(program, recorded):
-                return lambda: detect.run(inputs, source=source, keep=keep)
+                self._fetch_queries(group, call, program)
+                return self._fetching(group, source, lambda of: detect.run(inputs, source=of, keep=keep))
             plain = program.executable("record")  # nothing is controlled
             return lambda: plain.run(call.tensors, keep=keep)
         group.memo.timetable = group.memo.timetable or Timetable(group.lanes[0].edit.base.timesteps)
@@ -222,44 +226,73 @@ class EditSession:
             group.give_back()
             group.replays = replays
             masks = LevelMasks(group.stack_masks(torch.device("cpu")), replays.levels)
-            halos = self._fetch_ahead(group, call, program, replays, masks)
+            halos = self._fetch_halos(group, call, program, replays, masks)
             group.replay = replays.take(masks, call.batch, call.device, halos)
         replay, prefetch, number = group.replay, group.prefetch, self.calls - 1
+        fetched = self._fetching(group, source, lambda of: replay.run(call.tensors, of, group.memo, keep))
         if prefetch is None:
-            return lambda: replay.run(call.tensors, source, group.memo, keep)
+            return fetched
 
         def compute() -> list[Tensor]:
-            outputs = replay.run(call.tensors, prefetch.source(number), group.memo, keep)
-            prefetch.done()
+            outputs = fetched()
             for lane in group.lanes:
                 lane.bytes_fetched.append(prefetch.bytes_loaded.pop(number, 0) // len(group.lanes))
             return outputs
 
         return compute
 
-    def _fetch_ahead(
+    def _fetch_halos(
         self, group: Group, call: Call, program: Program, replays: Replays, masks: LevelMasks
     ) -> Halos | None:
-        """Where recorded values have to be fetched, begin to; ``None`` where kernels read all in their places."""
+        """Have what sparse calls read fetched, of maps the rows around the masks; ``None`` if all is read in place."""
         wants = Wants(*replays.reads, program.uses)
-        slots = (*wants.views, *wants.loads)
-        keys = list(group.lanes[0].edit.base.calls)
+        sources = self._sources(group, call, (*wants.views, *wants.loads), len(group.lanes[0].edit.base.calls))
+        if sources is None:
+            return None
+        halos = Halos.of(masks, wants.geometries, wants.whole_levels)
+        group.prefetch = Prefetch(wants, halos, sources, call.batch, self.tiers(call.device))
+        return halos
+
+    def _fetch_queries(self, group: Group, call: Call, program: Program) -> None:
+        """Have what the calls read fetched that seek a mask, unless it is read in its place."""
+        if group.settled or not program.fused:
+            return
+        base, steps = group.lanes[0].edit.base, min(lane.edit.detect_steps for lane in group.lanes)
+        slots = tuple(program.wanted("detect"))
+        wants = Wants((), slots, dict.fromkeys(slots, Use("queries")))
+        seeking = sum(base.step_of(key) < steps for key in base.calls)
+        sources = self._sources(group, call, slots, seeking)
+        group.prefetch = sources and Prefetch(wants, None, sources, call.batch, self.tiers(call.device))
+        group.settled = True
+
+    def _sources(
+        self, group: Group, call: Call, slots: tuple[str, ...], calls: int
+    ) -> Callable[[int], StepCache | StackedCache | None] | None:
+        """What the first so many calls of the run read, by number; ``None`` if all from now on is read in its place."""
+        keys = list(group.lanes[0].edit.base.calls)[:calls]
         bases = [{id(lane): lane.edit.base.calls[key] for lane in group.lanes} for key in keys]
         kept = [not any(made.cache.lacks(slots) for made in calls.values()) for calls in bases]
 
         def source(number: int) -> StepCache | StackedCache | None:
             return group.source(bases[number], call.device) if number < len(keys) and kept[number] else None
 
-        coming = [
-            group.source(calls, call.device)
-            for calls, whole in list(zip(bases, kept, strict=True))[self.calls - 1 :]
-            if whole
-        ]
-        if all(of.is_resident(slots) for of in coming):
-            return None
-        halos = Halos.of(masks, wants.geometries, wants.whole_levels)
-        group.prefetch = Prefetch(wants, halos, source, call.batch, self.tiers(call.device))
-        return halos
+        coming = [of for number in range(self.calls - 1, len(keys)) if (of := source(number)) is not None]
+        return None if all(of.is_resident(slots) for of in coming) else source
+
+    def _fetching(
+        self, group: Group, source: _Loading, run: Callable[[Any], list[Tensor]]
+    ) -> Callable[[], list[Tensor]]:
+        """A call that reads ``source``, or what the group has fetched of it, and begins to fetch for the next one."""
+        prefetch, number = group.prefetch, self.calls - 1
+        if prefetch is None:
+            return lambda: run(source)
+
+        def compute() -> list[Tensor]:
+            outputs = run(prefetch.source(number))
+            prefetch.done()
+            return outputs
+
+        return compute
 
     def close(self) -> None:
         """Give the captured graphs back; wait for what is written to files, as it is known then whether it is whole."""

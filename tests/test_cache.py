@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import gc
+import json
 import re
 import threading
 import warnings
@@ -403,6 +404,20 @@ def test_what_killed_processes_left_is_swept(model: nn.Module, call: dict[str, A
 
 
 # Which steps are kept
+
+
+@pytest.mark.parametrize("provider", ["triton"], indirect=True, scope="module")
+def test_queries_are_read_ahead_while_a_mask_is_sought(
+    model: nn.Module, call: dict[str, Any], provider: str, wanted: Any, tmp_path: Path
+) -> None:
+    """And no longer: not for the first call after it."""
+    unet = compiled(model, provider, **OTHER_TIERS["disk"], disk=tmp_path / "cache")
+    base = recorded(unet, call)
+    with fisedit.trace(tmp_path / "trace.json"):
+        assert same(two_rounds(unet, call, base), wanted[1])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    reads = [event["name"] for event in events if event["name"].startswith("read queries")]
+    assert reads == ["read queries, call 1", "read queries, call 2"]
 
 
 @both

@@ -1,7 +1,8 @@
-"""Fetch what a sparse call reads of a recording while the call before it computes, from whichever tier it lies on.
+"""Fetch what a call of an edit reads of a recording while the call before it computes, from whichever tier it lies on.
 
 Of the maps that convolutions read only the rows around the mask are fetched, one after the other into buffers of fixed
-places; keys and values are read whole, where they lie if that is the GPU. There are two sets of buffers: one is read
+places; keys and values, and the queries that a mask is sought with, are read whole, where they lie if that is the GPU.
+There are two sets of buffers: one is read
 by the call under way, the other one filled for the next. On a GPU the copies run on a stream of their own, and streams
 wait for each other by events, never the host; only files, and memory that is not page-locked, are read by a thread.
 """
@@ -35,13 +36,13 @@ AHEAD = 3
 BUS_PROGRAMS, OWN_PROGRAMS = 12, 64
 """Programs of a GPU that copy rows: few keep the bus busy, and leave the rest to the call that computes; rows in the
 GPU's own memory take more."""
-FETCHED: tuple[Kind, ...] = ("maps", "keys")
+FETCHED: tuple[Kind, ...] = ("maps", "keys", "queries")
 """What is fetched; statistics and the like always lie where they are read."""
 
 
 @dataclass(frozen=True)
 class Wants:
-    """What a step stage reads: ``views``, in their place, and ``loads``, whole; ``uses``: how."""
+    """What the step stage of a graph reads: ``views``, in their place, and ``loads``, whole; ``uses``: how."""
 
     views: tuple[str, ...]
     loads: tuple[str, ...]
@@ -63,7 +64,7 @@ class Wants:
         return list(dict.fromkeys(g.source for use in read if use.kind == "keys" for g in use.geometries))
 
     def level(self, slot: str) -> Level | None:
-        """The level of a map; ``None`` for what is read whole."""
+        """The level of a map; ``None`` for what is fetched whole."""
         use = self.uses[slot]
         return use.geometries[0].source if use.kind == "maps" else None
 
@@ -74,7 +75,7 @@ class Buffers:
 
     Attributes:
         values: by slot, in that memory. goals, begins: their addresses, of each kind int64 ``[slots, B]`` and by slot.
-        quantized: keys as they were stored in 8 bits.
+        quantized: a block as it was stored in 8 bits.
         table: where the kernels of a call read each view, int64 ``[views, B]``.
         ready: when they are filled. read: when the call is over that reads them. alive: what is being copied.
     """
@@ -116,23 +117,23 @@ class Coming:
 
 
 class Prefetch:
-    """Fetches the recorded values of one edit's sparse calls, in their order, each before it is asked for.
+    """Fetches the recorded values of an edit's calls of one kind, in their order, each before it is asked for.
 
     Args:
         wants: what a call reads.
-        halos: which rows of the maps.
+        halos: which rows of the maps; ``None`` where none are read.
         sources: the recorded values of call ``number``; ``None`` where none are read.
         batch: samples of a call.
         tiers: where recorded values lie.
     """
 
     def __init__(
-        self, wants: Wants, halos: Halos, sources: Callable[[int], Source | None], batch: int, tiers: Tiers
+        self, wants: Wants, halos: Halos | None, sources: Callable[[int], Source | None], batch: int, tiers: Tiers
     ) -> None:
         self.wants, self.halos, self.sources, self.batch, self.tiers = wants, halos, sources, batch, tiers
         self.device = tiers.device
         self.bytes_loaded: dict[int, int] = {}
-        self._slots = {kind: wants.of(kind) for kind in FETCHED}
+        self._slots = {kind: slots for kind in FETCHED if (slots := wants.of(kind))}
         self._stream = torch.cuda.Stream(self.device, priority=-1) if tiers.on_gpu else None
         self._sets = [Buffers() for _ in range(SETS)]
         self._now = self._sets[0], -1
@@ -175,6 +176,11 @@ class Prefetch:
         self._filled.clear()
         self._sets.clear()
 
+    @property
+    def _halos(self) -> Halos:
+        assert self.halos is not None
+        return self.halos
+
     # Filling a set of buffers
 
     def _fill(self, number: int) -> None:
@@ -182,13 +188,13 @@ class Prefetch:
         if coming is None:
             return
         buffers, source = self._sets[number % SETS], coming.source
-        for kind, slots in self._slots.items():
-            if slots and not coming.reach[kind].in_place and kind not in buffers.data:
+        for kind in self._slots:
+            if not coming.reach[kind].in_place and kind not in buffers.data:
                 self._prepare(buffers, kind, source)
         self._read_ahead(number)
         counted: dict[str, int] = {}
         with self._on_stream(buffers), trace.span("load", f"call {number + 1}", self.device, counted):
-            buffers.alive = [t for kind in FETCHED for t in self._fetch(number, kind, buffers, coming)]
+            buffers.alive = [t for kind in self._slots for t in self._fetch(number, kind, buffers, coming)]
             table = self._table(buffers, coming).to(self.device, non_blocking=True)
             if buffers.table is None:
                 buffers.table = table
@@ -206,7 +212,7 @@ class Prefetch:
         if number not in self._coming:
             source = self.sources(number)
             reach = {
-                kind: Reach.of(source, slots, self.batch, self.device, whole=kind == "keys")
+                kind: Reach.of(source, slots, self.batch, self.device, whole=kind != "maps")
                 for kind, slots in self._slots.items()
                 if source is not None
             }
@@ -229,9 +235,9 @@ class Prefetch:
         for slot in self._slots[kind]:
             value, level = first.values[slot], self.wants.level(slot)
             assert not isinstance(value, Overlay)
-            rows = value.shape[1] if level is None else self.halos.size(level)
-            self.wants.shapes[slot] = value.shape[1], value.shape[2]
-            shapes[slot] = torch.empty(self.batch, rows, value.shape[2], dtype=value.dtype, device="meta")
+            self.wants.shapes[slot] = value.shape[1], value.shape[2:].numel()
+            rows = value.shape[1] if level is None else self._halos.size(level)
+            shapes[slot] = torch.empty(self.batch, rows, *value.shape[2:], dtype=value.dtype, device="meta")
         layout = Layout.of(shapes)
         buffers.data[kind] = self.tiers.allocate(layout.nbytes)
         buffers.values |= layout.views(buffers.data[kind])
@@ -242,7 +248,7 @@ class Prefetch:
     def _fetch(self, number: int, kind: Kind, buffers: Buffers, coming: Coming) -> list[Tensor]:
         """Bring the values of one kind into a set of buffers; returns what has to stay alive meanwhile."""
         reach, slots = coming.reach[kind], self._slots[kind]
-        if not slots or reach.in_place:
+        if reach.in_place:
             return []
         if not reach.by_address:
             read = self._reading.pop((number, kind)).result()
@@ -253,7 +259,7 @@ class Prefetch:
 
     def _copy(self, number: int, kind: Kind, buffers: Buffers, each: Links, depth: int) -> list[Tensor]:
         """Copy what one link of the samples' chains has: the dense recordings, or what edits put over them."""
-        block, begins, scales = each.alone if kind == "keys" else None, each.begins, each.scales
+        block, begins, scales = each.alone if kind != "maps" else None, each.begins, each.scales
         alive = []
         if block is not None and block.data is not None:
             if not scales.any():
@@ -335,7 +341,7 @@ class Prefetch:
         """Source and goal rows of one sample, int ``[n, 2]``; ``index``: the rows that an overlay has."""
         wanted = torch.arange(rows)
         if level is not None:
-            wanted = self.halos.positions[level][sample % len(self.halos.positions[level])]
+            wanted = self._halos.positions[level][sample % len(self._halos.positions[level])]
         goals = torch.arange(len(wanted))
         if index is None:
             return torch.stack([wanted, goals], 1)
@@ -350,8 +356,8 @@ class Prefetch:
         """Have a thread read what the device cannot reach, for this call and the next ones."""
         for ahead in range(number, number + AHEAD):
             coming = self._look(ahead)
-            for kind, slots in self._slots.items():
-                if coming is None or not slots or coming.reach[kind].in_place or coming.reach[kind].by_address:
+            for kind in self._slots:
+                if coming is None or coming.reach[kind].in_place or coming.reach[kind].by_address:
                     continue
                 if (ahead, kind) not in self._reading:
                     if self._thread is None:
@@ -367,7 +373,7 @@ class Prefetch:
             on_host, rows = source.on(torch.device("cpu")), {}
             for slot in self._slots[kind]:
                 level = self.wants.level(slot)
-                rows[slot] = on_host.load(slot, None if level is None else self.halos.index(level))
+                rows[slot] = on_host.load(slot, None if level is None else self._halos.index(level))
             layout = Layout.of(rows)
             data, _ = self.tiers.pool.take(layout.nbytes)
             layout.write(data, rows)

@@ -32,7 +32,7 @@ def times_sigmoid(x, y):
 
 @triton.jit
 def gelu(x):
-    """``x * normal_cdf(x)`` within 1.5e-7 * |x|, by erf of Abramowitz and Stegun, 7.1.26: half the steps of ``tl.erf``."""
+    """``x * normal_cdf(x)`` within 1.5e-7 * |x|, by Abramowitz and Stegun, 7.1.26: half the steps of ``tl.erf``."""
     if PTX:
         return tl.inline_asm_elementwise(
             """{

@@ -222,8 +222,8 @@ def _deepest(tile: kernel.Config, product: Product, memory: int) -> int:
 
 
 def _split(tile: kernel.Config, product: Product, number: int) -> int:
-    """How often the work is split, for about one program a multiprocessor, two if they are staged: never more, where each
-    has much to do."""
+    """How often the work is split, for about one program a multiprocessor (two, if they are staged): never more, where
+    each has much to do."""
     share = MULTIPROCESSORS * (2 if tile.staged else 1) / _tiles(tile, product, product.batch * grid(number))
     most = product.steps(tile.k) // LEAST_STEPS
     return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))

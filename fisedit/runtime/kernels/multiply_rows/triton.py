@@ -374,7 +374,8 @@ def multiply_rows(
         WIDE=(n_in + 16 * positions) * c1 >= 2**31,
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         SPLIT=splits > 1, STAGED=staged, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
-        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **({"launch_pdl": True} if pdl else {}),
+        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
 
