@@ -46,6 +46,8 @@ from fisedit.runtime.cache.block import SCALE
 from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.trace import Trace
 
+Masks = dict[str, list[Tensor | None]]
+"""By name; ``None`` stands for an edit that seeks its mask, in all steps that the base has the queries of."""
 WARM = 2
 """Calls of a session that are not part of its loop."""
 MB = 1e6
@@ -142,27 +144,47 @@ def record(subject: Subject, unet: fisedit.CompiledUNet) -> tuple[Loop, Recordin
     return timed, base
 
 
-def edit(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor) -> tuple[float, Tensor, float]:
+@contextmanager
+def editing(
+    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor | None
+) -> Iterator[tuple[fisedit.Edit, list[Any]]]:
+    """A session that edits under a mask, or seeks one, and the timesteps of its calls."""
+    if mask is not None:
+        with unet.edit(base, mask.to(subject.device)) as edit:
+            yield edit, list(subject.timesteps)
+        return
+    steps = sum(any(block.kind == "queries" for block in made.cache.blocks()) for made in base.calls.values())
+    with unet.edit(base, detect=fisedit.DetectConfig(steps=steps, window=(1, steps))) as edit:
+        yield edit, list(subject.timesteps)[:steps]
+
+
+def edit(
+    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor | None
+) -> tuple[float, Tensor, float]:
     """Ms of a call in a loop, the last output, and MB loaded by a call."""
     step = subject.step(unet)
-    with unet.edit(base, mask.to(subject.device)) as edit:
-        for timestep in subject.timesteps[:WARM]:
+    with editing(subject, unet, base, mask) as (edit, timesteps):
+        for timestep in timesteps[:WARM]:
             step(timestep)
-        timed, out = loop(step, subject.timesteps[WARM:], subject.device)
+        timed, out = loop(step, timesteps[WARM:], subject.device)
         report = edit.report()
     loaded = report.bytes_fetched[WARM:] if report.bytes_fetched else [0]
     return timed.wall, out.clone(), mean(loaded) / MB
 
 
-def transfers(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor) -> float:
-    """Ms that the copies of a call take on their stream."""
+def transfers(
+    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor | None
+) -> tuple[float, float]:
+    """Ms that the copies of a call take on their stream, and MB."""
     trace, step = Trace("bench"), subject.step(unet)
-    with trace.open(), unet.edit(base, mask.to(subject.device)):
-        for timestep in subject.timesteps:
+    with trace.open(), editing(subject, unet, base, mask) as (_, timesteps):
+        for timestep in timesteps:
             step(timestep)
     print(f"  files: read at {rate(trace, 'read')}", flush=True)
-    spans = [s.end - s.start for s in trace.spans() if s.track == "load"]
-    return median(spans[WARM:]) * 1e3 if len(spans) > WARM else 0.0
+    spans = [span for span in trace.spans() if span.track == "load"][WARM:] if subject.device.type == "cuda" else []
+    if not spans:
+        return 0.0, 0.0
+    return median(s.end - s.start for s in spans) * 1e3, median(s.args["bytes"] for s in spans) / MB
 
 
 def measure_record(
@@ -196,7 +218,7 @@ def measure_record(
 
 
 def measure_tier(
-    subject: Subject, name: str, tier: Tier, masks: dict[str, list[Tensor]], wanted: dict[str, Any],
+    subject: Subject, name: str, tier: Tier, masks: Masks, wanted: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[Recorded, list[Line]]:  # fmt: skip
     """Record and edit on one tier; ``wanted``: ms and outputs of the same edits on the GPU, by kind of keys."""
@@ -217,9 +239,9 @@ def measure_tier(
                     each.append(
                         (reference[0], best, runs[0][2], identical, error_of(wanted, mask_name, number, runs, mask))
                     )
-                transfer = transfers(subject, unet, base, of_kind[0])
+                transfer, fetched = transfers(subject, unet, base, of_kind[0])
                 of, step, loaded = (mean(one[part] for one in each) for part in range(3))
-                lines.append(Line(name, mask_name, bus, of, step, loaded, transfer, all(one[3] for one in each),
+                lines.append(Line(name, mask_name, bus, of, step, loaded or fetched, transfer, all(one[3] for one in each),
                                   max(one[4] for one in each)))  # fmt: skip
                 print(f"  {lines[-1]}", flush=True)
         for line in intermediates(unet, subject.device):
@@ -230,10 +252,13 @@ def measure_tier(
     return recorded, lines
 
 
-def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], mask: Tensor) -> float:
+def error_of(wanted: dict[str, Any], name: str, number: int, runs: list[Any], mask: Tensor | None) -> float:
     """How far an edit's output is from that of the exact edit, of its largest value, over the active positions."""
     exact = wanted.get(f"cached exact {name} {number}")
-    return math.nan if exact is None else relative_error(runs[0][1], exact[1].float(), mask)
+    if exact is None:
+        return math.nan
+    everywhere = torch.ones(exact[1].shape[-2:], dtype=torch.bool)
+    return relative_error(runs[0][1], exact[1].float(), everywhere if mask is None else mask)
 
 
 def rate(trace: Trace, word: str) -> str:
@@ -258,7 +283,7 @@ def intermediates(unet: fisedit.CompiledUNet, device: torch.device) -> Iterator[
 
 
 def moved(
-    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, masks: dict[str, list[Tensor]],
+    subject: Subject, unet: fisedit.CompiledUNet, base: Recording, masks: Masks,
     wanted: dict[str, Any], exact: str,
 ) -> Iterator[Line]:  # fmt: skip
     """The same base, moved off the GPU: whatever else differs between two recordings, here nothing does."""
@@ -322,8 +347,9 @@ def stored_sizes(published: Published, cache: fisedit.CacheConfig, steps: int) -
     return sizes
 
 
-def mask_set(size: tuple[int, int], shares: Sequence[float], ragged: int) -> dict[str, list[Tensor]]:
-    return {**{f"blob {s:.0%}": [blob(size, s)] for s in shares}, f"ragged, {ragged} masks": family(size, ragged)}
+def mask_set(size: tuple[int, int], shares: Sequence[float], ragged: int) -> Masks:
+    blobs: Masks = {f"blob {share:.0%}": [blob(size, share)] for share in shares}
+    return {**blobs, f"ragged, {ragged} masks": [*family(size, ragged)], "sought": [None]}
 
 
 def main(
