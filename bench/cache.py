@@ -241,8 +241,8 @@ def measure_tier(
                     )
                 transfer, fetched = transfers(subject, unet, base, of_kind[0])
                 of, step, loaded = (mean(one[part] for one in each) for part in range(3))
-                lines.append(Line(name, mask_name, bus, of, step, loaded or fetched, transfer, all(one[3] for one in each),
-                                  max(one[4] for one in each)))  # fmt: skip
+                same, error = all(one[3] for one in each), max(one[4] for one in each)
+                lines.append(Line(name, mask_name, bus, of, step, loaded or fetched, transfer, same, error))
                 print(f"  {lines[-1]}", flush=True)
         for line in intermediates(unet, subject.device):
             print(f"  {line}", flush=True)
