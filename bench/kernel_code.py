@@ -1,0 +1,176 @@
+"""What the compiler makes of each kernel: instructions, registers, spilled bytes. It needs no GPU.
+
+    python bench/kernel_code.py                          each kernel at the shapes of SD2's U-Net, as the rules choose
+    python bench/kernel_code.py --tiles                  products in every tile that may be timed
+
+Instructions are those of a warp: before the main loop, in one of its rounds (0: there is no loop with products), and
+after it, all branches counted. Compiled for an H100 (sm_90); needs Triton's own ``ptxas`` and ``cuobjdump``, on Linux.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+from unittest import mock
+
+import torch
+import triton
+import typer
+from each_kernel import LEVELS, OPS, Cases
+from masks import blob
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fisedit.environment import describe_environment, environment_line
+from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows
+from fisedit.runtime.tuning.multiply_rows import TILES
+
+H100 = GPUTarget("cuda", 90, 32)
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+LINE = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);", re.MULTILINE)
+
+
+class Absent:
+    """Stands for the driver of a GPU that is not there: kernels are compiled for it, and never run."""
+
+    def get_current_target(self) -> GPUTarget:
+        return H100
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel; ``spilled``: bytes of a thread that registers did not hold."""
+
+    name: str
+    before: int
+    loop: int
+    after: int
+    registers: int
+    spilled: int
+    shared: int
+
+    @staticmethod
+    def of(compiled: Any) -> Code:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.cubin"
+            path.write_bytes(compiled.asm["cubin"])
+            sass = _dump("-sass", path)
+            used = re.findall(r"REG:(\d+) STACK:(\d+)", _dump("--dump-resource-usage", path))[0]
+        return Code(compiled.metadata.name, *_parts(sass), int(used[0]), int(used[1]), compiled.metadata.shared)
+
+
+def _dump(option: str, path: Path) -> str:
+    return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _parts(sass: str) -> tuple[int, int, int]:
+    """Instructions before the innermost loop that multiplies matrices, in it, and after it."""
+    lines = [(int(place, 16), op, rest) for place, op, rest in LINE.findall(sass)]
+    best: list[int] | None = None
+    for place, op, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if target is None or int(target[1], 16) >= place:
+            continue
+        body = [at for at, op, _ in lines if int(target[1], 16) <= at <= place]
+        multiplies = any("MMA" in op for at, op, _ in lines if body[0] <= at <= place)
+        if multiplies and (best is None or len(body) < len(best)):
+            best = body
+    if best is None:
+        return len(lines), 0, 0
+    return sum(at < best[0] for at, _, _ in lines), len(best), sum(at > best[-1] for at, _, _ in lines)
+
+
+@contextmanager
+def compiling() -> Iterator[list[Code]]:
+    """Launches inside compile for an H100; what they make is added to the list."""
+    made: list[Code] = []
+
+    def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+        made.append(Code.of(kernel.run(*args, grid=tuple(grid), warmup=True, **kwargs)))
+
+    modules = [module for name, module in sys.modules.items() if re.match(r"fisedit\.runtime\.kernels\..*triton$", name)]
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(driver, "_active", Absent()))
+        for module in modules:
+            patched.enter_context(mock.patch.object(module, "launch", launch))
+            if hasattr(module, "overlaps"):
+                patched.enter_context(mock.patch.object(module, "overlaps", lambda tensor: True))
+        yield made
+
+
+def chosen() -> Iterator[tuple[str, Code]]:
+    """Each kernel at each level, as its rule chooses."""
+    kernels = {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.triton"), op) for op in OPS}
+    for level in LEVELS:
+        for case in Cases(kernels, level, blob((96, 96), 0.15), torch.device("cpu"), "float16").all():
+            with compiling() as made:
+                case.runs[0]()
+            for code in made:
+                yield f"{case.op}, {case.shape}, {level.side}²", code
+
+
+def tiles() -> Iterator[tuple[str, Code]]:
+    """Products with what follows them, in every tile."""
+    rows, c = 512, 640
+    for tile in TILES:
+        for name, given in products(rows, c).items():
+            if tile.n == 256 and "gated" in given:
+                continue
+            with compiling() as made:
+                try:
+                    multiply_rows(**given, config=Config(**{**vars(tile), "split": 1}))
+                except triton.runtime.errors.OutOfResources:
+                    continue
+            yield f"{name}, {tile}", made[0]
+
+
+def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
+    """Arguments of a convolution and of two linear layers."""
+
+    def make(*shape: int) -> Tensor:
+        return torch.zeros(*shape, dtype=torch.float16)
+
+    tables = {"count": torch.zeros(1, dtype=torch.int32), "locks": torch.zeros(1 << 16, dtype=torch.int32)}
+    nothing = {"rows2": None, "recorded": None, "sources": None, "affine": None, "residual": None}
+    common = {**nothing, **tables, "rows": make(2, rows, c), "full": False, "activation": "none", "gated": False,
+              "positions": rows}  # fmt: skip
+    convolution = {
+        "recorded": torch.zeros(2, dtype=torch.int64), "sources": torch.zeros(1, rows, 9, dtype=torch.int32),
+        "weight": make(c, 9 * c), "bias": make(c), "affine": torch.zeros(2, 2, c), "activation": "silu",
+    }  # fmt: skip
+    return {
+        "convolution": {**common, **convolution},
+        "linear": {**common, "weight": make(c, c), "bias": make(c), "residual": make(2, rows, c)},
+        "gated": {**common, "weight": make(8 * c, c), "bias": make(8 * c), "activation": "gelu", "gated": True},
+    }
+
+
+def main(
+    tiled: Annotated[bool, typer.Option("--tiles", help="Products in every tile that may be timed.")] = False,
+) -> None:
+    """Compile and count."""
+    print("| kernel | before | loop | after | registers | spilled | shared, KB |\n| --- |" + " ---: |" * 6)
+    for name, code in tiles() if tiled else chosen():
+        print(f"| {name}: `{code.name}` | {code.before} | {code.loop} | {code.after} | {code.registers} "
+              f"| {code.spilled} | {code.shared / 1024:.0f} |", flush=True)  # fmt: skip
+    environment = describe_environment(torch.device("cpu"))
+    print(f"\ntriton {triton.__version__}, for sm_90; {environment_line(environment)}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
