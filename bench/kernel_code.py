@@ -2,6 +2,7 @@
 
     python bench/kernel_code.py                          each kernel at the shapes of SD2's U-Net, as the rules choose
     python bench/kernel_code.py --tiles                  products in every tile that may be timed
+    python bench/kernel_code.py --tiles --only 128x128   those whose line matches a regular expression
 
 Instructions are those of a warp: before the main loop, in one of its rounds (0: there is no loop with products), and
 after it, all branches counted. Compiled for an H100 (sm_90); needs Triton's own ``ptxas`` and ``cuobjdump``, on Linux.
@@ -31,8 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fisedit.environment import describe_environment, environment_line
-from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows
-from fisedit.runtime.tuning.multiply_rows import TILES
+from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
+from fisedit.runtime.tuning.multiply_rows import SHARED_MEMORY, TILES
 
 H100 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -103,7 +104,9 @@ def compiling() -> Iterator[list[Code]]:
     def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         made.append(Code.of(kernel.run(*args, grid=tuple(grid), warmup=True, **kwargs)))
 
-    modules = [module for name, module in sys.modules.items() if re.match(r"fisedit\.runtime\.kernels\..*triton$", name)]
+    modules = [
+        module for name, module in sys.modules.items() if re.match(r"fisedit\.runtime\.kernels\..*triton$", name)
+    ]
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(driver, "_active", Absent()))
         for module in modules:
@@ -113,30 +116,27 @@ def compiling() -> Iterator[list[Code]]:
         yield made
 
 
-def chosen() -> Iterator[tuple[str, Code]]:
-    """Each kernel at each level, as its rule chooses."""
+def chosen(only: str) -> Iterator[tuple[str, Code]]:
+    """Each kernel at each level, as its rule chooses; of names that match ``only``."""
     kernels = {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.triton"), op) for op in OPS}
     for level in LEVELS:
         for case in Cases(kernels, level, blob((96, 96), 0.15), torch.device("cpu"), "float16").all():
-            with compiling() as made:
-                case.runs[0]()
-            for code in made:
-                yield f"{case.op}, {case.shape}, {level.side}²", code
+            name = f"{case.op}, {case.shape}, {level.side}²"
+            if re.search(only, name):
+                with compiling() as made:
+                    case.runs[0]()
+                yield from ((name, code) for code in made)
 
 
-def tiles() -> Iterator[tuple[str, Code]]:
-    """Products with what follows them, in every tile."""
-    rows, c = 512, 640
+def tiles(only: str) -> Iterator[tuple[str, Code]]:
+    """Products with what follows them, in every tile that fits a multiprocessor; of names that match ``only``."""
     for tile in TILES:
-        for name, given in products(rows, c).items():
-            if tile.n == 256 and "gated" in given:
-                continue
-            with compiling() as made:
-                try:
-                    multiply_rows(**given, config=Config(**{**vars(tile), "split": 1}))
-                except triton.runtime.errors.OutOfResources:
-                    continue
-            yield f"{name}, {tile}", made[0]
+        for kind, given in products(512, 640).items():
+            name = f"{kind}, {tile}"
+            if re.search(only, name) and (kind == "convolution" or not tile.staged):
+                with compiling() as made:
+                    multiply_rows(**given, config=tile)
+                yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
 
 
 def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
@@ -162,10 +162,11 @@ def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
 
 def main(
     tiled: Annotated[bool, typer.Option("--tiles", help="Products in every tile that may be timed.")] = False,
+    only: Annotated[str, typer.Option(help="A regular expression for the lines to show.")] = "",
 ) -> None:
     """Compile and count."""
     print("| kernel | before | loop | after | registers | spilled | shared, KB |\n| --- |" + " ---: |" * 6)
-    for name, code in tiles() if tiled else chosen():
+    for name, code in tiles(only) if tiled else chosen(only):
         print(f"| {name}: `{code.name}` | {code.before} | {code.loop} | {code.after} | {code.registers} "
               f"| {code.spilled} | {code.shared / 1024:.0f} |", flush=True)  # fmt: skip
     environment = describe_environment(torch.device("cpu"))

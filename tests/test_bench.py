@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fisedit
 from fisedit.runtime.tuning import choose
+
+BENCH = Path(__file__).parent.parent / "bench"
 
 
 @pytest.mark.nightly
@@ -168,3 +174,17 @@ def test_regret_of_kernels() -> None:
     tuned = [timed("attend_rows", 50.0, 10.0, chosen=11.0), timed("attend_rows", 50.0, 10.0, chosen=10.0)]
     assert each_kernel.regrets(tuned) == ["attend_rows: 1.050 of the best in all, at worst 1.10 (shape, 8 rows: 64x64)"]
     assert each_kernel.configurations("normalize_rows") == []
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
+def test_the_loops_of_products_are_short_and_spill_nothing() -> None:
+    """As compiled for an H100: addresses that the compiler takes for unaligned make them several times as long."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "kernel_code.py", "--tiles", "--only", "128x128x64"]
+    done = subprocess.run(command, cwd=BENCH, env=environment, capture_output=True, text=True, check=True)
+    rows = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if "`_multiply`" in line]
+    found = {name.split(":")[0]: [int(number) for number in numbers] for name, *numbers in rows}
+    assert [name.split(",")[0] for name in found] == ["convolution", "linear", "gated", "convolution"]
+    for _, loop, _, registers, spilled, shared in found.values():
+        assert 40 < loop < 220 and registers <= 255 and shared <= 227
+        assert spilled == 0 or registers == 128  # a limit that lets two programs share a multiprocessor

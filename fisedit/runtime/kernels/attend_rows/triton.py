@@ -229,7 +229,8 @@ def _attend(
     first = tl.program_id(1) * share
     sums, top, total = _attend_keys(
         queries, own_key, own_value, table, recorded_key, recorded_value, key_row, value_row, recorded_key_row,
-        recorded_value_row, number, first, tl.minimum(first + share, keys), keys, scale, HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
+        recorded_value_row, number, first, tl.minimum(first + share, keys), keys, scale,
+        HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
     if SPLIT:
         tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
         parts = partial + tile.to(tl.int64) * splits * (BM * (D + 2))
