@@ -140,7 +140,7 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
 
 
 def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
-    """Arguments of a convolution and of two linear layers."""
+    """Arguments of a convolution and of linear layers; of one whose rows come with moments, as its own do."""
 
     def make(*shape: int) -> Tensor:
         return torch.zeros(*shape, dtype=torch.float16)
@@ -157,7 +157,11 @@ def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
         "convolution": {**common, **convolution},
         "linear": {**common, "weight": make(c, c), "bias": make(c), "residual": make(2, rows, c)},
         "gated": {**common, "weight": make(8 * c, c), "bias": make(8 * c), "activation": "gelu", "gated": True},
-    }
+        "normalized": {
+            **common, "weight": make(c, c), "bias": make(c), "moments": torch.zeros(2, 2, rows, c // 64),
+            "center": torch.zeros(c), "input_eps": 1e-5, "with_moments": True,
+        },
+    }  # fmt: skip
 
 
 def main(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -99,7 +100,10 @@ def test_a_convolution_with_channels_of_its_outputs(three: bool) -> None:
         check(tuning.run(way, given), given)
 
 
-NO_NORM = {"norm_affine": None, "norm_activation": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0}
+NO_NORM = {
+    "norm_affine": None, "norm_activation": "none", "norm_weight": None, "norm_bias": None, "eps": 0.0,
+    "norm_moments": False,
+}  # fmt: skip
 NORMS: dict[str, dict[str, Any]] = {
     "layer_norm": NO_NORM | {"norm_weight": random(OUTPUTS, seed=7), "norm_bias": random(OUTPUTS, seed=8), "eps": 0.1},
     "normalize": NO_NORM
@@ -133,16 +137,54 @@ def test_every_way_is_followed_by_a_norm(name: str, taps: int, ran: list[dict[st
     assert shape.fused == f"bias residual silu {name}"
     made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, tuning.candidates(shape, ACTIVE)[1])]
     wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
-    for out, normalized in made:
+    for out, normalized, moments in made:
+        assert moments.shape == (2, *out.shape[:2], 0)
         check(out[:, : ACTIVE - 1], given, rows=ACTIVE - 1)
         torch.testing.assert_close(normalized[:, : ACTIVE - 1], wanted[:, : ACTIVE - 1], atol=4e-2, rtol=0)
 
 
 def test_rows_whose_statistics_come_after_them_are_not_normalized(ran: list[dict[str, Any]]) -> None:
     given = arguments(1)
-    out, same = tuning.multiply_norm_rows(*given.values(), **NORMS["normalize"], norm_full=True)
+    out, same, _ = tuning.multiply_norm_rows(*given.values(), **NORMS["normalize"], norm_full=True)
     assert same is out and tuning.Product.of(ran[0]).fused == "bias residual silu"
     check(out, given)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("makes", [tuning.LIBRARY, tuning.RULE, Config(16, 64, 32, 4, 2, 2)])
+def test_a_norm_between_two_products(makes: tuning.Way, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In all pairs of ways: the first gives normalized rows, or few of them as they are and their moments."""
+    given = arguments(1) | {"weight": random(OUTPUTS, CHANNELS, seed=4), "activation": "none"}
+    given["residual"] = 4 + given["residual"]  # a mean beside which the deviation is small
+    norm = NO_NORM | {"eps": 0.1, "norm_moments": True}
+    rows, normalized, moments = tuning.run(makes, given | {"norm": norm})
+    assert (moments.shape[3] > 0) == (normalized is rows) == (makes != tuning.LIBRARY)
+    weight = random(64, OUTPUTS, seed=3) * 0.1
+    read = arguments(1) | {
+        "rows": normalized, "weight": weight, "bias": random(64, seed=5), "residual": None, "moments": moments,
+        "activation": "gelu" if gated else "none", "gated": gated, "center": weight.float().sum(1), "input_eps": 0.1,
+    }  # fmt: skip
+    exact = F.layer_norm(rows.double(), rows.shape[2:], eps=0.1)
+    for way in (tuning.RULE, Config(16, 32, 64, 4, 2, 2), tuning.LIBRARY):
+        check(tuning.run(way, read), read | {"rows": exact, "moments": None})
+    monkeypatch.setattr(tuning, "FEW_ROWS", 2 * ACTIVE - 1)
+    assert tuning.run(makes, given | {"norm": norm})[2].shape[3] == 0
+
+
+def test_both_forms_of_a_norm_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other numbers of rows may take another way, and the other form with it."""
+    seen: list[tuple[bool | None, int | None]] = []
+
+    def run(way: tuning.Way, given: dict[str, Any], few: bool | None = None) -> None:
+        seen.append((few, given["moments"].shape[3] if given.get("moments") is not None else None))
+
+    monkeypatch.setattr(tuning, "run", run)
+    tuning.Call(arguments(1) | {"norm": NO_NORM | {"norm_moments": True}}).prepare(tuning.RULE)
+    center = torch.zeros(OUTPUTS, device=DEVICE)
+    for parts in (0, 3):
+        moments = torch.zeros(2, 2, ACTIVE, parts, device=DEVICE)
+        tuning.Call(arguments(1) | {"moments": moments, "center": center}).prepare(tuning.RULE)
+    assert seen == [(None, None), (False, None), (None, 0), (None, 1), (None, 3), (None, 0)]
 
 
 def test_a_layer_norm_is_timed_with_every_way() -> None:
@@ -152,6 +194,13 @@ def test_a_layer_norm_is_timed_with_every_way() -> None:
     for way, norms in ((tuning.LIBRARY, (True, True)), (tuning.RULE, (True, False))):
         assert tuple("norm" in tuning.bare(each, way) for each in (layer, other)) == norms
         assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
+    folded = given | {"norm": NORMS["layer_norm"] | {"norm_moments": True}}
+    assert "norm" not in tuning.bare(folded, tuning.RULE)  # the next product does it
+    assert "norm" in tuning.bare(folded, tuning.RULE, few=False)
+    reads = given | {"moments": torch.zeros(2, 2, ACTIVE, 0, device=DEVICE), "center": random(OUTPUTS, seed=1)}
+    assert tuning.bare(reads, tuning.LIBRARY)["moments"].shape[3] == 1
+    assert tuning.bare(reads, tuning.LIBRARY, few=False)["moments"].shape[3] == 0
+    assert "moments" not in tuning.bare(reads, tuning.RULE)
 
 
 def test_what_is_met_is_timed_once(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult
 from fisedit.passes.fuse_linear import CHUNK
-from fisedit.passes.fused import get, is_bare, multiply, of_parameters, take_over
+from fisedit.passes.fused import get, is_bare, multiply, of_parameters, take_over, wide
 from fisedit.passes.ir import Rows, args, aten, is_op, rows_of
 from fisedit.passes.remove_identities import is_flat
 
@@ -60,20 +60,15 @@ def _kind(node: Node) -> Rows:
 
 def _composed(graph: Graph, outer: Node, inner: Node, residual: Node) -> Node:
     source, weight, bias = get(inner, "rows"), get(outer, "weight"), get(outer, "bias")
-    wide = _wide(graph, weight)
-    product = graph.call_function(aten.mm.default, (wide, _wide(graph, get(inner, "weight"))))  # [Co, C]
+    exact = wide(graph, weight)
+    product = graph.call_function(aten.mm.default, (exact, wide(graph, get(inner, "weight"))))  # [Co, C]
     product = graph.call_function(aten.type_as.default, (product, weight))
     joined = graph.call_function(aten.cat.default, ([product, weight], 1))  # [Co, C + C2]
     joined.meta["val"] = torch.empty(
         _kind(outer).channels, _kind(source).channels + _kind(residual).channels, device="meta"
     )
     if get(inner, "bias") is not None:
-        moved = graph.call_function(aten.mv.default, (wide, _wide(graph, get(inner, "bias"))))
+        moved = graph.call_function(aten.mv.default, (exact, wide(graph, get(inner, "bias"))))
         bias = moved if bias is None else graph.call_function(aten.add.Tensor, (moved, bias))
         bias = graph.call_function(aten.type_as.default, (bias, weight))
     return multiply(graph, _kind(outer), rows=source, rows2=residual, weight=joined, bias=bias)
-
-
-def _wide(graph: Graph, weight: Node) -> Node:
-    """In float64: rounded once, whatever PyTorch's setting for products of float32."""
-    return graph.call_function(aten.to.dtype, (weight, torch.float64))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from fisedit.passes import rows
-from fisedit.passes.ir import Rows, fisedit, is_op, rows_of
+from fisedit.passes.ir import Rows, aten, fisedit, is_op, rows_of
 from fisedit.passes.layout import Level
 from fisedit.runtime.plan import Table
 
 MULTIPLY = {
     "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None,
     "affine": None, "full": False, "residual": None, "count": None, "locks": None, "activation": "none",
-    "gated": False, "positions": 0, "rows3": None, "prefetch": None,
+    "gated": False, "positions": 0, "rows3": None, "prefetch": None, "moments": None, "center": None,
+    "input_eps": 0.0,
 }  # fmt: skip
 """The arguments of ``multiply_rows`` in their order, with what they are where nothing is fused."""
 
@@ -46,7 +48,7 @@ def is_bare(node: Any) -> bool:
     """Whether a node is a ``multiply_rows`` after which nothing is fused yet."""
     if not is_op(node, fisedit.multiply_rows.default):
         return False
-    after = ("affine", "residual", "activation", "gated")
+    after = ("affine", "residual", "activation", "gated", "moments")
     return all(get(node, name) == MULTIPLY[name] for name in after)
 
 
@@ -54,6 +56,11 @@ def of_parameters(product: Node) -> bool:
     """Whether the weights of a ``multiply_rows`` are made of the model's parameters alone: known beforehand."""
     weights = [get(product, name) for name in ("weight", "bias") if get(product, name) is not None]
     return all(before.all_input_nodes or before.op == "get_attr" for before in ancestors(weights))
+
+
+def wide(graph: Graph, weight: Node) -> Node:
+    """A weight in float64: what is made of it is rounded once, whatever PyTorch's setting for products of float32."""
+    return graph.call_function(aten.to.dtype, (weight, torch.float64))
 
 
 def take_over(graph: Graph, old: Node, new: Node) -> None:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fisedit.passes.ir import args, fisedit, is_op
 from fisedit.passes.layout import Level
 from fisedit.runtime.geometry import ConvGeometry
+from fisedit.runtime.ops import FEW_ROWS
 from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import LOCKS
 
@@ -49,6 +50,10 @@ class Numbers:
         """Whether all positions are active: taken to be so where there are rows for all of them."""
         return self.rows(level) == math.prod(level)
 
+    def few(self, rows: int) -> bool:
+        """Whether so many rows of all samples are few enough to stay as they are where they would be normalized."""
+        return rows <= FEW_ROWS
+
 
 @dataclass(frozen=True)
 class SomeNumbers(Numbers):
@@ -71,6 +76,9 @@ class SomeNumbers(Numbers):
 
     def full(self, level: Level) -> bool:
         return False
+
+    def few(self, rows: int) -> bool:
+        return True
 
 
 def infer_shapes(graph: Graph, numbers: Numbers) -> dict[Node, Any]:
@@ -109,7 +117,7 @@ def _value(graph: Graph, node: Node, values: Mapping[Node, Any], numbers: Number
     if node.op == "output" or is_op(node, fisedit.cache_store.default):
         return None
     given, named = pytree.tree_map(lambda value: _given(value, values), (node.args, node.kwargs))
-    return _call(node, given, named)
+    return _call(node, given, named, numbers)
 
 
 def _given(value: Any, values: Mapping[Node, Any]) -> Any:
@@ -118,16 +126,17 @@ def _given(value: Any, values: Mapping[Node, Any]) -> Any:
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
-def _call(node: Node, given: Any, named: Any) -> Any:
-    """The result of an op; flags of a level decide whether some make new rows or hand back what they got."""
+def _call(node: Node, given: Any, named: Any, numbers: Numbers) -> Any:
+    """The result of an op; numbers and flags of a level decide whether some make new rows or hand back others."""
     if is_op(node, fisedit.renew_affine.default) and not given[3]:
         return given[2]
     if is_op(node, fisedit.normalize_rows.default) and given[5]:
         return given[0]
     assert callable(node.target)
     made = node.target(*given, **named)
-    if is_op(node, fisedit.multiply_norm_rows.default) and named.get("norm_full"):
-        return made[0], made[0]
+    if is_op(node, fisedit.multiply_norm_rows.default):
+        once = named.get("norm_moments") and numbers.few(math.prod(made[0].shape[:2]))
+        return (made[0], made[0], made[2]) if once or named.get("norm_full") else made
     return made
 
 

@@ -2,7 +2,8 @@
 
 Passes write graphs in these ops; ``passes/lower.py`` gives each one a provider from ``runtime/kernels``.
 Letters: B batch, M masks (1 when one mask is shared by the batch, else B), N active rows of a level,
-H halo rows, R all rows of a level, C channels, T tiles, L text tokens, S channels of all norms together.
+H halo rows, R all rows of a level, C channels, T tiles or parts of the channels, L text tokens, S channels of all norms
+together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ namespace = library.Library("fisedit", "DEF")
 _PRODUCT = (
     "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
     "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions, "
-    "Tensor? rows3=None, Tensor? prefetch=None"
+    "Tensor? rows3=None, Tensor? prefetch=None, Tensor? moments=None, Tensor? center=None, float input_eps=0.0"
 )
 
 SCHEMAS = {
@@ -45,8 +46,8 @@ SCHEMAS = {
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
     "multiply_rows": f"({_PRODUCT}) -> Tensor",
     "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
-    'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05) '
-    "-> (Tensor, Tensor)",
+    'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, '
+    "bool norm_moments=False) -> (Tensor, Tensor, Tensor)",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale, "
     "Tensor? prefetch=None) -> Tensor",
@@ -59,6 +60,8 @@ SCHEMAS = {
     "Tensor bias, Tensor? shift) -> Tensor",
 }
 
+FEW_ROWS = 1024
+"""Rows of all samples, up to which ``multiply_norm_rows`` may give moments in the place of normalized rows."""
 STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_view", "cache_store")
 
 for _name, _schema in SCHEMAS.items():
@@ -112,7 +115,8 @@ def _(rows):
 
 @library.register_fake("fisedit::multiply_rows", lib=namespace)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
-                   gated, positions, rows3=None, prefetch=None):  # fmt: skip
+                   gated, positions, rows3=None, prefetch=None, moments=None, center=None,
+                   input_eps=0.0):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 
@@ -120,7 +124,8 @@ def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, r
 @library.register_fake("fisedit::multiply_norm_rows", lib=namespace)
 def _(*product, **norm):
     out = _multiply_rows(*product)
-    return out, torch.empty_like(out)
+    parts = -(-out.shape[2] // 64) if norm.get("norm_moments") else 0  # about as many tiles as a kernel has
+    return out, torch.empty_like(out), out.new_empty(2, *out.shape[:2], parts, dtype=torch.float32)
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)

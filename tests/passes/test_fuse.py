@@ -63,6 +63,7 @@ MATCHED = {
     "fuse_epilogues": (53, "aten.gelu", "fisedit.multiply_rows", 20 + 37),
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
     "fuse_norms": (21, "fisedit.layer_norm_rows", "fisedit.multiply_norm_rows", 21),
+    "fold_layer_norm": (12, None, "fisedit.multiply_norm_rows", 21),
     "prefetch_weights": (56, None, None, 0),
 }
 
@@ -446,7 +447,54 @@ def test_a_product_has_one_norm() -> None:
     assert results["fuse_norms"].matched == 1
     assert ops(gm).count("fisedit.multiply_norm_rows") == ops(gm).count("fisedit.layer_norm_rows") == 1
     (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
-    assert get(both, "residual") is not None and both.kwargs["norm_weight"].target == "model.norms.0.weight"
+    assert get(both, "residual") is not None and both.kwargs["norm_moments"]  # the first, folded into what reads it
+    assert error(model, gm) < 1e-5
+
+
+class Folded(Block):
+    """A stream whose norm one layer reads, gated or not, or two, or one that reads something else as well."""
+
+    def __init__(self, readers: str, affine: bool, bias: bool) -> None:
+        super().__init__()
+        self.readers = readers
+        self.norm = nn.LayerNorm(8, 0.1, affine, bias)
+        self.wide = nn.Linear(8, 16, bias)
+        if affine:
+            nn.init.normal_(self.norm.weight)
+        if affine and bias:
+            nn.init.normal_(self.norm.bias)
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        stream = 3 + tokens + self.q(tokens)
+        read = self.norm(stream)
+        if self.readers == "gated":
+            value, gate = self.wide(read).chunk(2, -1)
+            return stream + value * F.gelu(gate)
+        if self.readers == "rows too":
+            return stream + self.k(read) + read
+        if self.readers == "weights of the text":
+            return stream + F.linear(read, (text[0].T @ text[0])[:8, :8])
+        return stream + (self.k(read) if self.readers == "one" else self.k(read) * self.v(read).exp())
+
+
+@pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("readers", ["one", "gated", "two"])
+def test_a_norm_folds_into_the_product_that_reads_it(readers: str, affine: bool, bias: bool) -> None:
+    model = Folded(readers, affine, bias).eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == results["fold_layer_norm"].matched == 1
+    (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
+    assert both.kwargs["norm_moments"] and both.kwargs["norm_weight"] is both.kwargs["norm_bias"] is None
+    (product,) = [n for n in gm.graph.nodes if is_op(n, *ir.PRODUCTS) and get(n, "moments") is not None]
+    assert get(product, "input_eps") == 0.1 and get(product, "center").meta["stage"] == "weights"
+    assert error(model, gm) < 1e-5
+
+
+@pytest.mark.parametrize("readers", ["rows too", "weights of the text"])
+def test_norms_that_are_not_folded(readers: str) -> None:
+    model = Folded(readers, True, True).eval()
+    gm, results = fused(model)
+    assert results["fuse_norms"].matched == 1 and results["fold_layer_norm"].matched == 0
     assert error(model, gm) < 1e-5
 
 

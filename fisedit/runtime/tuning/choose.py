@@ -45,6 +45,10 @@ class Call(Protocol):
         """Compile, in a rehearsal, what a way is timed with; something like its result."""
         ...
 
+    def prepare(self, way: Hashable) -> None:
+        """Have a way compiled, in a rehearsal, as it may be run: for these rows, or for others."""
+        ...
+
     def stopwatch(self) -> Measure:
         """What times its ways for other numbers of rows as well."""
         ...
@@ -78,7 +82,7 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
         way = choose_way(call, timings, measure)
     if rehearsal is not None and rehearsal.decide:
         for other in {fastest(call, number, timings) for number in numbers(call)}:
-            call.run(other)  # compiled now: other masks will not wait for it
+            call.prepare(other)  # compiled now: other masks will not wait for it
     return call.run(way)
 
 

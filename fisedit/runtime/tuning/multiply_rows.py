@@ -20,6 +20,7 @@ from fisedit.runtime.kernels.launch import cdiv, next_power_of_2
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from fisedit.runtime.ops import FEW_ROWS
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
 LIBRARY = "library"
@@ -67,13 +68,14 @@ def multiply_norm_rows(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    norm_moments: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`multiply_rows`."""
     if norm_full:
         out = multiply_rows(*product)
-        return out, out
+        return out, out, _no_moments(out)
     norm = {"norm_affine": norm_affine, "norm_activation": norm_activation, "norm_weight": norm_weight,
-            "norm_bias": norm_bias, "eps": eps}  # fmt: skip
+            "norm_bias": norm_bias, "eps": eps, "norm_moments": norm_moments}  # fmt: skip
     return _compute({**dict(zip(NAMES, product, strict=False)), "norm": norm})
 
 
@@ -163,7 +165,19 @@ class Call:
     def rehearse(self, way: Any) -> Any:
         given = bare(self.given, way)
         made = run(way, given)
-        return (made, made) if "norm" in self.given and "norm" not in given else made
+        if "norm" in self.given and self.given["norm"]["norm_moments"]:
+            run(way, bare(self.given, way, few=not is_few(self.given)))  # other numbers are timed so
+        return (made, made, _no_moments(made)) if "norm" in self.given and "norm" not in given else made
+
+    def prepare(self, way: Any) -> None:
+        """Compiled for rows as they are, and for rows whose moments another way of their own product gives."""
+        self.run(way)
+        if "norm" in self.given and self.given["norm"]["norm_moments"]:
+            run(way, self.given, few=not is_few(self.given))
+        if self.given.get("center") is not None:
+            rows = self.given["rows"]
+            none = self.given["moments"].shape[3] == 0
+            run(way, {**self.given, "moments": rows.new_ones(2, *rows.shape[:2], int(none), dtype=torch.float32)})
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.given)
@@ -229,8 +243,21 @@ def _split(tile: kernel.Config, product: Product, number: int) -> int:
     return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))
 
 
-def run(way: Way, given: Mapping[str, Any]) -> Any:
-    """The rows; with a norm, a pair of them and what it makes of them."""
+def is_few(given: Mapping[str, Any]) -> bool:
+    """Whether a product makes so few rows that its own launch is most of what a layer norm of them takes."""
+    return len(given["rows"]) * rows_of(given) <= FEW_ROWS
+
+
+def _no_moments(rows: Tensor) -> Tensor:
+    return rows.new_empty(2, *rows.shape[:2], 0, dtype=torch.float32)  # [2, B, N', 0]
+
+
+def run(way: Way, given: Mapping[str, Any], few: bool | None = None) -> Any:
+    """The rows; with a norm, them, what it makes of them, and their moments: one of these two.
+
+    Args:
+        few: whether to give moments, where that is asked for; ``None``: if they are few.
+    """
     if way == LIBRARY:
         return _library(**given)
     product, norm = dict(given), given.get("norm")
@@ -239,19 +266,27 @@ def run(way: Way, given: Mapping[str, Any]) -> Any:
     if norm is None:
         return multiply()
     if norm["norm_affine"] is None:
+        if norm["norm_moments"] and (is_few(given) if few is None else few):
+            out, moments = multiply(with_moments=True)
+            return out, out, moments
         out = multiply()
-        return out, layer_norm_rows(out, norm["norm_weight"], norm["norm_bias"], norm["eps"], given["count"])
+        normalized = layer_norm_rows(out, norm["norm_weight"], norm["norm_bias"], norm["eps"], given["count"])
+        return out, normalized, _no_moments(out)
     normalized = given["rows"].new_empty(len(given["rows"]), rows_of(given), Product.of(given).columns)  # [B, N', Co]
-    return multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"])), normalized
+    out = multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"]))
+    return out, normalized, _no_moments(out)
 
 
 def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
     bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
     count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    rows3: Tensor | None = None, prefetch: Tensor | None = None, norm: Mapping[str, Any] | None = None,
+    rows3: Tensor | None = None, prefetch: Tensor | None = None, moments: Tensor | None = None,
+    center: Tensor | None = None, input_eps: float = 0.0, norm: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
+    if moments is not None and moments.shape[3] > 0:
+        rows = layer_norm_rows(rows, None, None, input_eps, count)
     parts = [part for part in (rows, rows2, rows3) if part is not None]
     if sources is not None:
         parts = [
@@ -260,8 +295,11 @@ def _library(
     if full:
         affine, activation = None, activation if gated else "none"
     if norm is not None:
-        norm = {**norm, "prefetch": prefetch}
-        return finish_norm_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, **norm)
+        norm = {name: value for name, value in norm.items() if name != "norm_moments"}
+        made = finish_norm_rows(
+            _sum(parts, weight), bias, affine, residual, count, activation, gated, **norm, prefetch=prefetch
+        )
+        return *made, _no_moments(made[0])
     bare = affine is None and residual is None and activation == "none" and not gated and len(parts) == 1
     if bare and (bias is None or bias.dtype == weight.dtype):
         return F.linear(parts[0], weight, bias)  # [B, N', Co]
@@ -277,16 +315,25 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
     return out
 
 
-def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
+def bare(given: Mapping[str, Any], way: Way, few: bool | None = None) -> Mapping[str, Any]:
     """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
     and changes little; of the library all of it, and of both a layer norm, which are launches of their own. Nothing is
-    asked for ahead."""
+    asked for ahead. Of few rows that come with moments, the library's product needs a layer norm before it."""
     given = {name: value for name, value in given.items() if name != "prefetch"}
+    few = is_few(given) if few is None else few
     if way == LIBRARY:
+        if few and given.get("center") is not None:
+            given["moments"] = given["rows"].new_empty(2, *given["rows"].shape[:2], 1, dtype=torch.float32)
         return given
     activation = given["activation"] if given["gated"] else "none"
-    given = {k: v for k, v in given.items() if k != "norm" or v["norm_affine"] is None}
+    given = {k: v for k, v in given.items() if k != "norm" or _is_launch(v, few)}
+    given = {name: value for name, value in given.items() if name not in ("moments", "center")}
     return {**given, "bias": None, "affine": None, "residual": None, "full": False, "activation": activation}
+
+
+def _is_launch(norm: Mapping[str, Any], few: bool) -> bool:
+    """Whether a norm is a launch of its own behind our kernel."""
+    return norm["norm_affine"] is None and not (few and norm["norm_moments"])
 
 
 class Stopwatch:

@@ -14,7 +14,8 @@ def multiply_norm_rows(
     norm_weight: Tensor | None = None,
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
+    norm_moments: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
     """A product of rows, and its rows normalized: for what reads them as they are beside what reads them normalized.
 
     Args:
@@ -23,16 +24,19 @@ def multiply_norm_rows(
             ``normalize_rows`` takes them, and norm_activation its activation; ``None`` for a layer normalization.
         norm_full: whether these are not known before the rows: then nothing is normalized.
         norm_weight, norm_bias, eps: of the layer normalization, as ``layer_norm_rows`` takes them.
+        norm_moments: whether moments may be given in the place of normalized rows.
     Returns:
-        The rows ``[B, N', Co]``, and the same normalized from what they are rounded to; twice the rows if
-        ``norm_full``.
+        The rows ``[B, N', Co]``; the same normalized from what they are rounded to, or the rows again if
+        ``norm_full``; and moments of no part, float32 ``[2, B, N', 0]``. Instead of the last two, if ``norm_moments``:
+        the rows again, and their moments, as ``multiply_rows`` takes them.
     """
     ops = torch.ops.fisedit
     out = ops.multiply_rows(*product)
+    moments = out.new_empty(2, *out.shape[:2], 0, dtype=torch.float32)
     if norm_full:
-        return out, out
+        return out, out, moments
     names = [argument.name for argument in ops.multiply_rows.default._schema.arguments]
     count = product[names.index("count")]
     if norm_affine is None:
-        return out, ops.layer_norm_rows(out, norm_weight, norm_bias, eps, count)
-    return out, ops.normalize_rows(out, None, norm_affine, norm_activation, count, False)
+        return out, ops.layer_norm_rows(out, norm_weight, norm_bias, eps, count), moments
+    return out, ops.normalize_rows(out, None, norm_affine, norm_activation, count, False), moments

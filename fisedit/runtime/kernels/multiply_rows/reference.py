@@ -29,13 +29,16 @@ def multiply_rows(
     positions: int,
     rows3: Tensor | None = None,
     prefetch: Tensor | None = None,
+    moments: Tensor | None = None,
+    center: Tensor | None = None,
+    input_eps: float = 0.0,
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
     ``out = act((cat(patches, rows2, rows3) @ weight.T + bias) * affine[0] + affine[1]) + residual``, where ``patches``
     are
 
-    - the rows themselves;
+    - the rows themselves; where their moments are given, normalized first (``aten.layer_norm`` without weights);
     - with ``sources``, the ``taps`` input rows that each output reads: a convolution (implicit GEMM).
 
     Args:
@@ -49,10 +52,16 @@ def multiply_rows(
         activation: a key of ``ACTIVATIONS``.
         positions: all rows of the outputs' level; not read here. Who chooses kernels by timing prepares for so many.
         prefetch: the weights of a later product, which a kernel may ask memory for meanwhile; not read here.
+        moments: float32 ``[2, B, N, T]``: sums of the channels of each row of ``rows``, and of their squares, in T
+            parts; ``None`` or T = 0: the rows are multiplied as they are.
+        center: float32 ``[Co]``, the sum of the weights of each output, and input_eps the epsilon: for kernels that
+            normalize after multiplying.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
     Returns:
         ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
+    if moments is not None and moments.shape[3] > 0:
+        rows = _normalized(rows, moments, input_eps)
     patches = rows if sources is None else _patches(rows, recorded, sources)  # [B, N', taps*C]
     patches = torch.cat([part for part in (patches, rows2, rows3) if part is not None], -1)
     if bias is None or bias.dtype == weight.dtype:
@@ -67,6 +76,11 @@ def multiply_rows(
             out = out * affine[0][:, None] + affine[1][:, None]
         out = ACTIVATIONS[activation](out)
     return (out if residual is None else out + residual).to(rows.dtype)
+
+
+def _normalized(rows: Tensor, moments: Tensor, eps: float) -> Tensor:
+    mean, square = moments.sum(3, keepdim=True) / rows.shape[2]  # [B, N, 1] each
+    return ((rows - mean) * (square - mean * mean + eps).rsqrt()).to(rows.dtype)
 
 
 def _patches(rows: Tensor, recorded: Tensor | None, sources: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -17,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
-from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
@@ -184,17 +185,18 @@ def _load_rows(
     return tl.load(start[:, None] + channel, mask=wanted, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "ahead_size"])
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "ahead_size"])
 def _multiply(
-    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, count, partial,
-    locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co, rows_stride, rows2_stride, rows3_stride,
+    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, given_moments,
+    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co,
+    rows_stride, rows2_stride, rows3_stride,
     recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, steps,
-    each,
+    each, parts, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, STAGED: tl.constexpr,
     EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    PAIR: tl.constexpr, WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     BY_TAP: tl.constexpr = not STAGED
     per = tl.load(count)
@@ -235,6 +237,13 @@ def _multiply(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+
+    if given_moments is not None:  # loaded now, needed at the end
+        part = tl.arange(0, PARTS)
+        at = given_moments + (place.to(tl.int64) * parts)[:, None] + part[None, :]
+        there_is = valid[:, None] & (part < parts)[None, :]
+        of_sums = tl.load(at, mask=there_is, other=0.0)
+        of_squares = tl.load(at + batch.to(tl.int64) * n_out * parts, mask=there_is, other=0.0)
 
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
@@ -289,6 +298,13 @@ def _multiply(
             gates = _add_parts(parts + BM * BN, splits, inside, BM, BN, SIZE)
 
     within = None if EVEN_N else kept
+    if given_moments is not None:
+        mean = tl.sum(of_sums, 1) / c1
+        variance = tl.maximum(tl.sum(of_squares, 1) / c1 - mean * mean, 0.0)
+        rstd = tl.rsqrt(variance + input_eps)
+        sums = (sums - mean[:, None] * tl.load(center + column, mask=within)[None, :]) * rstd[:, None]
+        if GATED:
+            gates = (gates - mean[:, None] * tl.load(center + co + column, mask=within)[None, :]) * rstd[:, None]
     if BIAS:
         sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
         if GATED:
@@ -304,6 +320,13 @@ def _multiply(
         sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
     result = sums.to(out.dtype.element_ty)
     tl.store(out + goal * co + column[None, :], result, mask=good)
+    if made_moments is not None:
+        x = result.to(tl.float32)
+        if not EVEN_N:
+            x = tl.where(kept[None, :], x, 0.0)
+        at = made_moments + place.to(tl.int64) * tl.num_programs(0) + tile_n
+        tl.store(at, tl.sum(x, 1), mask=valid)
+        tl.store(at + batch.to(tl.int64) * n_out * tl.num_programs(0), tl.sum(x * x, 1), mask=valid)
     if normalized is not None:
         sums = _scale(
             result.to(tl.float32), norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, kept, EVEN_N,
@@ -330,10 +353,19 @@ def multiply_rows(
     positions: int,
     rows3: Tensor | None = None,
     prefetch: Tensor | None = None,
+    moments: Tensor | None = None,
+    center: Tensor | None = None,
+    input_eps: float = 0.0,
     config: Config | None = None,
     norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
-) -> Tensor:
-    """See the reference. ``norm``: where the rows go once more, normalized with this affine, and activated."""
+    with_moments: bool = False,
+) -> Any:
+    """See the reference.
+
+    Args:
+        norm: where the rows go once more, normalized with this affine, and activated.
+        with_moments: return the moments of the rows beside them, one part for each tile of the channels.
+    """
     rows = _plain(rows) if sources is None else rows.contiguous()
     batch, n_in, c1 = rows.shape
     n_out = n_in if sources is None else sources.shape[1]
@@ -350,6 +382,8 @@ def multiply_rows(
     tiles = tiles_n * tiles_m
     steps = cdiv(c1, config.k) * taps + cdiv(c2 + c3, config.k)
     splits = _splits(config.split, steps, tiles, locks.numel())
+    made = rows.new_empty(2, batch, n_out, tiles_n, dtype=torch.float32) if with_moments else None
+    parts = 0 if moments is None else moments.shape[3]
     size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
@@ -362,22 +396,23 @@ def multiply_rows(
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles_n, tiles_m, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
-        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, count, partial, locks,
-        *prefetched(prefetch, rows), n_in, n_out, batch, c1, c2, inner, co,
+        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, moments if parts else None,
+        center if parts else None, made, count, partial, locks, *prefetched(prefetch, rows), n_in, n_out, batch, c1,
+        c2, inner, co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        cdiv(steps, splits),
+        cdiv(steps, splits), parts, input_eps,
         GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
-        WIDE=(n_in + 16 * positions) * c1 >= 2**31,
+        WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         SPLIT=splits > 1, STAGED=staged, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return out
+    return out if made is None else (out, made)
 
 
 def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
