@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextvars
 import gc
 import json
-import re
 import threading
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,6 @@ from fisedit.errors import (
 from fisedit.runtime.cache import host
 from fisedit.runtime.cache.block import Kept
 from fisedit.runtime.cache.host import HostPool, Slab
-from fisedit.runtime.cache.keys import Bandwidth, plan_keys
 from fisedit.warnings import CacheSpaceWarning, PageableMemoryWarning
 
 
@@ -458,44 +455,6 @@ def test_queries_are_kept_where_a_mask_can_be_sought(model: nn.Module, call: dic
     with more.edit(recorded(more, call), detect=DetectConfig(steps=4)) as edit:
         run(more, changed(call), change=0.8)
     assert len(edit.timings["detect"]) == 4
-
-
-# Keys and values by plan
-
-
-@pytest.mark.parametrize(
-    ("budget", "bus", "kv", "why"),
-    [(60, 55, "cached", "the budget is"), (6, 55, "int8", "half as much"), (1, 55, "int8", "2.0 ms over the bus"),
-     (1, 12, "active", "9.3 ms over the bus.*active rows alone"), (1, None, "int8", "half as much")],
-)  # fmt: skip
-def test_the_plan_of_keys(budget: int, bus: float | None, kv: str, why: str) -> None:
-    """Stable Diffusion 2.1 at 768 x 768: 208 MB of keys and values a step, 1.7 GB of weights, on 3 TB/s."""
-    bandwidth = None if bus is None else Bandwidth(bus * 1e9, 3e12)
-    plan = plan_keys(223 * 10**6, 1730 * 10**6, budget * 2**30, bandwidth)
-    assert plan.kv == kv and re.search(why, plan.reason)
-
-
-@both
-def test_keys_by_plan(model: nn.Module, call: dict[str, Any], wanted: Any, provider: str) -> None:
-    """All that fits is kept exactly; else in 8 bits; ``inspect`` says why."""
-    first = "gpu" if DEVICE == "cuda" else "host"
-    for budget, kv in ((None, "cached"), ("500kB", "int8"), (0, "int8" if DEVICE == "cpu" else "active")):
-        unet = fisedit.compile(model, provider=provider, kv="auto", cache=CacheConfig(**{first: budget}), dense="eager")
-        if budget == 0:
-            unet.tiers(call["sample"].device).__dict__["bandwidth"] = Bandwidth(1e3, 1e12) if DEVICE == "cuda" else None
-            unet.tiers(call["sample"].device).pool.pin = False
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CacheSpaceWarning)
-            base = recorded(unet, call)
-        assert f"keys and values: {kv}, since keys and values take" in unet.inspect()
-        if budget is None:
-            assert same(edited(unet, call, base), wanted[0])
-            with unet.record():  # one plan for calls of all sizes, which one recording may see
-                unet(torch.cat([call["sample"]] * 2), 900, torch.cat([call["encoder_hidden_states"]] * 2))
-            assert {program.kv for program in unet._live.programs.values()} == {"cached"}
-            assert len(unet._live.programs) == 2 and unet.inspect().count("keys and values: cached") == 2
-        elif budget:
-            assert sizes(base)["keys"] < 0.5 * sizes(recorded(compiled(model, provider), call))["keys"]
 
 
 def test_values_look_like_tensors(model: nn.Module, call: dict[str, Any]) -> None:

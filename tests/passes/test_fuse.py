@@ -8,7 +8,8 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from pass_harness import SIZE, Toy, captured, inputs, ops
+from fuse_harness import Block, error, fused
+from pass_harness import SIZE, Toy, captured, ops
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -17,16 +18,9 @@ from fisedit.passes import ir, pipeline
 from fisedit.passes.base import PassLog, PassResult, run_passes
 from fisedit.passes.count_macs import count_macs
 from fisedit.passes.fused import get
-from fisedit.passes.insert_cache_loads import loaded_slots
-from fisedit.passes.insert_cache_stores import insert_cache_stores
 from fisedit.passes.ir import fisedit, is_op
-from fisedit.passes.lower import lower
-from fisedit.runtime.cache.store import StepCache
 from fisedit.runtime.cost_model import CostModel
-from fisedit.runtime.cuda_graph import table_keys
-from fisedit.runtime.executor import Store
 from fisedit.runtime.plan import MaskPlan
-from fisedit.runtime.row_plan import LevelMasks, RowPlan
 
 Step = tuple[PassResult, Counter[str], Counter[str], PassResult]
 """The result of a pass, the ops before and after it, and its result when it runs again."""
@@ -113,52 +107,6 @@ def test_one_launch_folds_all_norms(steps: dict[str, Step]) -> None:
     _, before, after, _ = steps["batch_group_norms"]
     assert after["fisedit.fold_group_norms"] == 1 and after["fisedit.renew_affine"] == 21
     assert before["fisedit.cache_load"] - after["fisedit.cache_load"] == 42  # a mean and a deviation each
-
-
-def fused(model: nn.Module, kv: str = "cached") -> tuple[GraphModule, dict[str, PassResult]]:
-    gm, log = captured(model, *pipeline.edit_passes(kv, fuse=True))
-    return gm, {record.name: record.result for record in log.records}
-
-
-def error(model: nn.Module, gm: GraphModule) -> float:
-    """Max error on the active rows of a fused graph, by reference kernels, active rows of the cache NaN."""
-    dense, _ = captured(model)
-    insert_cache_stores(dense, loaded_slots(gm.graph))
-    call = bind_call(model, (), inputs())
-    stored: dict[Store, Tensor] = {}
-    lower(dense).run(call.tensors, keep=stored.update)
-    mask = torch.zeros(SIZE, dtype=torch.bool)
-    mask[1:4, 2:5] = mask[-1, 0] = mask[0, -2:] = True  # 12 rows: a bucket without padding
-    values = {}
-    for store, value in stored.items():
-        index = MaskPlan(mask, CostModel()).table(store.rows) if store.rows else None
-        values[store.slot] = value if index is None else value.index_fill(1, index[0], float("nan"))
-    executable = lower(gm)
-    masks = LevelMasks(mask[None], {level for key in table_keys(executable) for level in key.levels})
-    plan = RowPlan(table_keys(executable), masks.buckets, call.batch, call.device)
-    plan.write(masks)
-    (out,) = executable.run(call.tensors, plan=plan, source=StepCache(call.batch, values))
-    with torch.no_grad():
-        wanted = model(**call.arguments(call.tensors))
-    return float((out - wanted)[..., mask].abs().max())
-
-
-class Block(Toy):
-    """Tokens in and out; subclasses say what is done to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first = nn.Conv2d(8, 8, 3, padding=1)
-        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
-
-    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        tokens = self.first(sample).flatten(2).transpose(1, 2)
-        return self.tokens(tokens, sample, text).transpose(1, 2).reshape(sample.shape)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        split = [x.unflatten(2, (2, -1)).transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*split, mask).transpose(1, 2).flatten(2)
 
 
 class Convolved(Block):
@@ -397,137 +345,3 @@ def test_products_that_are_read_twice_are_left_alone() -> None:
     gm, results = fused(Shared().eval())
     assert results["fuse_epilogues"].matched == 0 and "aten.silu" in ops(gm)
     assert error(Shared().eval(), gm) < 1e-5
-
-
-class Norms(Toy):
-    """Two norms: one moved by the time, one by what the image is on average; an identity and a halving between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.norms = nn.ModuleList([nn.GroupNorm(2, 8), nn.GroupNorm(4, 8, affine=False)])
-        self.time = nn.Linear(1, 8)
-
-    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        h = self.first(sample) + self.time(timestep.reshape(-1, 1))[:, :, None, None]
-        h = F.silu(self.norms[0](h) / 1.0)
-        return self.norms[1](self.last(h / 2) + h.mean((2, 3), keepdim=True))
-
-
-def test_norms() -> None:
-    """What the time adds folds into the offset; what the image adds stays an addition."""
-    model = Norms().eval()
-    gm, results = fused(model)
-    assert results["remove_identities"].matched == 1 and results["batch_group_norms"].matched == 2
-    (fold,) = gm.graph.find_nodes(op="call_function", target=fisedit.fold_group_norms.default)
-    assert len(ir.args(fold)[0]) == 4 and ir.args(fold)[3:5] == ([2, 4], [8, 8])
-    products = [node for node in gm.graph.nodes if is_op(node, fisedit.multiply_rows.default)]
-    assert [get(node, "activation") for node in products] == ["silu", "none"]
-    assert [get(node, "affine") is not None for node in products] == [True, False]
-    assert ops(gm).count("aten.div.Tensor") == 1
-    assert error(model, gm) < 1e-5
-
-
-class Residual(Block):
-    """A stream that is normalized twice and added to: the first norm comes with the product that makes it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False)])
-
-    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
-        stream = tokens + self.q(tokens)
-        return stream + self.k(self.norms[0](stream)) * self.v(self.norms[1](stream))
-
-
-def test_a_product_has_one_norm() -> None:
-    model = Residual().eval()
-    gm, results = fused(model)
-    assert results["fuse_norms"].matched == 1
-    assert ops(gm).count("fisedit.multiply_norm_rows") == ops(gm).count("fisedit.layer_norm_rows") == 1
-    (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
-    assert get(both, "residual") is not None and both.kwargs["norm_moments"]  # the first, folded into what reads it
-    assert error(model, gm) < 1e-5
-
-
-class Folded(Block):
-    """A stream whose norm one layer reads, gated or not, or two, or one that reads something else as well."""
-
-    def __init__(self, readers: str, affine: bool, bias: bool) -> None:
-        super().__init__()
-        self.readers = readers
-        self.norm = nn.LayerNorm(8, 0.1, affine, bias)
-        self.wide = nn.Linear(8, 16, bias)
-        if affine:
-            nn.init.normal_(self.norm.weight)
-        if affine and bias:
-            nn.init.normal_(self.norm.bias)
-
-    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
-        stream = 3 + tokens + self.q(tokens)
-        read = self.norm(stream)
-        if self.readers == "gated":
-            value, gate = self.wide(read).chunk(2, -1)
-            return stream + value * F.gelu(gate)
-        if self.readers == "rows too":
-            return stream + self.k(read) + read
-        if self.readers == "weights of the text":
-            return stream + F.linear(read, (text[0].T @ text[0])[:8, :8])
-        return stream + (self.k(read) if self.readers == "one" else self.k(read) * self.v(read).exp())
-
-
-@pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, True)])
-@pytest.mark.parametrize("readers", ["one", "gated", "two"])
-def test_a_norm_folds_into_the_product_that_reads_it(readers: str, affine: bool, bias: bool) -> None:
-    model = Folded(readers, affine, bias).eval()
-    gm, results = fused(model)
-    assert results["fuse_norms"].matched == results["fold_layer_norm"].matched == 1
-    (both,) = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
-    assert both.kwargs["norm_moments"] and both.kwargs["norm_weight"] is both.kwargs["norm_bias"] is None
-    (product,) = [n for n in gm.graph.nodes if is_op(n, *ir.PRODUCTS) and get(n, "moments") is not None]
-    assert get(product, "input_eps") == 0.1 and get(product, "center").meta["stage"] == "weights"
-    assert error(model, gm) < 1e-5
-
-
-@pytest.mark.parametrize("readers", ["rows too", "weights of the text"])
-def test_norms_that_are_not_folded(readers: str) -> None:
-    model = Folded(readers, True, True).eval()
-    gm, results = fused(model)
-    assert results["fuse_norms"].matched == 1 and results["fold_layer_norm"].matched == 0
-    assert error(model, gm) < 1e-5
-
-
-class Adaptive(Block):
-    """A norm whose weight is made of the text, and one whose weight is made of the rows."""
-
-    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
-        stream = self.q(tokens)
-        other = self.k(stream)
-        first = F.layer_norm(stream, [8], 1 + text.mean((0, 1))[:8])
-        return first + stream + other * F.layer_norm(other, [8], other.mean((0, 1)))
-
-
-def test_weights_of_norms_are_known_before_the_rows() -> None:
-    model = Adaptive().eval()
-    gm, results = fused(model)
-    assert results["fuse_norms"].matched == 1
-    assert error(model, gm) < 1e-5
-
-
-class Stream(Norms):
-    """Both norms read what is added to as well; the first, which is activated, comes with its product."""
-
-    def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        stream = sample + self.first(sample)
-        stream = stream + self.last(F.silu(self.norms[0](stream)))
-        return stream + self.norms[1](stream)
-
-
-def test_group_norms_of_a_stream() -> None:
-    model = Stream().eval()
-    gm, results = fused(model)
-    assert results["fuse_norms"].matched == 2
-    both = gm.graph.find_nodes(op="call_function", target=fisedit.multiply_norm_rows.default)
-    assert [node.kwargs["norm_activation"] for node in both] == ["silu", "none"]
-    assert error(model, gm) < 1e-5

@@ -35,8 +35,7 @@ def multiply_rows(
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
-    ``out = act((cat(patches, rows2, rows3) @ weight.T + bias) * affine[0] + affine[1]) + residual``, where ``patches``
-    are
+    ``out = act((cat(patches, rows2, rows3) @ weight.T + bias) * affine[0] + affine[1]) + residual``; ``patches`` are
 
     - the rows themselves; where their moments are given, normalized first (``aten.layer_norm`` without weights);
     - with ``sources``, the ``taps`` input rows that each output reads: a convolution (implicit GEMM).
@@ -50,27 +49,24 @@ def multiply_rows(
         residual: ``[B, N', Co]``, added last.
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
         activation: a key of ``ACTIVATIONS``.
-        positions: all rows of the outputs' level; not read here. Who chooses kernels by timing prepares for so many.
-        prefetch: the weights of a later product, which a kernel may ask memory for meanwhile; not read here.
-        moments: float32 ``[2, B, N, T]``: sums of the channels of each row of ``rows``, and of their squares, in T
-            parts; ``None`` or T = 0: the rows are multiplied as they are.
-        center: float32 ``[Co]``, the sum of the weights of each output, and input_eps the epsilon: for kernels that
-            normalize after multiplying.
+        positions: all rows of the outputs' level. prefetch: the weights of a later product, which a kernel may ask
+            memory for meanwhile. Neither is read here.
+        moments: float32 ``[2, B, N, T]``: sums of each row's channels and of their squares, in T parts; ``None``, or
+            T = 0: rows are multiplied as they are. input_eps: of the normalization.
+        center: float32 ``[Co]``, sums of each output's weights, for kernels that normalize afterwards.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
-    Returns:
-        ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
+    Returns: ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
-    if moments is not None and moments.shape[3] > 0:
-        rows = _normalized(rows, moments, input_eps)
-    patches = rows if sources is None else _patches(rows, recorded, sources)  # [B, N', taps*C]
-    patches = torch.cat([part for part in (patches, rows2, rows3) if part is not None], -1)
+    rows = rows if moments is None or moments.shape[3] == 0 else _normalized(rows, moments, input_eps)
+    parts = (rows if sources is None else _patches(rows, recorded, sources), rows2, rows3)  # [B, N', taps*C], ...
+    patches = torch.cat([part for part in parts if part is not None], -1)
     if bias is None or bias.dtype == weight.dtype:
         out = F.linear(patches, weight, bias)  # [B, N', Co]
     else:
         out = F.linear(patches, weight) + bias
     if gated:
-        value, gate = out.chunk(2, -1)
-        out = value * ACTIVATIONS[activation](gate)
+        out, gate = out.chunk(2, -1)
+        out = out * ACTIVATIONS[activation](gate)
     elif not full:
         if affine is not None:
             out = out * affine[0][:, None] + affine[1][:, None]

@@ -185,13 +185,46 @@ def _load_rows(
     return tl.load(start[:, None] + channel, mask=wanted, other=0.0)
 
 
+@triton.jit
+def _load_moments(moments, place, valid, parts, plane, PARTS: tl.constexpr):
+    """Sums of each row's channels and of their squares, in parts: ``[BM, PARTS]`` each."""
+    part = tl.arange(0, PARTS)
+    at = moments + (place.to(tl.int64) * parts)[:, None] + part[None, :]
+    known = valid[:, None] & (part < parts)[None, :]
+    return tl.load(at, mask=known, other=0.0), tl.load(at + plane * parts, mask=known, other=0.0)
+
+
+@triton.jit
+def _store_moments(moments, x, place, valid, kept, tile_n, parts, plane, EVEN_N: tl.constexpr):
+    x = x if EVEN_N else tl.where(kept[None, :], x, 0.0)
+    at = moments + place.to(tl.int64) * parts + tile_n
+    tl.store(at, tl.sum(x, 1), mask=valid)
+    tl.store(at + plane * parts, tl.sum(x * x, 1), mask=valid)
+
+
+@triton.jit
+def _deviation(of_sums, of_squares, channels, eps):
+    """Mean of each row, and one over its deviation."""
+    mean = tl.sum(of_sums, 1) / channels
+    return mean, tl.rsqrt(tl.maximum(tl.sum(of_squares, 1) / channels - mean * mean, 0.0) + eps)
+
+
+@triton.jit
+def _follow(sums, mean, rstd, center, bias, column, within, BIAS: tl.constexpr):
+    """What follows sums of products of rows column by column: their normalization, and the bias."""
+    if center is not None:
+        sums = (sums - mean[:, None] * tl.load(center + column, mask=within)[None, :]) * rstd[:, None]
+    if BIAS:
+        sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
+    return sums
+
+
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "ahead_size"])
 def _multiply(
-    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, given_moments,
-    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co,
-    rows_stride, rows2_stride, rows3_stride,
-    recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch, taps, steps,
-    each, parts, input_eps,
+    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
+    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co, rows_stride,
+    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
+    norm_batch, taps, steps, each, parts, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, STAGED: tl.constexpr,
@@ -238,13 +271,9 @@ def _multiply(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
-    if given_moments is not None:  # loaded now, needed at the end
-        part = tl.arange(0, PARTS)
-        at = given_moments + (place.to(tl.int64) * parts)[:, None] + part[None, :]
-        there_is = valid[:, None] & (part < parts)[None, :]
-        of_sums = tl.load(at, mask=there_is, other=0.0)
-        of_squares = tl.load(at + batch.to(tl.int64) * n_out * parts, mask=there_is, other=0.0)
-
+    plane = batch.to(tl.int64) * n_out
+    if moments is not None:  # loaded now, needed at the end
+        of_sums, of_squares = _load_moments(moments, place, valid, parts, plane, PARTS)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
     at = _weight_of(tap, begin, c1, width, taps, TWO)
@@ -284,31 +313,25 @@ def _multiply(
 
     if SPLIT:
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-        parts = partial + (tile * splits).to(tl.int64) * SIZE
+        partial += (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tl.store(parts + tl.program_id(2) * SIZE + inside, sums)
+        tl.store(partial + tl.program_id(2) * SIZE + inside, sums)
         if GATED:
-            tl.store(parts + tl.program_id(2) * SIZE + BM * BN + inside, gates)
+            tl.store(partial + tl.program_id(2) * SIZE + BM * BN + inside, gates)
         tl.debug_barrier()
         if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
             return
         tl.store(locks + tile, 0)
-        sums = _add_parts(parts, splits, inside, BM, BN, SIZE)
+        sums = _add_parts(partial, splits, inside, BM, BN, SIZE)
         if GATED:
-            gates = _add_parts(parts + BM * BN, splits, inside, BM, BN, SIZE)
+            gates = _add_parts(partial + BM * BN, splits, inside, BM, BN, SIZE)
 
-    within = None if EVEN_N else kept
-    if given_moments is not None:
-        mean = tl.sum(of_sums, 1) / c1
-        variance = tl.maximum(tl.sum(of_squares, 1) / c1 - mean * mean, 0.0)
-        rstd = tl.rsqrt(variance + input_eps)
-        sums = (sums - mean[:, None] * tl.load(center + column, mask=within)[None, :]) * rstd[:, None]
-        if GATED:
-            gates = (gates - mean[:, None] * tl.load(center + co + column, mask=within)[None, :]) * rstd[:, None]
-    if BIAS:
-        sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
-        if GATED:
-            gates += tl.load(bias + co + column, mask=within).to(tl.float32)[None, :]
+    mean, rstd = sample, sample
+    if moments is not None:
+        mean, rstd = _deviation(of_sums, of_squares, c1, input_eps)
+    sums = _follow(sums, mean, rstd, center, bias, column, None if EVEN_N else kept, BIAS)
+    if GATED:
+        gates = _follow(gates, mean, rstd, center, bias, co + column, None if EVEN_N else kept, BIAS)
     lowest = _sample_of(tile_m * BM, per, PAIR)
     highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
     if AFFINE:
@@ -322,11 +345,7 @@ def _multiply(
     tl.store(out + goal * co + column[None, :], result, mask=good)
     if made_moments is not None:
         x = result.to(tl.float32)
-        if not EVEN_N:
-            x = tl.where(kept[None, :], x, 0.0)
-        at = made_moments + place.to(tl.int64) * tl.num_programs(0) + tile_n
-        tl.store(at, tl.sum(x, 1), mask=valid)
-        tl.store(at + batch.to(tl.int64) * n_out * tl.num_programs(0), tl.sum(x * x, 1), mask=valid)
+        _store_moments(made_moments, x, place, valid, kept, tile_n, tl.num_programs(0), plane, EVEN_N)
     if normalized is not None:
         sums = _scale(
             result.to(tl.float32), norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, kept, EVEN_N,
@@ -367,38 +386,53 @@ def multiply_rows(
         with_moments: return the moments of the rows beside them, one part for each tile of the channels.
     """
     rows = _plain(rows) if sources is None else rows.contiguous()
-    batch, n_in, c1 = rows.shape
-    n_out = n_in if sources is None else sources.shape[1]
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
-    c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
-    taps = 1 if sources is None else sources.shape[2]
-    co, inner = weight.shape[0] // (2 if gated else 1), weight.shape[1]
-    if config is None:
-        config = choose(batch * n_out, co, inner, math.gcd(c1, c2, c3), gated, sources is not None, rows.dtype)
+    batch, number = rows.shape[0], rows.shape[1] if sources is None else sources.shape[1]
+    co = weight.shape[0] // (2 if gated else 1)
+    chunk = math.gcd(*(given.shape[2] for given in (rows, rows2, rows3) if given is not None))
+    config = config or choose(batch * number, co, weight.shape[1], chunk, gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
-    out, (normalized, norm_affine, norm_activation) = rows.new_empty(batch, n_out, co), norm  # [B, N', Co]
+    out = rows.new_empty(batch, number, co)  # [B, N', Co]
+    parts = cdiv(co, config.n)
+    made = rows.new_empty(2, batch, number, parts, dtype=torch.float32) if with_moments else None  # [2, B, N', T]
+    moments = None if moments is None or moments.shape[3] == 0 else moments
+    _launch(
+        config, out, made, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, norm, moments,
+        None if moments is None else center, input_eps, count, locks, prefetch, activation, gated, positions,
+    )  # fmt: skip
+    return out if made is None else (out, made)
+
+
+def _launch(
+    config: Config, out: Tensor, made: Tensor | None, rows: Tensor, rows2: Tensor | None, rows3: Tensor | None,
+    recorded: Tensor | None, sources: Tensor | None, weight: Tensor, bias: Tensor | None, affine: Tensor | None,
+    residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str], moments: Tensor | None,
+    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, ahead: Tensor | None, activation: str,
+    gated: bool, positions: int,
+) -> None:  # fmt: skip
+    (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
+    c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
+    taps = 1 if sources is None else sources.shape[2]
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
-    tiles = tiles_n * tiles_m
     steps = cdiv(c1, config.k) * taps + cdiv(c2 + c3, config.k)
-    splits = _splits(config.split, steps, tiles, locks.numel())
-    made = rows.new_empty(2, batch, n_out, tiles_n, dtype=torch.float32) if with_moments else None
-    parts = 0 if moments is None else moments.shape[3]
+    splits = _splits(config.split, steps, tiles_n * tiles_m, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
-    partial = torch.empty(tiles * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device)
+    partial = torch.empty(
+        tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
+    )
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
+    parts = 0 if moments is None else moments.shape[3]
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
-    staged = config.staged and even_c  # else the weights' channels are masked, of a step that is not at hand
-    tma = TMA and pdl and inner * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
+    tma = TMA and pdl and weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
     packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles_n, tiles_m, splits),
         out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
-        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, moments if parts else None,
-        center if parts else None, made, count, partial, locks, *prefetched(prefetch, rows), n_in, n_out, batch, c1,
-        c2, inner, co,
+        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, moments, center, made, count,
+        partial, locks, *prefetched(ahead, rows), n_in, n_out, batch, c1, c2, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
@@ -408,11 +442,11 @@ def multiply_rows(
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        SPLIT=splits > 1, STAGED=staged, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
+        # Staged, the channels of weights would be masked of a step that is not at hand.
+        SPLIT=splits > 1, STAGED=config.staged and even_c, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    return out if made is None else (out, made)
 
 
 def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
