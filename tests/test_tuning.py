@@ -298,7 +298,8 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
             assert 1 <= len(ways) <= 12
             for way in ways:
                 assert way.m <= 4 * rows and way.stages >= 2
-                assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * way.stages <= 227 * 1024
+                steps = way.stages - (way.m < 64)
+                assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * steps <= 227 * 1024
     assert 256 not in {n for _, n, _ in tiles(product(0, (1280, 0), 10240, "gated"), 3000)}
     assert 256 in {n for _, n, _ in tiles(product(0, (1280, 0), 10240), 3000)}
 

@@ -196,7 +196,8 @@ def candidates(product: Product, number: int) -> list[Way]:
     ways: list[Way] = []
     for tile in TILES:
         if _makes_sense(tile, product, product.batch * grid(number)):
-            ways.append(replace(tile, stages=_stages(tile, product), split=_split(tile, product, number)))
+            split = _split(tile, product, number)
+            ways.append(replace(tile, stages=_stages(tile, product, split), split=split))
     return [RULE, *ways, LIBRARY]
 
 
@@ -217,12 +218,14 @@ def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
     return _deepest(tile, product, SHARED_MEMORY) >= 3
 
 
-def _stages(tile: kernel.Config, product: Product) -> int:
-    """As deep as the tile says and fits; of short products no deeper than lets two programs share a multiprocessor,
-    one of which starts or ends while the other multiplies."""
+def _stages(tile: kernel.Config, product: Product, split: int) -> int:
+    """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, one of which starts
+    or ends while the other multiplies, where that is much of the time: of short products, and of those that are split.
+    """
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     short = product.taps <= 1 and sum(product.channels) <= SHORT
-    return min(tile.stages, shared if short and shared >= 2 else deep)
+    brief = split > 1 and tile.warps == 4  # registers let no two programs of eight warps share it
+    return min(tile.stages, shared if (short and shared >= 2) or (brief and shared >= 3) else deep)
 
 
 def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
@@ -230,9 +233,9 @@ def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
 
 
 def _deepest(tile: kernel.Config, product: Product, memory: int) -> int:
-    """How many steps of a product fit into so many bytes."""
+    """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
     rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
-    return (memory - rows) // weights if tile.staged else memory // (rows + weights)
+    return (memory - rows) // weights if tile.staged else memory // (rows + weights) + (tile.m < 64)
 
 
 def _split(tile: kernel.Config, product: Product, number: int) -> int:
