@@ -14,6 +14,7 @@ from typing import Any
 
 import each_kernel
 import pytest
+import storage_quality
 import torch
 import unet
 from kernel_table import KernelTime, markdown, profile_call
@@ -189,3 +190,15 @@ def test_the_loops_of_products_are_short_and_spill_nothing() -> None:
     for _, loop, _, registers, spilled, shared in found.values():
         assert 40 < loop < 220 and registers <= 255 and shared <= 227
         assert spilled == 0 or registers == 128  # a limit that lets two programs share a multiprocessor
+
+
+@pytest.mark.nightly
+def test_what_storage_costs(tmp_path: Path) -> None:
+    """Exact edits are themselves; 8 bits are near them, and nearer than edits that see no recorded keys."""
+    output = tmp_path / "storage.json"
+    storage_quality.main(edits=1, steps=4, size=64, guidance=5.0, seed=1, device="cpu", output=output)
+    found = json.loads(output.read_text())
+    assert found["exact"]["psnr"] == [100.0] and found["exact"]["common"] == [1.0]
+    (keys,), (every,), (active,) = (found[n]["psnr"] for n in ("keys in 8 bits", "all in 8 bits", "active keys"))
+    assert keys > 40 > active and every > 35
+    assert found["exact"]["bytes"] > found["keys in 8 bits"]["bytes"] > 2 * found["all in 8 bits"]["bytes"]

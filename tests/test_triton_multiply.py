@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ if DEVICE == "cpu":
 
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
+from fisedit.runtime.tuning.multiply_rows import TILES  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Half a unit in the last place of the result, and of what a layer norm rounds."""
@@ -137,3 +139,35 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
         more = {"rows2": random(2, number, channels, seed=7, dtype=dtype), "rows3": residual}
         wide = random(outputs, 10 * channels + outputs, seed=8, dtype=dtype) / 50
         check(dtype, number, None, rows=rows, recorded=recorded, sources=table, weight=wide, **more, **common)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("split", [1, 4])
+def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
+    """A convolution with what may follow it, and a gated product of rows that come with moments, and their own."""
+    config, dtype = replace(tile, split=split), torch.float16
+    rows, recorded = random(2, 300, 320, dtype=dtype), random(2, 350, 320, seed=1, dtype=dtype)
+    sources = torch.randint(-1, 650, (1, 300, 9), generator=torch.Generator().manual_seed(2)).int().to(DEVICE)
+    weight, bias = random(192, 9 * 320, seed=3, dtype=dtype) / 50, random(192, seed=4, dtype=dtype)
+    common = {"rows": rows, "recorded": recorded, "sources": sources, "weight": weight, "bias": bias}
+    check(dtype, 290, config, **common, affine=random(2, 2, 192, seed=5), activation="silu")
+    more = {"rows2": random(2, 300, 128, seed=6, dtype=dtype), "rows3": random(2, 300, 64, seed=7, dtype=dtype)}
+    wide = random(192, 9 * 320 + 192, seed=8, dtype=dtype) / 50
+    check(dtype, 290, config, **{**common, "weight": wide}, **more, residual=random(2, 300, 192, seed=9, dtype=dtype))
+    if tile.n == 256:
+        return
+    first, second = random(320, 320, seed=10, dtype=dtype) / 18, random(384, 320, seed=11, dtype=dtype) / 18
+    tables = {"count": torch.tensor([290], dtype=torch.int32, device=DEVICE), "positions": 0, "full": False,
+              "locks": torch.zeros(1024, dtype=torch.int32, device=DEVICE), "rows2": None, "recorded": None,
+              "sources": None, "affine": None, "residual": None}  # fmt: skip
+    plain = {"activation": "none", "gated": False, "bias": None}
+    out, moments = multiply_rows(rows=rows, weight=first, **plain, **tables, config=config, with_moments=True)
+    read = {"activation": "gelu", "gated": True, "bias": random(384, seed=12, dtype=dtype)}
+    center = second.float().sum(1)
+    made = multiply_rows(rows=out, weight=second, **read, **tables, config=config, moments=moments, center=center,
+                         input_eps=1e-5)[:, :290]  # fmt: skip
+    exact = torch.nn.functional.layer_norm(out[:, :290].double(), [320], eps=1e-5)
+    value, gate = (exact @ second.double().T + read["bias"].double()).chunk(2, -1)
+    wanted = value * torch.nn.functional.gelu(gate)
+    assert (made.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()
