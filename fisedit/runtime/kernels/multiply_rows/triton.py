@@ -73,21 +73,12 @@ def _sample_of(row, per, PAIR: tl.constexpr):
 
 
 @triton.jit
-def _scale(x, affine, plane, stride, sample, lowest, highest, column, kept, EVEN_N: tl.constexpr, PAIR: tl.constexpr):
-    """``x`` by the scale and offset of each row's sample. Most tiles lie in one sample (``lowest`` is ``highest``)."""
-    within = None if EVEN_N else kept
-    if lowest == highest:
-        at = affine + lowest * stride + column
-        x = x * tl.load(at, mask=within)[None, :] + tl.load(at + plane, mask=within)[None, :]
-    elif PAIR:
-        at, own = affine + column, (sample == 0)[:, None]
-        x *= tl.where(own, tl.load(at, mask=within)[None, :], tl.load(at + stride, mask=within)[None, :])
-        at += plane
-        x += tl.where(own, tl.load(at, mask=within)[None, :], tl.load(at + stride, mask=within)[None, :])
-    else:
-        at = affine + sample[:, None] * stride + column[None, :]
-        within = None if EVEN_N else kept[None, :]
-        x = x * tl.load(at, mask=within) + tl.load(at + plane, mask=within)
+def _scale(x, affine, plane, stride, sample, lowest, highest, column, within):
+    """``x`` by the scale and offset of each row's sample: one after the other, most tiles have rows of one alone."""
+    for number in tl.range(lowest, highest + 1, num_stages=1):
+        at = affine + number * stride + column
+        scaled = x * tl.load(at, mask=within)[None, :] + tl.load(at + plane, mask=within)[None, :]
+        x = tl.where((sample == number)[:, None], scaled, x)
     return x
 
 
@@ -290,11 +281,11 @@ def _multiply(
             at = number * BK if EVEN_C else tap * c1 + begin
         elif not (GATHER or TWO):
             at = number * BK
-        within = begin + step < c1
-        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+        real = begin + step < c1
+        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
-            w = _load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+            w = _load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         if STAGED:
             more = valid & (number + 1 < last)
@@ -329,13 +320,14 @@ def _multiply(
     mean, rstd = sample, sample
     if moments is not None:
         mean, rstd = _deviation(of_sums, of_squares, c1, input_eps)
-    sums = _follow(sums, mean, rstd, center, bias, column, None if EVEN_N else kept, BIAS)
+    within = None if EVEN_N else kept
+    sums = _follow(sums, mean, rstd, center, bias, column, within, BIAS)
     if GATED:
-        gates = _follow(gates, mean, rstd, center, bias, co + column, None if EVEN_N else kept, BIAS)
+        gates = _follow(gates, mean, rstd, center, bias, co + column, within, BIAS)
     lowest = _sample_of(tile_m * BM, per, PAIR)
     highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
     if AFFINE:
-        sums = _scale(sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, kept, EVEN_N, PAIR)
+        sums = _scale(sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, within)
     sums = sums * activate(gates, ACTIVATION) if GATED else activate(sums, ACTIVATION)
     goal = place.to(tl.int64)[:, None]
     good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
@@ -347,10 +339,8 @@ def _multiply(
         x = result.to(tl.float32)
         _store_moments(made_moments, x, place, valid, kept, tile_n, tl.num_programs(0), plane, EVEN_N)
     if normalized is not None:
-        sums = _scale(
-            result.to(tl.float32), norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, kept, EVEN_N,
-            PAIR,
-        )  # fmt: skip
+        sums = result.to(tl.float32)
+        sums = _scale(sums, norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, within)
         sums = activate(sums, NORM_ACTIVATION)
         tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
