@@ -188,7 +188,7 @@ def test_the_loops_of_products_are_short_and_spill_nothing() -> None:
     found = {name.split(":")[0]: [int(number) for number in numbers] for name, *numbers in rows}
     assert [name.split(",")[0] for name in found] == [*kinds, "convolution"]
     for _, loop, _, registers, spilled, shared in found.values():
-        assert 40 < loop < 220 and registers <= 255 and shared <= 227
+        assert 40 < loop < 300 and registers <= 255 and shared <= 227
         assert spilled == 0 or registers == 128  # a limit that lets two programs share a multiprocessor
 
 
