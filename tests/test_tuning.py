@@ -175,16 +175,19 @@ def test_both_forms_of_a_norm_are_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     """Other numbers of rows may take another way, and the other form with it."""
     seen: list[tuple[bool | None, int | None]] = []
 
-    def run(way: tuning.Way, given: dict[str, Any], few: bool | None = None) -> None:
-        seen.append((few, given["moments"].shape[3] if given.get("moments") is not None else None))
+    def run(way: tuning.Way, given: dict[str, Any], gives: bool | None = None) -> None:
+        seen.append((gives, given["moments"].shape[3] if given.get("moments") is not None else None))
 
     monkeypatch.setattr(tuning, "run", run)
-    tuning.Call(arguments(1) | {"norm": NO_NORM | {"norm_moments": True}}).prepare(tuning.RULE)
+    ways = {8: tuning.RULE, 12: tuning.RULE, 4000: tuning.RULE, 5000: tuning.LIBRARY}
+    tuning.Call(arguments(1) | {"norm": NO_NORM | {"norm_moments": True}}).prepare(ways)
+    assert sorted(seen, key=str) == [(False, None), (False, None), (True, None)]  # two ways of many, one of few
+    seen.clear()
     center = torch.zeros(OUTPUTS, device=DEVICE)
     for parts in (0, 3):
         moments = torch.zeros(2, 2, ACTIVE, parts, device=DEVICE)
-        tuning.Call(arguments(1) | {"moments": moments, "center": center}).prepare(tuning.RULE)
-    assert seen == [(None, None), (False, None), (None, 0), (None, 1), (None, 3), (None, 0)]
+        tuning.Call(arguments(1) | {"moments": moments, "center": center}).prepare({8: tuning.RULE, 16: tuning.RULE})
+    assert seen == [(None, 0), (None, 1), (None, 3), (None, 0)]
 
 
 def test_a_layer_norm_is_timed_with_every_way() -> None:

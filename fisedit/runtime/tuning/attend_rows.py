@@ -121,8 +121,9 @@ class Call:
     def rehearse(self, way: Any) -> Tensor:
         return run(way, self.given)
 
-    def prepare(self, way: Any) -> None:
-        run(way, self.given)
+    def prepare(self, ways: Mapping[int, Any]) -> None:
+        for way in set(ways.values()):
+            run(way, self.given)
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.given)

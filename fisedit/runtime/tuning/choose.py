@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -45,8 +45,8 @@ class Call(Protocol):
         """Compile, in a rehearsal, what a way is timed with; something like its result."""
         ...
 
-    def prepare(self, way: Hashable) -> None:
-        """Have a way compiled, in a rehearsal, as it may be run: for these rows, or for others."""
+    def prepare(self, ways: Mapping[int, Hashable]) -> None:
+        """Have compiled, in a rehearsal, what other numbers of rows will run: ``ways`` by number."""
         ...
 
     def stopwatch(self) -> Measure:
@@ -81,8 +81,7 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     with for_real():
         way = choose_way(call, timings, measure)
     if rehearsal is not None and rehearsal.decide:
-        for other in {fastest(call, number, timings) for number in numbers(call)}:
-            call.prepare(other)  # compiled now: other masks will not wait for it
+        call.prepare({number: fastest(call, number, timings) for number in numbers(call)})  # no other mask will wait
     return call.run(way)
 
 

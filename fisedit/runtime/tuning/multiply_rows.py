@@ -169,15 +169,21 @@ class Call:
             run(way, bare(self.given, way, few=not is_few(self.given)))  # other numbers are timed so
         return (made, made, _no_moments(made)) if "norm" in self.given and "norm" not in given else made
 
-    def prepare(self, way: Any) -> None:
-        """Compiled for rows as they are, and for rows whose moments another way of their own product gives."""
-        self.run(way)
-        if "norm" in self.given and self.given["norm"]["norm_moments"]:
-            run(way, self.given, few=not is_few(self.given))
-        if self.given.get("center") is not None:
-            rows = self.given["rows"]
-            none = self.given["moments"].shape[3] == 0
-            run(way, {**self.given, "moments": rows.new_ones(2, *rows.shape[:2], int(none), dtype=torch.float32)})
+    def prepare(self, ways: Mapping[int, Any]) -> None:
+        """Few rows may come with moments or without, as another way of their own product gives them."""
+        given, rows = self.given, self.given["rows"]
+        norm, center = given.get("norm"), given.get("center")
+        few = {way for number, way in ways.items() if len(rows) * number <= FEW_ROWS}
+        many = {way for number, way in ways.items() if len(rows) * number > FEW_ROWS}
+        if norm is not None and norm["norm_moments"]:
+            for way, gives in [*((way, True) for way in few), *((way, False) for way in many)]:
+                run(way, given, gives)
+        else:
+            for way in few | many:
+                run(way, given)
+        for way in few if center is not None else ():
+            other = int(given["moments"].shape[3] == 0)
+            run(way, {**given, "moments": rows.new_ones(2, *rows.shape[:2], other, dtype=torch.float32)})
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.given)
@@ -255,11 +261,11 @@ def _no_moments(rows: Tensor) -> Tensor:
     return rows.new_empty(2, *rows.shape[:2], 0, dtype=torch.float32)  # [2, B, N', 0]
 
 
-def run(way: Way, given: Mapping[str, Any], few: bool | None = None) -> Any:
+def run(way: Way, given: Mapping[str, Any], gives: bool | None = None) -> Any:
     """The rows; with a norm, them, what it makes of them, and their moments: one of these two.
 
     Args:
-        few: whether to give moments, where that is asked for; ``None``: if they are few.
+        gives: whether to give moments, where that is asked for; ``None``: if the rows are few.
     """
     if way == LIBRARY:
         return _library(**given)
@@ -269,7 +275,7 @@ def run(way: Way, given: Mapping[str, Any], few: bool | None = None) -> Any:
     if norm is None:
         return multiply()
     if norm["norm_affine"] is None:
-        if norm["norm_moments"] and (is_few(given) if few is None else few):
+        if norm["norm_moments"] and (is_few(given) if gives is None else gives):
             out, moments = multiply(with_moments=True)
             return out, out, moments
         out = multiply()
