@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
 from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 
 CHANNELS = 128
@@ -13,7 +14,7 @@ CHANNELS = 128
 @triton.jit(do_not_specialize=["number"])
 def _normalize(
     out, rows, affine, last, number, channels, first_channel, out_channels, rows_batch, rows_row,
-    affine_plane, affine_batch, channel_block, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+    affine_plane, affine_batch, channel_block, ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Rows of one input: its ``channels`` become those from ``first_channel`` on."""
     sample = tl.program_id(2).to(tl.int64)
@@ -24,9 +25,7 @@ def _normalize(
     scale = tl.load(at, mask=channel < channels, other=0.0)
     offset = tl.load(at + affine_plane, mask=channel < channels, other=0.0)
     x = tl.load(rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :], mask=good, other=0.0)
-    y = x.to(tl.float32) * scale[None, :] + offset[None, :]  # [BM, BC]
-    if SILU:
-        y = y * tl.sigmoid(y)
+    y = activate(x.to(tl.float32) * scale[None, :] + offset[None, :], ACTIVATION)  # [BM, BC]
     place = (sample * number + row) * out_channels + first_channel
     tl.store(out + place[:, None] + channel[None, :], y.to(out.dtype.element_ty), mask=good)
 
@@ -34,7 +33,7 @@ def _normalize(
 @triton.jit(do_not_specialize=["number"])
 def _normalize_both(
     out, rows, rows2, affine, count, number, c1, c2, rows_batch, rows_row, rows2_batch, rows2_row,
-    affine_plane, affine_batch, SILU: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+    affine_plane, affine_batch, ACTIVATION: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     last = tl.load(count)
     if tl.program_id(0) * BM >= last:
@@ -45,10 +44,10 @@ def _normalize_both(
     block, blocks = tl.program_id(1), tl.cdiv(c1, BC)
     if block < blocks:
         _normalize(out, rows, affine, last, number, c1, 0, c1 + c2, rows_batch, rows_row,
-                   affine_plane, affine_batch, block, SILU, BM, BC)  # fmt: skip
+                   affine_plane, affine_batch, block, ACTIVATION, BM, BC)  # fmt: skip
     elif rows2 is not None:
         _normalize(out, rows2, affine, last, number, c2, c1, c1 + c2, rows2_batch, rows2_row,
-                   affine_plane, affine_batch, block - blocks, SILU, BM, BC)  # fmt: skip
+                   affine_plane, affine_batch, block - blocks, ACTIVATION, BM, BC)  # fmt: skip
 
 
 def normalize_rows(
@@ -68,7 +67,7 @@ def normalize_rows(
     launch(_normalize_both, (cdiv(number, block), blocks, batch),
         out, rows, rows2, affine, count, number, c1, c2, rows.stride(0), rows.stride(1),
         rows2.stride(0) if rows2 is not None else 0, rows2.stride(1) if rows2 is not None else 0,
-        affine.stride(0), affine.stride(1), SILU=activation == "silu", BM=block, BC=CHANNELS, PDL=pdl,
+        affine.stride(0), affine.stride(1), ACTIVATION=ACTIVATIONS[activation], BM=block, BC=CHANNELS, PDL=pdl,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
