@@ -66,7 +66,7 @@ class EditSession:
         self.calls += 1
         groups = self._groups()
         for (kind, _), group in self.groups.items():
-            if kind == "detect" and group not in groups:
+            if kind == "detect" and all(group is not other for other in groups):
                 group.give_back()  # its masks are found: it comes no more
         results = [self._run_group(group, group.select(call), key, recorded) for group in groups]
         if len(groups) == 1:
@@ -284,7 +284,7 @@ class EditSession:
     ) -> Callable[[], list[Tensor]]:
         """A call that reads ``source``, or what the group has fetched of it, and begins to fetch for the next one."""
         prefetch, number = group.prefetch, self.calls - 1
-        if prefetch is None:
+        if prefetch is None or prefetch.sources(number) is None:
             return lambda: run(source)
 
         def compute() -> list[Tensor]:

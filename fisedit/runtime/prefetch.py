@@ -2,9 +2,9 @@
 
 Of the maps that convolutions read only the rows around the mask are fetched, one after the other into buffers of fixed
 places; keys and values, and the queries that a mask is sought with, are read whole, where they lie if that is the GPU.
-There are two sets of buffers: one is read
-by the call under way, the other one filled for the next. On a GPU the copies run on a stream of their own, and streams
-wait for each other by events, never the host; only files, and memory that is not page-locked, are read by a thread.
+There are two sets of buffers: one is read by the call under way, the other one filled for the next. On a GPU the copies
+run on a stream of their own, and streams wait for each other by events, never the host; only files, and memory that is
+not page-locked, are read by a thread.
 """
 
 from __future__ import annotations
