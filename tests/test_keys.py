@@ -18,6 +18,9 @@ from fisedit.runtime.cache.keys import Bandwidth, plan_keys
 from fisedit.warnings import CacheSpaceWarning
 
 
+PROVIDERS = ("reference", "triton")
+
+
 @pytest.mark.parametrize(
     ("budget", "bus", "kv", "why"),
     [(60, 55, "cached", "the budget is"), (6, 55, "int8", "half as much"), (1, 55, "int8", "2.0 ms over the bus"),
@@ -30,9 +33,16 @@ def test_the_plan_of_keys(budget: int, bus: float | None, kv: str, why: str) -> 
     assert plan.kv == kv and re.search(why, plan.reason)
 
 
-@pytest.mark.parametrize("provider", ["reference", "triton"])
+LEAST = "int8" if DEVICE == "cpu" else "active"
+
+
 @pytest.mark.parametrize(
-    ("budget", "kv"), [(None, "cached"), ("500kB", "int8"), (0, "int8" if DEVICE == "cpu" else "active")]
+    ("budget", "kv", "provider"),
+    [
+        (None, "cached", "reference"),
+        pytest.param(None, "cached", "triton", marks=pytest.mark.nightly),
+        *((budget, kv, provider) for budget, kv in (("500kB", "int8"), (0, LEAST)) for provider in PROVIDERS),
+    ],
 )
 def test_keys_by_plan(budget: str | int | None, kv: str, provider: str) -> None:
     """All that fits is kept exactly; else in 8 bits; ``inspect`` says why."""
