@@ -17,7 +17,6 @@ from fisedit.config import CacheConfig
 from fisedit.runtime.cache.keys import Bandwidth, plan_keys
 from fisedit.warnings import CacheSpaceWarning
 
-
 PROVIDERS = ("reference", "triton")
 
 
