@@ -284,7 +284,7 @@ class EditSession:
     ) -> Callable[[], list[Tensor]]:
         """A call that reads ``source``, or what the group has fetched of it, and begins to fetch for the next one."""
         prefetch, number = group.prefetch, self.calls - 1
-        if prefetch is None or prefetch.sources(number) is None:
+        if prefetch is None or not prefetch.covers(number):
             return lambda: run(source)
 
         def compute() -> list[Tensor]:

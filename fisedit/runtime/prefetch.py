@@ -155,6 +155,10 @@ class Prefetch:
             torch.cuda.current_stream(self.device).wait_event(buffers.ready)
         return fetched
 
+    def covers(self, number: int) -> bool:
+        """Whether call ``number`` is one to fetch for."""
+        return self._look(number) is not None
+
     def done(self) -> None:
         """The kernels of the call are under way: fetch for the next one beside them."""
         buffers, number = self._now

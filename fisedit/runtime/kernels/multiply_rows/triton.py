@@ -17,8 +17,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
+from fisedit.runtime.kernels.activate import ACTIVATIONS
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+from fisedit.runtime.kernels.multiply_rows.epilogue import add_parts, deviation, finish_tile, is_last, load_moments
+from fisedit.runtime.kernels.multiply_rows.steps import (
+    first_step,
+    load_rows,
+    load_weight,
+    next_step,
+    row_starts,
+    weight_of,
+)
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
 TMA = True
@@ -48,166 +57,9 @@ class Config:
 
 
 @triton.jit
-def _load_weight(
-    weight, first, at, column, step, inner, kept, within,
-    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
-):  # fmt: skip
-    """The tile ``[BK, BN]``."""
-    if TMA:
-        tile = weight.load([first, at]).T  # past the channels of a tap it has the next one's, which meet zeros
-    else:
-        where = weight + column[None, :].to(tl.int64) * inner + (at + step)[:, None]
-        if EVEN_C and EVEN_N:
-            tile = tl.load(where)
-        elif EVEN_C:
-            tile = tl.load(where, mask=kept[None, :], other=0.0)
-        else:
-            tile = tl.load(where, mask=kept[None, :] & within[:, None], other=0.0)
-    return tile
-
-
-@triton.jit
 def _sample_of(row, per, PAIR: tl.constexpr):
     """Which sample each row is of: of one or two, without a division."""
     return (row >= per).to(tl.int32) if PAIR else row // per
-
-
-@triton.jit
-def _scale(x, affine, plane, stride, sample, lowest, highest, column, within):
-    """``x`` by the scale and offset of each row's sample: one after the other, most tiles have rows of one alone."""
-    for number in tl.range(lowest, highest + 1, num_stages=1):
-        at = affine + number * stride + column
-        scaled = x * tl.load(at, mask=within)[None, :] + tl.load(at + plane, mask=within)[None, :]
-        x = tl.where((sample == number)[:, None], scaled, x)
-    return x
-
-
-@triton.jit
-def _recorded_rows(rows, recorded, sample, stride, ADDRESSES: tl.constexpr):
-    """Where each row's sample has its recorded map."""
-    ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
-    if ADDRESSES:
-        first = tl.load(recorded + sample)
-    else:
-        first = recorded.to(tl.int64) + sample.to(tl.int64) * stride * ITEM
-    return tl.multiple_of(first.to(rows.dtype), 16)
-
-
-@triton.jit
-def _add_parts(part, splits, inside, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr):
-    """The sum of all parts in their order. They come from L2: L1 may hold what stood there before."""
-    sums = tl.zeros((BM, BN), tl.float32)
-    for first in range(0, splits, 4):
-        for more in tl.static_range(4):  # four loads under way
-            sums += tl.load(part + inside, mask=first + more < splits, other=0.0, cache_modifier=".cg")
-            part += SIZE
-    return sums
-
-
-@triton.jit
-def _first_step(number, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
-    """Tap and channel where a step begins; what lies behind the taps has tap ``taps``, or channels from ``width`` on.
-
-    Steps go ``BY_TAP``, all channels of one after the other, or else through all taps of some channels, whose rows are
-    in L1 then. Without ``TURNS`` there is one tap, and nothing behind it.
-    """
-    if not TURNS:
-        tap, begin = 0, number * BK
-    elif BY_TAP:
-        tap = min(number * BK // width, taps)
-        begin = number * BK - tap * width
-    else:
-        chunk = min(number // taps, width // BK)
-        behind = chunk * BK == width
-        tap = tl.where(behind, 0, number - chunk * taps)
-        begin = chunk * BK + tl.where(behind, (number - chunk * taps) * BK, 0)
-    return tap, begin
-
-
-@triton.jit
-def _next_step(tap, begin, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
-    if not TURNS:
-        begin += BK
-    elif BY_TAP:
-        begin += BK
-        over = (begin >= width) & (tap < taps)
-        tap += over.to(tl.int32)
-        begin = tl.where(over, 0, begin)
-    else:
-        tap += 1
-        over = (tap == taps) | (begin >= width)
-        tap = tl.where(over, 0, tap)
-        begin += tl.where(over, BK, 0)
-    return tap, begin
-
-
-@triton.jit
-def _weight_of(tap, begin, c1, width, taps, TWO: tl.constexpr):
-    """Where the weights of a step begin that goes through all taps of some channels."""
-    at = tap * c1 + begin
-    return at + tl.where(begin >= width, (taps - 1) * c1, 0) if TWO else at
-
-
-@triton.jit
-def _load_rows(
-    own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
-    GATHER: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
-    BY_TAP: tl.constexpr,
-):  # fmt: skip
-    """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
-    if TWO:
-        behind = tap == taps if BY_TAP else begin >= width
-        begin = begin if BY_TAP else tl.where(behind, begin - width, begin)
-    channel = (begin + step)[None, :]
-    if GATHER:
-        start, wanted = tl.where(index < n_in, own, there), index >= 0
-        inside = (index.to(tl.int64) if WIDE else index) * c1
-        if TWO:
-            wanted = tl.where(behind, valid, wanted)
-            inside = tl.where(behind, 0, inside)
-        channel = inside[:, None] + channel
-    else:
-        start, wanted = own, valid
-    if TWO:
-        start = tl.where(behind, own2, start)
-        if THREE:
-            start = tl.where(behind & (begin >= c2), own3, start)
-    wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
-    return tl.load(start[:, None] + channel, mask=wanted, other=0.0)
-
-
-@triton.jit
-def _load_moments(moments, place, valid, parts, plane, PARTS: tl.constexpr):
-    """Sums of each row's channels and of their squares, in parts: ``[BM, PARTS]`` each."""
-    part = tl.arange(0, PARTS)
-    at = moments + (place.to(tl.int64) * parts)[:, None] + part[None, :]
-    known = valid[:, None] & (part < parts)[None, :]
-    return tl.load(at, mask=known, other=0.0), tl.load(at + plane * parts, mask=known, other=0.0)
-
-
-@triton.jit
-def _store_moments(moments, x, place, valid, kept, tile_n, parts, plane, EVEN_N: tl.constexpr):
-    x = x if EVEN_N else tl.where(kept[None, :], x, 0.0)
-    at = moments + place.to(tl.int64) * parts + tile_n
-    tl.store(at, tl.sum(x, 1), mask=valid)
-    tl.store(at + plane * parts, tl.sum(x * x, 1), mask=valid)
-
-
-@triton.jit
-def _deviation(of_sums, of_squares, channels, eps):
-    """Mean of each row, and one over its deviation."""
-    mean = tl.sum(of_sums, 1) / channels
-    return mean, tl.rsqrt(tl.maximum(tl.sum(of_squares, 1) / channels - mean * mean, 0.0) + eps)
-
-
-@triton.jit
-def _follow(sums, mean, rstd, center, bias, column, within, BIAS: tl.constexpr):
-    """What follows sums of products of rows column by column: their normalization, and the bias."""
-    if center is not None:
-        sums = (sums - mean[:, None] * tl.load(center + column, mask=within)[None, :]) * rstd[:, None]
-    if BIAS:
-        sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
-    return sums
 
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "ahead_size"])
@@ -244,57 +96,53 @@ def _multiply(
     width = tl.cdiv(c1, BK) * BK
     tap, begin = 0, 0
     if SPLIT:
-        tap, begin = _first_step(first, width, taps, BK, BY_TAP, GATHER or TWO)
+        tap, begin = first_step(first, width, taps, BK, BY_TAP, GATHER or TWO)
     place = sample * n_out + row
-    own, own2, own3, there, index = rows, rows, rows, rows, row
+    own, there, own2, own3 = row_starts(
+        rows, rows2, rows3, recorded, sample, row, place, n_in, c1, c2, rows_stride, rows2_stride, rows3_stride,
+        recorded_stride, GATHER, ADDRESSES, TWO, THREE,
+    )  # fmt: skip
+    index = row
     if GATHER:
         table = sources + sample * table_stride + row * taps
-        own = rows + (sample * n_in).to(tl.int64) * c1
-        there = _recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
         index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
-    else:
-        own = rows + (sample * n_in + row).to(tl.int64) * rows_stride
-    if TWO:  # after the taps
-        own2 = rows2 + place.to(tl.int64) * rows2_stride
-    if THREE:
-        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
     plane = batch.to(tl.int64) * n_out
     if moments is not None:  # loaded now, needed at the end
-        of_sums, of_squares = _load_moments(moments, place, valid, parts, plane, PARTS)
+        of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
-    at = _weight_of(tap, begin, c1, width, taps, TWO)
+    at = weight_of(tap, begin, c1, width, taps, TWO)
     if STAGED:
-        a = _load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
+        a = load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
                        GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
-        tap, begin = _next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
+        tap, begin = next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
         if GATHER:
             index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     for number in tl.range(first, last):
         if not STAGED:
-            a = _load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
+            a = load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
                            GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
             at = number * BK if EVEN_C else tap * c1 + begin
         elif not (GATHER or TWO):
             at = number * BK
         real = begin + step < c1
-        w = _load_weight(weight, tile_n * BN, at, column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
+        w = load_weight(weight, tile_n * BN, at, column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
         sums = tl.dot(a, w, sums, input_precision=PRECISION)
         if GATED:
-            w = _load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
+            w = load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
             gates = tl.dot(a, w, gates, input_precision=PRECISION)
         if STAGED:
             more = valid & (number + 1 < last)
             if GATHER:
                 index = tl.where(more, index, -1)
-            a = _load_rows(own, there, own2, own3, index, more, tap, begin, step, n_in, c1, c2, width, taps,
+            a = load_rows(own, there, own2, own3, index, more, tap, begin, step, n_in, c1, c2, width, taps,
                            GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
-            at = _weight_of(tap, begin, c1, width, taps, TWO)
-        tap, begin = _next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
+            at = weight_of(tap, begin, c1, width, taps, TWO)
+        tap, begin = next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
         if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
             index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     tile = tile_m * tl.num_programs(0) + tile_n
@@ -306,43 +154,22 @@ def _multiply(
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
         partial += (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        tl.store(partial + tl.program_id(2) * SIZE + inside, sums)
-        if GATED:
-            tl.store(partial + tl.program_id(2) * SIZE + BM * BN + inside, gates)
-        tl.debug_barrier()
-        if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
+        if not is_last(partial, locks + tile, sums, gates, inside, splits, GATED, SIZE, BM * BN):
             return
-        tl.store(locks + tile, 0)
-        sums = _add_parts(partial, splits, inside, BM, BN, SIZE)
+        sums = add_parts(partial, splits, inside, BM, BN, SIZE)
         if GATED:
-            gates = _add_parts(partial + BM * BN, splits, inside, BM, BN, SIZE)
+            gates = add_parts(partial + BM * BN, splits, inside, BM, BN, SIZE)
 
     mean, rstd = sample, sample
     if moments is not None:
-        mean, rstd = _deviation(of_sums, of_squares, c1, input_eps)
-    within = None if EVEN_N else kept
-    sums = _follow(sums, mean, rstd, center, bias, column, within, BIAS)
-    if GATED:
-        gates = _follow(gates, mean, rstd, center, bias, co + column, within, BIAS)
+        mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
     lowest = _sample_of(tile_m * BM, per, PAIR)
     highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
-    if AFFINE:
-        sums = _scale(sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, within)
-    sums = sums * activate(gates, ACTIVATION) if GATED else activate(sums, ACTIVATION)
-    goal = place.to(tl.int64)[:, None]
-    good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
-    if RESIDUAL:
-        sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
-    result = sums.to(out.dtype.element_ty)
-    tl.store(out + goal * co + column[None, :], result, mask=good)
-    if made_moments is not None:
-        x = result.to(tl.float32)
-        _store_moments(made_moments, x, place, valid, kept, tile_n, tl.num_programs(0), plane, EVEN_N)
-    if normalized is not None:
-        sums = result.to(tl.float32)
-        sums = _scale(sums, norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, within)
-        sums = activate(sums, NORM_ACTIVATION)
-        tl.store(normalized + goal * co + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+    finish_tile(
+        sums, gates, out, bias, affine, residual, normalized, norm_affine, center, made_moments, mean, rstd, sample,
+        lowest, highest, place, valid, column, tile_n, co, plane, residual_stride, affine_plane, affine_batch,
+        norm_plane, norm_batch, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+    )  # fmt: skip
 
 
 def multiply_rows(
