@@ -102,7 +102,9 @@ def test_feature_maps_stay_in_their_files_until_they_are_read(editor, damaged):
     loaded = editor.load(damaged)
     files = sorted(damaged.glob("call-*"))
     assert all(path.stat().st_size > 2**20 for path in files)
-    assert all(resident(path) <= 2**16 for path in files)  # statistics, and what the system maps around them
+    # Statistics, and the windows of 64 KiB that Linux maps around them: two where they lie on both sides of a border,
+    # which the address of the mapping, drawn at random, decides.
+    assert all(resident(path) <= 2 * 2**16 for path in files)
     loaded.edit(AFTER, mask=square(), record=False)
     assert all(resident(path) > 2**17 for path in files)
 
