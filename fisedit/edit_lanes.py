@@ -142,14 +142,19 @@ class Lane:
         self.unsettled.clear()
 
     def _active_rows(self, stored: Stored) -> dict[str, Any]:
-        """What a detect step stored, reduced to the active rows; group statistics stay the base's."""
+        """What a detect step stored, reduced to the active rows; group statistics stay the base's. What found no place
+        stays lost."""
         assert self.writer is not None
         values: dict[Store, Tensor] = {}
+        lost: dict[str, Any] = {}
         uses, indexes = {}, {}
         for slot, value in stored.values.items():
             assert isinstance(value, Kept)
             table = stored.rows[slot]
             if slot.startswith(STATISTICS):
+                continue
+            if value.block.lost is not None:
+                lost[slot] = value
                 continue
             on_host = value.block.data is None or not value.block.data.is_cuda
             index = None
@@ -159,7 +164,7 @@ class Lane:
             values[Store(slot, table)] = value.read(self._device, index)
             uses[slot] = Use(value.block.kind)
         kept = self.writer.keep(values, uses, len(self.samples))
-        return {s: v if (index := indexes.get(s)) is None else Overlay(v, index) for s, v in kept.items()}
+        return lost | {s: v if (index := indexes.get(s)) is None else Overlay(v, index) for s, v in kept.items()}
 
     def report(self) -> EditReport:
         edit, program = self.edit, self.program

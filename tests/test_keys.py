@@ -40,7 +40,7 @@ LEAST = "int8" if DEVICE == "cpu" else "active"
     [
         (None, "cached", "reference"),
         pytest.param(None, "cached", "triton", marks=pytest.mark.nightly),
-        *((budget, kv, provider) for budget, kv in (("500kB", "int8"), (0, LEAST)) for provider in PROVIDERS),
+        *((budget, kv, provider) for budget, kv in (("1MB", "int8"), (0, LEAST)) for provider in PROVIDERS),
     ],
 )
 def test_keys_by_plan(budget: str | int | None, kv: str, provider: str) -> None:

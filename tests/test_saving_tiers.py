@@ -6,6 +6,7 @@ import functools
 import json
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from torch import Tensor
 from toy_sampler import SIZE, TIMESTEPS, corner, run
 
 import fisedit
-from fisedit import CompiledUNet, Recording, errors, program, saving
+from fisedit import CompiledUNet, DetectConfig, Recording, errors, program, saving
 from fisedit.config import CacheConfig
 from fisedit.runtime.cache import disk
 from fisedit.runtime.cache.block import Block, Kept
@@ -294,14 +295,14 @@ def test_how_keys_are_kept_by_plan_is_saved(
 ) -> None:
     """Not known before a call is captured: what was planned tells, and an edit says if a plan was another one."""
     monkeypatch.setattr(program, "plan_keys", lambda *_: KeysPlan(kv, "as told"))
-    planned = [fisedit.compile(Small(), kv="auto", dense="eager") for _ in range(2)]
+    planned = [fisedit.compile(Small().to(DEVICE), kv="auto", dense="eager") for _ in range(2)]
     base = recorded(planned[0], call, FEW)
     base.save(tmp_path / "b")
     loaded = planned[1].load_recording(tmp_path / "b")
     assert same(edited_few(planned[1], call, loaded), edited_few(planned[0], call, base))
     other = {"cached": "active", "active": "cached"}[kv]
     monkeypatch.setattr(program, "plan_keys", lambda *_: KeysPlan(other, "as told"))
-    late = fisedit.compile(Small(), kv="auto", dense="eager")
+    late = fisedit.compile(Small().to(DEVICE), kv="auto", dense="eager")
     loaded = late.load_recording(tmp_path / "b")
     if kv == "cached":
         edited_few(late, call, loaded)
@@ -367,16 +368,37 @@ def test_what_lies_in_a_saved_file_makes_room_at_no_cost(tmp_path: Path) -> None
     assert (first[0].value("a") == 0).all()
 
 
+def test_a_recorded_edit_that_finds_no_room(made: Made, call: dict[str, Any], tmp_path: Path) -> None:
+    """Its images are the same, whether the mask is given or found; it says what it lacks, and its base is whole."""
+    unet, full = made(), made(gpu=0, host=0)
+    base = recorded(unet, call)
+    base.save(tmp_path / "b")
+    loaded = full.load_recording(tmp_path / "b")
+    detect = DetectConfig(steps=2, window=(1, 2), dilation=0, smooth=0)
+    for how in ({"mask": corner()}, {"detect": detect}):
+        images, edits = [], []
+        for model, of in ((unet, base), (full, loaded)):
+            with warnings.catch_warnings(), model.edit(of, **how, record=True) as edit:
+                warnings.simplefilter("ignore", CacheSpaceWarning)
+                images.append(run(model, changed(call), change=0.8))
+            edits.append(edit.recording)
+        assert same(*images) and not edits[0].partial and edits[1].partial
+        with pytest.raises(errors.PartialRecordingError, match=r"lacks the \w+ of call 1, .*budgets"):
+            edited_few(full, call, edits[1])
+    assert same(edited_few(full, call, loaded), edited_few(unet, call, base))
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("budgets", [{}, {"gpu": 0}, {"gpu": 0, "host": 0}, {"gpu": 500_000, "host": 500_000}])
+@pytest.mark.parametrize("budgets", [{}, {"gpu": 0}, {"gpu": 0, "host": 0}, {"gpu": 150_000, "host": 150_000}])
 @pytest.mark.parametrize("provider", ["reference", "triton"])
 def test_a_loaded_base_on_the_tiers_of_a_gpu(
     made: Made, call: dict[str, Any], provider: str, budgets: dict[str, int], tmp_path: Path
 ) -> None:
     unet = made("exact", provider)
     base = recorded(unet, call)
+    assert base.nbytes > 300_000
     base.save(tmp_path / "b")
-    other = made("exact", provider, **budgets)
+    other = made("exact", provider, **budgets, disk=tmp_path / "cache")  # where recorded edits find no other place
     loaded = other.load_recording(tmp_path / "b")
     assert tiers_of(loaded) == {(): {"gpu"}, ("gpu",): {"pinned"}}.get(tuple(budgets), tiers_of(loaded))
     assert "gpu" not in budgets or tiers_of(loaded) - {"gpu"}

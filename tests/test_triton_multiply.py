@@ -147,13 +147,13 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
 def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
     """A convolution with what may follow it, and a gated product of rows that come with moments, and their own."""
     config, dtype = replace(tile, split=split), torch.float16
-    rows, recorded = random(2, 300, 320, dtype=dtype), random(2, 350, 320, seed=1, dtype=dtype)
+    rows, recorded = random(2, 300, 384, dtype=dtype), random(2, 350, 384, seed=1, dtype=dtype)
     sources = torch.randint(-1, 650, (1, 300, 9), generator=torch.Generator().manual_seed(2)).int().to(DEVICE)
-    weight, bias = random(192, 9 * 320, seed=3, dtype=dtype) / 50, random(192, seed=4, dtype=dtype)
+    weight, bias = random(192, 9 * 384, seed=3, dtype=dtype) / 50, random(192, seed=4, dtype=dtype)
     common = {"rows": rows, "recorded": recorded, "sources": sources, "weight": weight, "bias": bias}
     check(dtype, 290, config, **common, affine=random(2, 2, 192, seed=5), activation="silu")
-    more = {"rows2": random(2, 300, 128, seed=6, dtype=dtype), "rows3": random(2, 300, 64, seed=7, dtype=dtype)}
-    wide = random(192, 9 * 320 + 192, seed=8, dtype=dtype) / 50
+    more = {"rows2": random(2, 300, 128, seed=6, dtype=dtype), "rows3": random(2, 300, 256, seed=7, dtype=dtype)}
+    wide = random(192, 9 * 384 + 384, seed=8, dtype=dtype) / 50
     check(dtype, 290, config, **{**common, "weight": wide}, **more, residual=random(2, 300, 192, seed=9, dtype=dtype))
     if tile.n == 256:
         return
