@@ -2,43 +2,67 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 
 @dataclass(frozen=True)
+class Launch:
+    """One run of a kernel (on a CPU: of an operator): µs from the first one's start, and its own.
+
+    Kernels that start before the one before them ends also count their waiting: what a launch adds to a call is the
+    time between its end and that of the one before it.
+    """
+
+    name: str
+    start: float
+    microseconds: float
+    grid: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> float:
+        return self.start + self.microseconds
+
+
+@dataclass(frozen=True)
 class KernelTime:
-    """A kernel (on a CPU: an operator) of one call: how often it ran, and µs of all its runs."""
+    """A kernel of one call: how often it ran, and µs of all its runs."""
 
     name: str
     calls: int
     microseconds: float
 
 
-def profile_call(call: Callable[[], Any], device: torch.device) -> list[KernelTime]:
-    """The kernels of one call, the longest first."""
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiled:
+def profile_call(call: Callable[[], Any], device: torch.device) -> list[Launch]:
+    """The launches of one call, in their order."""
+    on_gpu = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu) as profiled:
         call()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-    if device.type == "cuda":
-        runs = ((e.name, e.time_range.elapsed_us()) for e in profiled.events() if e.device_type == DeviceType.CUDA)
-    else:
-        runs = ((e.name, e.self_cpu_time_total) for e in profiled.events())
-    return _sum(runs)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset") if on_gpu else ("cpu_op",)
+    found = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
+    begin = found[0]["ts"] if found else 0.0
+    return [Launch(e["name"], e["ts"] - begin, e["dur"], tuple(e["args"].get("grid", ()))) for e in found]
 
 
-def _sum(runs: Iterable[tuple[str, float]]) -> list[KernelTime]:
+def totals(launches: Sequence[Launch]) -> list[KernelTime]:
+    """By kernel, the longest first."""
     times: dict[str, list[float]] = defaultdict(list)
-    for name, microseconds in runs:
-        times[name].append(microseconds)
+    for launch in launches:
+        times[launch.name].append(launch.microseconds)
     kernels = [KernelTime(name, len(each), sum(each)) for name, each in times.items()]
     return sorted(kernels, key=lambda kernel: -kernel.microseconds)
 

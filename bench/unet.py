@@ -27,7 +27,7 @@ import torch
 import typer
 from calls import Loop, Subject, compiled, float32_output, loop, milliseconds, prepare, relative_error, wait
 from kernel_table import markdown as kernel_markdown
-from kernel_table import profile_call
+from kernel_table import profile_call, totals
 from masks import blob, family
 from published import MODELS, TINY
 from roofline import Work, count_work, mean_work, peak_of
@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fisedit
 from fisedit.environment import describe_environment, environment_line
+from fisedit.explanation import layer_choices
 from fisedit.recording import Recording
 
 BLOB_SHARES = "0.05,0.15,0.30,0.60,0.80,1.00"
@@ -336,16 +337,27 @@ def measured(subject: Subject) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()
 
 
-def profile_edit(subject: Subject, base: Recording, mask: Tensor) -> list[dict[str, Any]]:
-    """The kernels of one sparse call."""
+def profile_edit(subject: Subject, base: Recording, mask: Tensor) -> dict[str, Any]:
+    """The launches of one sparse call in their order; of its layers, what was chosen, and what each way takes alone."""
     step = subject.step(subject.ours)
     with subject.ours.edit(base, mask.to(subject.device)):
         for timestep in subject.timesteps[:-1]:
             step(timestep)
         wait(subject.device)
-        kernels = profile_call(lambda: step(subject.timesteps[-1]), subject.device)
-    print(f"\nkernels of one call of {subject.name}:\n\n{kernel_markdown(kernels)}\n", flush=True)
-    return [asdict(kernel) for kernel in kernels]
+        launches = profile_call(lambda: step(subject.timesteps[-1]), subject.device)
+    print(f"\nkernels of one call of {subject.name}:\n\n{kernel_markdown(totals(launches))}\n", flush=True)
+    return {"launches": [asdict(launch) for launch in launches], "layers": layers(subject, mask)}
+
+
+def layers(subject: Subject, mask: Tensor) -> list[dict[str, Any]]:
+    """The products and self-attentions of a sparse call, as ``explain`` knows them."""
+    program = next(iter(subject.ours._live.programs.values()))
+    if not program.fused:
+        return []
+    from fisedit.runtime.tuning.choose import timings_of  # needs Triton
+
+    dtype, timings = subject.call["sample"].dtype, timings_of(subject.device)
+    return [asdict(choice) for choice in layer_choices(program.graphs["edit"].graph, mask, dtype, timings)]
 
 
 def measure_model(
@@ -366,7 +378,7 @@ def measure_model(
         print(f"{name}, {kind}: dense {row.dense:.2f} ms, edit {row.ours:.2f} ms, {row.ratio:.2f}x", flush=True)
         results.put(name, "rows", [{**asdict(row), "ratio": row.ratio} for row in rows])
     for kind in profile:
-        results.put(name, f"kernels, {kind}", profile_edit(subject, base, masks[kind][0]))
+        results.put(name, f"call, {kind}", profile_edit(subject, base, masks[kind][0]))
     results.put(name, "GiB", memory(subject, base))
     if variants:
         results.put(name, "variants", measure_variants(subject, base, masks, variants, rows, max(2, repeats // 2)))

@@ -43,12 +43,13 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
     from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    choices = list(_choices(graph, mask, dtype, timings or timings_of(device)))
+    choices = list(layer_choices(graph, mask, dtype, timings or timings_of(device)))
     return explain_choices(choices, "µs", call)
 
 
-def _choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
-    """What is known of the products and self-attentions of a fused graph, at the bucket of the mask's rows."""
+def layer_choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
+    """What is known of the products and self-attentions of a fused graph, in their order, at the bucket of the mask's
+    rows."""
     from fisedit.runtime.tuning.choose import RULE
 
     for node in graph.nodes:
