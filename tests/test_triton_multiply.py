@@ -61,26 +61,22 @@ def test_epilogues(split: int) -> None:
     check(torch.float32, 10, config, **common, activation="gelu", gated=True)
 
 
-@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize("split", [1, 2])
-def test_three_sources_of_channels(split: int, staged: bool) -> None:
+def test_three_sources_of_channels(split: int) -> None:
     more = {"rows2": random(2, 10, 32, seed=5), "rows3": random(2, 10, 64, seed=6)}
-    check(torch.float32, 9, Config(16, 16, 32, 4, 2, split, staged), rows=random(2, 10, 64), **more,
+    check(torch.float32, 9, Config(16, 16, 32, 4, 2, split), rows=random(2, 10, 64), **more,
           weight=random(24, 160, seed=1), bias=random(24, seed=2))  # fmt: skip
 
 
-@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(("three", "masks", "split"), [(False, 1, 1), (False, 2, 3), (True, 2, 1), (True, 1, 11)])
-def test_channels_of_the_outputs_after_those_of_a_convolution(
-    three: bool, masks: int, split: int, staged: bool
-) -> None:
+def test_channels_of_the_outputs_after_those_of_a_convolution(three: bool, masks: int, split: int) -> None:
     """More outputs than inputs; split between the taps, inside them and behind them."""
     rows, recorded = random(2, 7, 64), random(2, 30, 64, seed=1)
     sources = torch.randint(-1, 7 + 30, (masks, 11, 9), generator=torch.Generator().manual_seed(2))
     merged = random(2, 11, 96, seed=3)
     rows2, rows3 = merged[..., 32:], random(2, 11, 32, seed=4) if three else None
     weight = random(24, 9 * 64 + 64 + 32 * three, seed=5) / 12
-    config = Config(16, 16, 32, 4, 2, split, staged)
+    config = Config(16, 16, 32, 4, 2, split)
     check(torch.float32, 10, config, rows=rows, recorded=recorded, rows2=rows2, rows3=rows3,
           sources=sources.int().to(DEVICE), weight=weight, residual=random(2, 11, 24, seed=6))  # fmt: skip
 
@@ -91,20 +87,17 @@ def test_two_sources_of_channels() -> None:
           weight=random(24, 96, seed=1))  # fmt: skip
 
 
-@pytest.mark.parametrize("staged", [False, True])
 @pytest.mark.parametrize(
     ("addresses", "masks", "channels", "split"),
     [(False, 1, 32, 1), (True, 2, 64, 4), (True, 1, 4, 1), (False, 2, 40, 1), (True, 1, 40, 4)],
 )
-def test_convolution_reads_the_recorded_map_in_place(
-    addresses: bool, masks: int, channels: int, split: int, staged: bool
-) -> None:
+def test_convolution_reads_the_recorded_map_in_place(addresses: bool, masks: int, channels: int, split: int) -> None:
     rows, recorded = random(2, 12, channels), random(2, 30, channels, seed=1)
     sources = torch.randint(-1, 12 + 30, (masks, 11, 9), generator=torch.Generator().manual_seed(2))
     weight = random(24, 9 * channels, seed=3) / 12
     common = {"rows": rows, "sources": sources.int().to(DEVICE), "weight": weight, "bias": random(24, seed=4)}
     given = recorded
-    config = Config(16, 16, 32, 4, 2, split, staged)
+    config = Config(16, 16, 32, 4, 2, split)
     if addresses:
         table = torch.tensor([sample.data_ptr() for sample in recorded], device=DEVICE)
         count = torch.tensor([11], dtype=torch.int32, device=DEVICE)

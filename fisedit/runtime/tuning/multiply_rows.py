@@ -39,8 +39,6 @@ TILES = (
     kernel.Config(128, 128, 64, 8, 4),
     kernel.Config(128, 128, 128, 8, 3),
     kernel.Config(128, 256, 64, 8, 3),
-    kernel.Config(128, 64, 64, 4, 4, staged=True, registers=168),
-    kernel.Config(128, 128, 64, 8, 4, staged=True, registers=128),
 )
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""

@@ -1,4 +1,8 @@
-"""What follows the sums of a product's tile: the parts of other programs, norms, bias, activation, residual."""
+"""What follows the sums of a product's tile: the parts of other programs, norms, bias, activation, residual.
+
+What it takes is loaded while other loads are under way, before the sums are there: each wait would be as long as some
+steps of the product.
+"""
 
 from __future__ import annotations
 
@@ -6,25 +10,38 @@ import triton
 import triton.language as tl
 
 from fisedit.runtime.kernels.activate import activate
+from fisedit.runtime.kernels.multiply_rows.steps import which_rows
 
 
 @triton.jit
-def is_last(partial, locks, sums, gates, inside, splits, GATED: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr):
-    """Write a program's part of the sums; whether all others have written theirs."""
-    tl.store(partial + tl.program_id(2) * SIZE + inside, sums)
+def share_part(part, locks, sums, gates, inside, splits, SPREAD: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr):
+    """Write a program's part of the sums; whether it adds up all of them, in part or alone.
+
+    ``SPREAD``: each waits for all others of its tile, which run at the same time, and adds up some rows. Otherwise the
+    last to arrive does all.
+    """
+    tl.store(part + inside, sums)
     if GATED:
-        tl.store(partial + tl.program_id(2) * SIZE + HALF + inside, gates)
+        tl.store(part + HALF + inside, gates)
     tl.debug_barrier()
-    last = tl.atomic_add(locks, 1, sem="acq_rel") == splits - 1
-    if last:
-        tl.store(locks, 0)
-    return last
+    arrived = tl.atomic_add(locks, 1, sem="acq_rel") + 1
+    if SPREAD:
+        while arrived < splits:
+            arrived = tl.atomic_add(locks, 0, sem="acquire")
+        if tl.atomic_add(locks, 1, sem="relaxed") == 2 * splits - 1:  # the last one leaves the lock as it was
+            tl.store(locks, 0)
+        adds = True
+    else:
+        adds = arrived == splits
+        if adds:
+            tl.store(locks, 0)
+    return adds
 
 
 @triton.jit
-def add_parts(part, splits, inside, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl.constexpr):
+def add_parts(part, splits, inside, SIZE: tl.constexpr):
     """The sum of all parts in their order. They come from L2: L1 may hold what stood there before."""
-    sums = tl.zeros((BM, BN), tl.float32)
+    sums = tl.zeros(inside.shape, tl.float32)
     for first in range(0, splits, 4):
         for more in tl.static_range(4):  # four loads under way
             sums += tl.load(part + inside, mask=first + more < splits, other=0.0, cache_modifier=".cg")
@@ -33,12 +50,23 @@ def add_parts(part, splits, inside, BM: tl.constexpr, BN: tl.constexpr, SIZE: tl
 
 
 @triton.jit
-def scale_rows(x, affine, plane, stride, sample, lowest, highest, column, within):
-    """``x`` by the scale and offset of each row's sample: one after the other, most tiles have rows of one alone."""
+def load_scales(affine, plane, stride, lowest, highest, column, within):
+    """Scale and offset of each column for the first and the last sample of a tile: most have one or two."""
+    first, last = affine + lowest * stride + column, affine + highest * stride + column
+    scale, last_scale = tl.load(first, mask=within), tl.load(last, mask=within)
+    return scale, last_scale, tl.load(first + plane, mask=within), tl.load(last + plane, mask=within)
+
+
+@triton.jit
+def scale_rows(x, scales, affine, plane, stride, sample, lowest, highest, column, kept):
+    """``x`` by the scale and offset of each row's sample, one after the other: fewer registers; ``scales`` from
+    :func:`load_scales`."""
     for number in tl.range(lowest, highest + 1, num_stages=1):
+        other = kept & (number > lowest) & (number < highest)
         at = affine + number * stride + column
-        scaled = x * tl.load(at, mask=within)[None, :] + tl.load(at + plane, mask=within)[None, :]
-        x = tl.where((sample == number)[:, None], scaled, x)
+        scale = tl.load(at, mask=other, other=tl.where(number == lowest, scales[0], scales[1]))
+        offset = tl.load(at + plane, mask=other, other=tl.where(number == lowest, scales[2], scales[3]))
+        x = tl.where((sample == number)[:, None], x * scale[None, :] + offset[None, :], x)
     return x
 
 
@@ -67,42 +95,106 @@ def deviation(of_sums, of_squares, channels, eps):
 
 
 @triton.jit
-def follow_columns(sums, mean, rstd, center, bias, column, within, BIAS: tl.constexpr):
+def load_columns(
+    bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest, column, co,
+    within, BIAS: tl.constexpr, AFFINE: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """What is of columns, for :func:`finish_tile`: biases, sums of weights, scales. ``column`` stands for what is not."""
+    GATES: tl.constexpr = BIAS and GATED
+    CENTER: tl.constexpr = center is not None
+    CENTERS: tl.constexpr = CENTER and GATED
+    own = tl.load(bias + column, mask=within).to(tl.float32) if BIAS else column
+    gate = tl.load(bias + co + column, mask=within).to(tl.float32) if GATES else column
+    of_own = tl.load(center + column, mask=within) if CENTER else column
+    of_gate = tl.load(center + co + column, mask=within) if CENTERS else column
+    scales = (column, column, column, column)
+    if AFFINE:
+        scales = load_scales(affine, affine_plane, affine_batch, lowest, highest, column, within)
+    norms = (column, column, column, column)
+    if norm_affine is not None:
+        norms = load_scales(norm_affine, norm_plane, norm_batch, lowest, highest, column, within)
+    return own, gate, of_own, of_gate, scales, norms
+
+
+@triton.jit
+def load_residual(residual, stride, place, valid, column, within, RESIDUAL: tl.constexpr):
+    """``[BM, BN]``; ``column`` stands for none."""
+    if RESIDUAL:
+        good = valid[:, None] if within is None else valid[:, None] & within[None, :]
+        found = tl.load(residual + (place.to(tl.int64)[:, None] * stride + column[None, :]), mask=good, other=0.0)
+    else:
+        found = column
+    return found
+
+
+@triton.jit
+def follow_columns(sums, mean, rstd, center, bias, CENTER: tl.constexpr, BIAS: tl.constexpr):
     """What follows sums of products of rows column by column: their normalization, and the bias."""
-    if center is not None:
-        sums = (sums - mean[:, None] * tl.load(center + column, mask=within)[None, :]) * rstd[:, None]
+    if CENTER:
+        sums = (sums - mean[:, None] * center[None, :]) * rstd[:, None]
     if BIAS:
-        sums += tl.load(bias + column, mask=within).to(tl.float32)[None, :]
+        sums += bias[None, :]
     return sums
 
 
 @triton.jit
 def finish_tile(
-    sums, gates, out, bias, affine, residual, normalized, norm_affine, center, made_moments, mean, rstd, sample, lowest,
-    highest, place, valid, column, tile_n, co, plane, residual_stride, affine_plane, affine_batch, norm_plane,
-    norm_batch, BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
+    sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest, highest,
+    place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
+    CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """All that follows the sums of a tile, and where it goes."""
-    kept = column < co
-    within = None if EVEN_N else kept
-    sums = follow_columns(sums, mean, rstd, center, bias, column, within, BIAS)
-    if GATED:
-        gates = follow_columns(gates, mean, rstd, center, bias, co + column, within, BIAS)
+    """All that follows the sums of a tile, or of some of its rows, and where it goes.
+
+    Args:
+        columns, extra: from :func:`load_columns` and :func:`load_residual`.
+    """
+    own, gate, of_own, of_gate, scales, norms = columns
+    sums = follow_columns(sums, mean, rstd, of_own, own, CENTER, BIAS)
     if AFFINE:
-        sums = scale_rows(sums, affine, affine_plane, affine_batch, sample, lowest, highest, column, within)
-    sums = sums * activate(gates, ACTIVATION) if GATED else activate(sums, ACTIVATION)
-    goal = place.to(tl.int64)[:, None]
-    good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
+        sums = scale_rows(sums, scales, affine, affine_plane, affine_batch, sample, lowest, highest, column, column < co)
+    if GATED:
+        sums *= activate(follow_columns(gates, mean, rstd, of_gate, gate, CENTER, BIAS), ACTIVATION)
+    else:
+        sums = activate(sums, ACTIVATION)
     if RESIDUAL:
-        sums += tl.load(residual + goal * residual_stride + column[None, :], mask=good, other=0.0).to(tl.float32)
+        sums += extra.to(tl.float32)
+    at = place.to(tl.int64)[:, None] * co + column[None, :]
+    good = valid[:, None] if within is None else valid[:, None] & within[None, :]
     result = sums.to(out.dtype.element_ty)
-    tl.store(out + goal * co + column[None, :], result, mask=good)
+    tl.store(out + at, result, mask=good)
     if made_moments is not None:
-        x = result.to(tl.float32)
-        store_moments(made_moments, x, place, valid, kept, tile_n, tl.num_programs(0), plane, EVEN_N)
+        store_moments(
+            made_moments, result.to(tl.float32), place, valid, column < co, tile_n, tl.cdiv(co, column.shape[0]), plane,
+            within is None,
+        )  # fmt: skip
     if normalized is not None:
         x = result.to(tl.float32)
-        x = scale_rows(x, norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, within)
-        x = activate(x, NORM_ACTIVATION)
-        tl.store(normalized + goal * co + column[None, :], x.to(out.dtype.element_ty), mask=good)
+        x = scale_rows(x, norms, norm_affine, norm_plane, norm_batch, sample, lowest, highest, column, column < co)
+        tl.store(normalized + at, activate(x, NORM_ACTIVATION).to(out.dtype.element_ty), mask=good)
+
+
+@triton.jit
+def finish_piece(
+    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments, made_moments,
+    c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane, affine_plane,
+    affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """:func:`finish_tile` for the ``PIECE`` rows of number ``piece``, whose sums lie in parts."""
+    place, sample, _, valid = which_rows(row0 + piece * PIECE, per, n_out, batch, PIECE, GATHER, PAIR)
+    extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
+    inside = (piece * PIECE + tl.arange(0, PIECE))[:, None] * BN + tl.arange(0, BN)[None, :]
+    sums = add_parts(part, splits, inside, SIZE)
+    gates = add_parts(part + BM * BN, splits, inside, SIZE) if GATED else sums
+    mean, rstd = sample, sample
+    if CENTER:
+        of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
+        mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
+    finish_tile(
+        sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
+        highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
+        CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
+    )  # fmt: skip

@@ -1,9 +1,35 @@
-"""What the steps of a product read: rows, gathered from where they lie, and weights."""
+"""What the steps of a product multiply: rows, as they lie or gathered, and weights."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def sample_of(row, per, PAIR: tl.constexpr):
+    """Which sample each row is of: of one or two, without a division."""
+    return (row >= per).to(tl.int32) if PAIR else row // per
+
+
+@triton.jit
+def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
+    """The output rows from ``first`` on: where each lies in the result, its sample, its number there, and whether there
+    is one. Gathered rows follow one another without the padding of samples; others keep it, to be read in one piece.
+    """
+    row = first + tl.arange(0, SIZE)
+    if GATHER:
+        valid = row < per * batch
+        row = tl.where(valid, row, 0)
+        sample = sample_of(row, per, PAIR)
+        row -= sample * per
+    else:
+        valid = row < n_out * batch
+        row = tl.where(valid, row, 0)
+        sample = sample_of(row, n_out, PAIR)
+        row -= sample * n_out
+        valid &= row < per
+    return sample * n_out + row, sample, row, valid
 
 
 @triton.jit
@@ -26,6 +52,47 @@ def load_weight(
 
 
 @triton.jit
+def add_products(
+    sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, within,
+    GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add those of the rows ``a`` ``[BM, BK]`` and the weights from channel ``at`` on; of a gate, with its own."""
+    first = tile_n * column.shape[0]
+    w = load_weight(weight, first, at, column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+    sums = tl.dot(a, w, sums, input_precision=PRECISION)
+    if GATED:
+        w = load_weight(weight, co + first, at, co + column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+        gates = tl.dot(a, w, gates, input_precision=PRECISION)
+    return sums, gates
+
+
+@triton.jit
+def add_rows(
+    sums, gates, rows, stride, channels, before, skipped, weight, tile_m, tile_n, place, valid, column, kept, first,
+    last, step, co, inner, GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps ``first`` to ``last`` of a product, as far as they are of ``rows``, whose ``channels`` come behind
+    ``before`` others, which are ``skipped`` steps."""
+    BM: tl.constexpr = place.shape[0]
+    BK: tl.constexpr = step.shape[0]
+    if not TMA:
+        start = rows + place.to(tl.int64) * stride
+    for number in tl.range(tl.maximum(first - skipped, 0), tl.minimum(last - skipped, tl.cdiv(channels, BK))):
+        begin = number * BK
+        within = begin + step < channels
+        if TMA:
+            a = rows.load([tile_m * BM, begin])
+        else:
+            a = tl.load(start[:, None] + (begin + step)[None, :], mask=valid[:, None] & within[None, :], other=0.0)
+        sums, gates = add_products(
+            sums, gates, a, weight, tile_n, co, before + begin, column, step, inner, kept, within,
+            GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
+    return sums, gates
+
+
+@triton.jit
 def recorded_rows(rows, recorded, sample, stride, ADDRESSES: tl.constexpr):
     """Where each row's sample has its recorded map."""
     ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
@@ -37,92 +104,33 @@ def recorded_rows(rows, recorded, sample, stride, ADDRESSES: tl.constexpr):
 
 
 @triton.jit
-def row_starts(
-    rows, rows2, rows3, recorded, sample, row, place, n_in, c1, c2, rows_stride, rows2_stride, rows3_stride,
-    recorded_stride, GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr,
-):  # fmt: skip
-    """Where rows begin: the packed ones and the recorded ones, and of each output its own in the other sources. What a
-    product does without is ``rows`` itself."""
-    own, own2, own3, there = rows, rows, rows, rows
-    if GATHER:
-        own = rows + (sample * n_in).to(tl.int64) * c1
-        there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
-    else:
-        own = rows + (sample * n_in + row).to(tl.int64) * rows_stride
-    if TWO:  # after the taps
-        own2 = rows2 + place.to(tl.int64) * rows2_stride
-    if THREE:
-        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
-    return own, there, own2, own3
+def first_step(number, width, taps, BK: tl.constexpr):
+    """Tap and channel where a step begins; what lies behind the taps has tap ``taps``."""
+    tap = min(number * BK // width, taps)
+    return tap, number * BK - tap * width
 
 
 @triton.jit
-def first_step(number, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
-    """Tap and channel where a step begins; what lies behind the taps has tap ``taps``, or channels from ``width`` on.
-
-    Steps go ``BY_TAP``, all channels of one after the other, or else through all taps of some channels, whose rows are
-    in L1 then. Without ``TURNS`` there is one tap, and nothing behind it.
-    """
-    if not TURNS:
-        tap, begin = 0, number * BK
-    elif BY_TAP:
-        tap = min(number * BK // width, taps)
-        begin = number * BK - tap * width
-    else:
-        chunk = min(number // taps, width // BK)
-        behind = chunk * BK == width
-        tap = tl.where(behind, 0, number - chunk * taps)
-        begin = chunk * BK + tl.where(behind, (number - chunk * taps) * BK, 0)
-    return tap, begin
+def next_step(tap, begin, width, taps, BK: tl.constexpr):
+    begin += BK
+    over = (begin >= width) & (tap < taps)
+    return tap + over.to(tl.int32), tl.where(over, 0, begin)
 
 
 @triton.jit
-def next_step(tap, begin, width, taps, BK: tl.constexpr, BY_TAP: tl.constexpr, TURNS: tl.constexpr):
-    if not TURNS:
-        begin += BK
-    elif BY_TAP:
-        begin += BK
-        over = (begin >= width) & (tap < taps)
-        tap += over.to(tl.int32)
-        begin = tl.where(over, 0, begin)
-    else:
-        tap += 1
-        over = (tap == taps) | (begin >= width)
-        tap = tl.where(over, 0, tap)
-        begin += tl.where(over, BK, 0)
-    return tap, begin
-
-
-@triton.jit
-def weight_of(tap, begin, c1, width, taps, TWO: tl.constexpr):
-    """Where the weights of a step begin that goes through all taps of some channels."""
-    at = tap * c1 + begin
-    return at + tl.where(begin >= width, (taps - 1) * c1, 0) if TWO else at
-
-
-@triton.jit
-def load_rows(
-    own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
-    GATHER: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
-    BY_TAP: tl.constexpr,
+def load_patches(
+    own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps,
+    TWO: tl.constexpr, THREE: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
+    start, wanted = tl.where(index < n_in, own, there), index >= 0
+    inside = (index.to(tl.int64) if WIDE else index) * c1
     if TWO:
-        behind = tap == taps if BY_TAP else begin >= width
-        begin = begin if BY_TAP else tl.where(behind, begin - width, begin)
-    channel = (begin + step)[None, :]
-    if GATHER:
-        start, wanted = tl.where(index < n_in, own, there), index >= 0
-        inside = (index.to(tl.int64) if WIDE else index) * c1
-        if TWO:
-            wanted = tl.where(behind, valid, wanted)
-            inside = tl.where(behind, 0, inside)
-        channel = inside[:, None] + channel
-    else:
-        start, wanted = own, valid
-    if TWO:
+        behind = tap == taps
+        wanted = tl.where(behind, valid, wanted)
+        inside = tl.where(behind, 0, inside)
         start = tl.where(behind, own2, start)
         if THREE:
             start = tl.where(behind & (begin >= c2), own3, start)
     wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
-    return tl.load(start[:, None] + channel, mask=wanted, other=0.0)
+    return tl.load(start[:, None] + (inside[:, None] + (begin + step)[None, :]), mask=wanted, other=0.0)

@@ -1,14 +1,15 @@
 """One kernel for linear layers and convolutions of active rows.
 
-The rows that an output reads are gathered while they are loaded (implicit GEMM): active ones from the packed input,
-the others from the recorded map in its place. Few rows leave too few tiles to fill the GPU: then the inner dimension is
-split across programs, and the last to arrive adds their partial sums.
+The rows that an output of a convolution reads are gathered while they are loaded (implicit GEMM): active ones from the
+packed input, the others from the recorded map in its place. Few rows leave too few tiles to fill the GPU: then the
+inner dimension is split across programs, which add their partial sums together.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,14 +20,24 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
-from fisedit.runtime.kernels.multiply_rows.epilogue import add_parts, deviation, finish_tile, is_last, load_moments
+from fisedit.runtime.kernels.multiply_rows.epilogue import (
+    deviation,
+    finish_piece,
+    finish_tile,
+    load_columns,
+    load_moments,
+    load_residual,
+    share_part,
+)
 from fisedit.runtime.kernels.multiply_rows.steps import (
+    add_products,
+    add_rows,
     first_step,
-    load_rows,
-    load_weight,
+    load_patches,
     next_step,
-    row_starts,
-    weight_of,
+    recorded_rows,
+    sample_of,
+    which_rows,
 )
 from fisedit.runtime.kernels.prefetch import prefetch, prefetched
 
@@ -35,12 +46,7 @@ TMA = True
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split.
-
-    ``staged``: rows wait for their turn in registers, one step ahead, not in shared memory. They come through L1, where
-    the taps of a convolution find them again, and more programs fit on a multiprocessor; but products wait for them.
-    ``registers``: of a thread, at most.
-    """
+    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
 
     m: int
     n: int
@@ -48,44 +54,37 @@ class Config:
     warps: int
     stages: int
     split: int = 1
-    staged: bool = False
-    registers: int | None = None
 
     def __str__(self) -> str:
-        how = f"{' staged' * self.staged}{f' r{self.registers}' if self.registers else ''}"
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages}{how} /{self.split}"
-
-
-@triton.jit
-def _sample_of(row, per, PAIR: tl.constexpr):
-    """Which sample each row is of: of one or two, without a division."""
-    return (row >= per).to(tl.int32) if PAIR else row // per
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
 
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "ahead_size"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
-    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, inner, co, rows_stride,
-    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
-    norm_batch, taps, steps, each, parts, input_eps,
+    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, c3, inner, co,
+    rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch,
+    norm_plane, norm_batch, taps, steps, each, parts, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, STAGED: tl.constexpr,
-    EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, EVEN_C: tl.constexpr,
+    EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    BY_TAP: tl.constexpr = not STAGED
+    CENTER: tl.constexpr = moments is not None
     per = tl.load(count)
-    total = per * batch
     tile_n, tile_m = tl.program_id(0), tl.program_id(1)
-    if tile_m * BM >= total:
+    row0 = tile_m * BM
+    own_per = per if GATHER else n_out  # rows from one sample to the next
+    end = min(row0 + BM, own_per * batch)
+    lowest = sample_of(row0, own_per, PAIR)
+    highest = sample_of(end - 1, own_per, PAIR)
+    if (row0 >= end) | ((row0 - lowest * own_per >= per) & (lowest == highest)):
         return
-    row = tile_m * BM + tl.arange(0, BM)
-    valid = row < total
-    sample = _sample_of(tl.where(valid, row, 0), per, PAIR)
-    row = tl.where(valid, row, 0) - sample * per
+    place, sample, row, valid = which_rows(row0, per, n_out, batch, BM, GATHER, PAIR)
     column = tile_n * BN + tl.arange(0, BN)
     kept = column < co
+    within = None if EVEN_N else kept
     step = tl.arange(0, BK)
     first, last = 0, steps
     if SPLIT:
@@ -93,83 +92,99 @@ def _multiply(
         last = min(first + each, steps)
 
     # Tables and addresses are no kernel's work: they need not be waited for.
-    width = tl.cdiv(c1, BK) * BK
-    tap, begin = 0, 0
-    if SPLIT:
-        tap, begin = first_step(first, width, taps, BK, BY_TAP, GATHER or TWO)
-    place = sample * n_out + row
-    own, there, own2, own3 = row_starts(
-        rows, rows2, rows3, recorded, sample, row, place, n_in, c1, c2, rows_stride, rows2_stride, rows3_stride,
-        recorded_stride, GATHER, ADDRESSES, TWO, THREE,
-    )  # fmt: skip
-    index = row
     if GATHER:
+        width = tl.cdiv(c1, BK) * BK
+        tap, begin = 0, 0
+        if SPLIT:
+            tap, begin = first_step(first, width, taps, BK)
         table = sources + sample * table_stride + row * taps
         index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+        own = rows + (sample * n_in).to(tl.int64) * c1
+        there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
+        own2 = rows2 + place.to(tl.int64) * rows2_stride
+        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
     plane = batch.to(tl.int64) * n_out
-    if moments is not None:  # loaded now, needed at the end
+    if EARLY:
+        columns = load_columns(
+            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest,
+            column, co, within, BIAS, AFFINE, GATED,
+        )  # fmt: skip
+        if not SPLIT:
+            extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
+    if CENTER and not SPLIT:
         of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
-    at = weight_of(tap, begin, c1, width, taps, TWO)
-    if STAGED:
-        a = load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
-                       GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
-        tap, begin = next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
-        if GATHER:
-            index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
-    for number in tl.range(first, last):
-        if not STAGED:
-            a = load_rows(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, width, taps,
-                           GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
+    if GATHER:
+        for number in tl.range(first, last):
+            a = load_patches(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps,
+                             TWO, THREE, EVEN_C, WIDE)  # fmt: skip
             at = number * BK if EVEN_C else tap * c1 + begin
-        elif not (GATHER or TWO):
-            at = number * BK
-        real = begin + step < c1
-        w = load_weight(weight, tile_n * BN, at, column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
-        sums = tl.dot(a, w, sums, input_precision=PRECISION)
-        if GATED:
-            w = load_weight(weight, co + tile_n * BN, at, co + column, step, inner, kept, real, TMA, EVEN_C, EVEN_N)
-            gates = tl.dot(a, w, gates, input_precision=PRECISION)
-        if STAGED:
-            more = valid & (number + 1 < last)
-            if GATHER:
-                index = tl.where(more, index, -1)
-            a = load_rows(own, there, own2, own3, index, more, tap, begin, step, n_in, c1, c2, width, taps,
-                           GATHER, TWO, THREE, EVEN_C, WIDE, BY_TAP)  # fmt: skip
-            at = weight_of(tap, begin, c1, width, taps, TWO)
-        tap, begin = next_step(tap, begin, width, taps, BK, BY_TAP, GATHER or TWO)
-        if GATHER:  # one step ahead: a load whose address waits for another is hardly pipelined
+            sums, gates = add_products(
+                sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, begin + step < c1,
+                GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+            )  # fmt: skip
+            tap, begin = next_step(tap, begin, width, taps, BK)
+            # One step ahead: a load whose address waits for another is hardly pipelined.
             index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
-    tile = tile_m * tl.num_programs(0) + tile_n
-    splits = tl.num_programs(2)
+    else:
+        sums, gates = add_rows(
+            sums, gates, rows, rows_stride, c1, 0, 0, weight, tile_m, tile_n, place, valid, column, kept, first, last,
+            step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
+        if TWO:
+            sums, gates = add_rows(
+                sums, gates, rows2, rows2_stride, c2, c1, tl.cdiv(c1, BK), weight, tile_m, tile_n, place, valid, column,
+                kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+            )  # fmt: skip
+        if THREE:
+            sums, gates = add_rows(
+                sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), weight, tile_m,
+                tile_n, place, valid, column, kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+            )  # fmt: skip
+    tile, splits = tile_m * tl.num_programs(0) + tile_n, tl.num_programs(2)
     if PDL:
-        prefetch(ahead, ahead_size, tile * splits + tl.program_id(2), tl.cdiv(total, BM) * tl.num_programs(0) * splits)
+        programs = tl.num_programs(0) * tl.num_programs(1) * splits
+        prefetch(ahead, ahead_size, tile * splits + tl.program_id(2), programs)
 
+    if not EARLY:
+        columns = load_columns(
+            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest,
+            column, co, within, BIAS, AFFINE, GATED,
+        )  # fmt: skip
+        if not SPLIT:
+            extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
     if SPLIT:
         SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-        partial += (tile * splits).to(tl.int64) * SIZE
+        PIECE: tl.constexpr = max(BM // 8, 8)
+        part = partial + (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        if not is_last(partial, locks + tile, sums, gates, inside, splits, GATED, SIZE, BM * BN):
+        mine = part + tl.program_id(2) * SIZE
+        if not share_part(mine, locks + tile, sums, gates, inside, splits, SPREAD, GATED, BM * BN):
             return
-        sums = add_parts(partial, splits, inside, BM, BN, SIZE)
-        if GATED:
-            gates = add_parts(partial + BM * BN, splits, inside, BM, BN, SIZE)
-
-    mean, rstd = sample, sample
-    if moments is not None:
-        mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
-    lowest = _sample_of(tile_m * BM, per, PAIR)
-    highest = _sample_of(min(tile_m * BM + BM, total) - 1, per, PAIR)
-    finish_tile(
-        sums, gates, out, bias, affine, residual, normalized, norm_affine, center, made_moments, mean, rstd, sample,
-        lowest, highest, place, valid, column, tile_n, co, plane, residual_stride, affine_plane, affine_batch,
-        norm_plane, norm_batch, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
-    )  # fmt: skip
+        begin_piece, by = 0, 1
+        if SPREAD:
+            begin_piece, by = tl.program_id(2), splits
+        for piece in tl.range(begin_piece, BM // PIECE, by, num_stages=1):
+            finish_piece(
+                part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
+                made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co,
+                plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED,
+                ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
+            )  # fmt: skip
+    else:
+        mean, rstd = sample, sample
+        if CENTER:
+            mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
+        finish_tile(
+            sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
+            highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
+            CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
+        )  # fmt: skip
 
 
 def multiply_rows(
@@ -230,9 +245,9 @@ def _launch(
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
-    taps = 1 if sources is None else sources.shape[2]
+    gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
-    steps = cdiv(c1, config.k) * taps + cdiv(c2 + c3, config.k)
+    steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = _splits(config.split, steps, tiles_n * tiles_m, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(
@@ -243,26 +258,30 @@ def _launch(
     parts = 0 if moments is None else moments.shape[3]
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
-    assert even_c or rows2 is None, "several sources of rows have whole chunks of channels"
-    tma = TMA and pdl and weight.stride(0) * weight.element_size() % 16 == 0 and weight.data_ptr() % 16 == 0
-    packed = TensorDescriptor(weight, [*weight.shape], [*weight.stride()], [config.n, config.k]) if tma else weight
+    assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
+    read = [weight, *(more for more in (rows, rows2, rows3) if more is not None and not gathers)]
+    tma = TMA and _has_descriptors(rows) and all(_is_aligned(tensor) for tensor in read)
+    given = [rows, _or(rows2, rows), _or(rows3, rows)]
+    if tma and not gathers:
+        given = [TensorDescriptor.from_tensor(each.flatten(0, 1), [config.m, config.k]) for each in given]
+    packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles_n, tiles_m, splits),
-        out, rows, _or(rows2, rows), _or(rows3, rows), _or(recorded, rows), _or(sources, locks), packed,
-        _or(bias, rows), _or(affine, rows), _or(residual, rows), normalized, norm_affine, moments, center, made, count,
-        partial, locks, *prefetched(ahead, rows), n_in, n_out, batch, c1, c2, weight.shape[1], co,
+        out, *given, _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows), _or(affine, rows),
+        _or(residual, rows), normalized, norm_affine, moments, center, made, count, partial, locks,
+        *prefetched(ahead, rows), n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
         cdiv(steps, splits), parts, input_eps,
-        GATHER=sources is not None, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
+        GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        # Staged, the channels of weights would be masked of a step that is not at hand.
-        SPLIT=splits > 1, STAGED=config.staged and even_c, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
-        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
-        **({"launch_pdl": True} if pdl else {}),
+        # Programs that wait for one another must all be running: each has a multiprocessor to itself.
+        SPLIT=splits > 1, SPREAD=pdl and tiles_n * tiles_m * splits <= _multiprocessors(rows.device),
+        EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
+        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -270,6 +289,21 @@ def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
     splits = min(wanted, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
+
+
+def _has_descriptors(tensor: Tensor) -> bool:
+    """Whether tiles of tensors can be read by descriptor: TMA, or the interpreter's stand-in."""
+    return overlaps(tensor) or not tensor.is_cuda
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether a descriptor can be made of it."""
+    return tensor.stride(-2) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
