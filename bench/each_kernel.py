@@ -62,6 +62,8 @@ TILES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
     ]),
 }  # fmt: skip
 """What ``--regret`` tries besides the kernels' own choice: fields of their ``Config``."""
+WAYS_OF = {"multiply_rows": "product", "attend_rows": "attend_rows"}
+"""Modules of ``fisedit.runtime.tuning`` that know all ways to compute an op."""
 LEVELS = (Level(96, 320), Level(48, 640), Level(24, 1280), Level(12, 1280))
 TINY_LEVELS = (Level(8, 64), Level(4, 128))
 
@@ -335,16 +337,18 @@ def with_best(timed: Timed, case: Case, device: torch.device) -> Timed:
 def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
     """``timed``, if it is of a tuned op, with the times of the way that is chosen for it and of the fastest one.
 
-    Timings are kept for a grid of numbers of rows; here all ways are timed for the case's own number.
+    Timings are kept for powers of two; here all ways are timed for the case's own number of rows.
     """
-    from fisedit.runtime.tuning.choose import choose_way, time_way, timings_of
+    from fisedit.runtime.tuning.choose import RULE, choose_way, time_way, timings_of
 
     if case.op not in TILES or not (calls := [call_of(case.op, run) for run in case.runs])[0]:
         return timed
-    chosen = str(choose_way(calls[0], timings_of(device)))
-    times = {str(way): time_way([partial(call.rehearse, way) for call in calls]) for way in calls[0].ways(case.rows)}
+    every = import_module(f"fisedit.runtime.tuning.{WAYS_OF[case.op]}").candidates
+    chosen = choose_way(calls[0], timings_of(device))
+    ways = dict.fromkeys([chosen, RULE, *every(calls[0].shape, case.rows), *calls[0].shape.ways(case.rows)])
+    times = {way: time_way([partial(call.rehearse, way) for call in calls]) for way in ways}
     best = min(times, key=times.__getitem__)
-    return replace(timed, chosen=times[chosen], best=times[best], best_config=best)
+    return replace(timed, chosen=times[chosen], best=times[best], best_config=str(best))
 
 
 def call_of(op: str, run: Any) -> Any:

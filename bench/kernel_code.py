@@ -34,7 +34,7 @@ from triton.runtime import driver
 from fisedit.environment import describe_environment, environment_line
 from fisedit.runtime.kernels.multiply_rows import triton as products_of_rows
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
-from fisedit.runtime.tuning.multiply_rows import MULTIPROCESSORS, SHARED_MEMORY, TILES
+from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, TILES
 
 H100 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -21,7 +21,7 @@ from fisedit.runtime.row_plan import bucket
 
 if TYPE_CHECKING:
     from fisedit.runtime.tuning.attend_rows import Attention  # needs Triton
-    from fisedit.runtime.tuning.multiply_rows import Product
+    from fisedit.runtime.tuning.product import Product
 
 
 def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
@@ -65,7 +65,7 @@ def layer_choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timin
         else:
             continue
         number = bucket(active, positions)
-        costs = timings.times_near(shape.kind, shape.key, number)
+        costs = {str(way): time for way, time in timings.expect(shape, number).items()}
         chosen = min(costs, key=costs.__getitem__) if costs else RULE
         yield Choice(shape.kind, shape.key, number, chosen, costs)
 
@@ -81,7 +81,7 @@ def attention_of(node: Node, dtype: torch.dtype) -> Attention:
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
-    from fisedit.runtime.tuning.multiply_rows import Product, fused_parts, norm_of
+    from fisedit.runtime.tuning.product import Product, fused_parts, norm_of
 
     names = ("bias", "affine", "residual", "activation", "gated")
     given = {name: get(node, name) for name in names}

@@ -170,7 +170,7 @@ def test_the_measured_way_beside_all_others(monkeypatch: pytest.MonkeyPatch) -> 
     linear, text = cases.linear(256, 1280), cases.text_attention()
     spent = each_kernel.Timed(linear.op, linear.shape, 8, "blob", linear.rows, 50.0, None, None, 0.0, 0.0)
     one = each_kernel.with_best_way(spent, linear, active.device)
-    assert (one.chosen, one.best, one.best_config) == (9.0, 10.0 - len(asked), "library") and len(asked) > 2
+    assert (one.chosen, one.best, one.best_config) == (9.0, 10.0 - len(asked), "library") and len(asked) > 7
     assert each_kernel.with_best_way(spent, text, active.device) is spent
 
 
@@ -200,7 +200,7 @@ def test_the_loops_of_products_are_short_and_spill_nothing() -> None:
     assert [name.split(",")[0] for name in found] == [*kinds, "convolution"]
     for _, loop, _, registers, spilled, shared in found.values():
         assert 40 < loop < 300 and registers <= 255 and shared <= 227
-        assert spilled == 0 or registers == 128  # a limit that lets two programs share a multiprocessor
+        assert spilled == 0
 
 
 @pytest.mark.nightly

@@ -21,7 +21,7 @@ from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import MaskPlan, Table
 from fisedit.runtime.tuning.attend_rows import Attention
-from fisedit.runtime.tuning.multiply_rows import Product
+from fisedit.runtime.tuning.product import Product
 
 CONV = ConvGeometry((16, 16), (16, 16), (3, 3), (1, 1), (1, 1), (1, 1))
 SHORTCUT = ConvGeometry((16, 16), (16, 16), (1, 1), (1, 1), (0, 0), (1, 1))
@@ -110,16 +110,17 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     assert product_of(node, torch.float32, True).fused == "bias residual"  # its norm needs it first
     node = next(node for node in products if "norm_weight" in node.kwargs)
     assert product_of(node, torch.float32, True).fused == "bias layer_norm"
-    timings.put(product.kind, product.key, 12, "rule", 7.0)
-    timings.put(product.kind, product.key, 12, "library", 4.0)
+    timings.put(product, 8, "rule", 7.0)
+    timings.put(product, 8, "library", 4.0)
     text = explain(program, MASK, CostModel(), timings)
     assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual normalize" in text
     assert ": library 4 µs; against rule 7" in text
 
     attention = attention_of(attentions[0], torch.float32)
     assert attention == Attention(2, 8, 2, 64, torch.float32)
-    timings.put(attention.kind, attention.key, 12, "rule", 9.0)
-    timings.put(attention.kind, attention.key, 12, "cudnn", 3.0)
+    _, way, *_ = attention.ways(8)
+    timings.put(attention, 8, "rule", 9.0)
+    timings.put(attention, 8, way, 3.0)
     text = explain(program, MASK, CostModel(), timings)
     assert "self-attention 2 x 8 heads of 2, 64 keys float32" in text
-    assert ": cudnn 3 µs; against rule 9" in text
+    assert f": {way} " in text and "against rule 9" in text

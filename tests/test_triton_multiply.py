@@ -14,7 +14,7 @@ if DEVICE == "cpu":
 
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
-from fisedit.runtime.tuning.multiply_rows import TILES  # noqa: E402
+from fisedit.runtime.tuning.product import TILES  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Half a unit in the last place of the result, and of what a layer norm rounds."""

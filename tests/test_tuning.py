@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
+from fisedit.runtime.tuning.product import candidates  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 
@@ -58,9 +60,10 @@ def check(out: torch.Tensor, given: dict[str, Any], rows: int = ACTIVE) -> None:
 @pytest.mark.parametrize("taps", [1, 9])
 def test_every_way_gives_the_product(taps: int) -> None:
     given = arguments(taps)
-    ways = tuning.candidates(tuning.Product.of(given), ACTIVE)
-    assert ways[0] == tuning.RULE and ways[-1] == tuning.LIBRARY and 3 <= len(ways) <= 10
-    for way in ways:
+    shape = tuning.Product.of(given)
+    ways = shape.ways(ACTIVE)
+    assert ways[-1] == tuning.LIBRARY and 3 <= len(ways) <= 6
+    for way in (tuning.RULE, *ways, *candidates(shape, 64)):
         check(tuning.run(way, given), given)
 
 
@@ -96,7 +99,7 @@ def test_a_convolution_with_channels_of_its_outputs(three: bool) -> None:
     given = with_more(three)
     product = tuning.Product.of(given)
     assert product.channels == (CHANNELS, 128, 64 * three) and product.steps(64) == 9 + 2 + three
-    for way in tuning.candidates(product, ACTIVE):
+    for way in product.ways(ACTIVE):
         check(tuning.run(way, given), given)
 
 
@@ -135,7 +138,7 @@ def test_every_way_is_followed_by_a_norm(name: str, taps: int, ran: list[dict[st
     made = [tuning.multiply_norm_rows(*given.values(), **NORMS[name])]
     shape = tuning.Product.of(ran[0])
     assert shape.fused == f"bias residual silu {name}"
-    made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, tuning.candidates(shape, ACTIVE)[1])]
+    made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, shape.ways(ACTIVE)[0])]
     wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
     for out, normalized, moments in made:
         assert moments.shape == (2, *out.shape[:2], 0)
@@ -152,8 +155,8 @@ def test_rows_whose_statistics_come_after_them_are_not_normalized(ran: list[dict
 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("makes", [tuning.LIBRARY, tuning.RULE, Config(16, 64, 32, 4, 2, 2)])
-def test_a_norm_between_two_products(makes: tuning.Way, gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all pairs of ways: the first gives normalized rows, or few of them as they are and their moments."""
+def test_a_norm_between_two_products(makes: tuning.Way, gated: bool) -> None:
+    """In all pairs of ways: the first gives normalized rows, or the rows as they are and their moments."""
     given = arguments(1) | {"weight": random(OUTPUTS, CHANNELS, seed=4), "activation": "none"}
     given["residual"] = 4 + given["residual"]  # a mean beside which the deviation is small
     norm = NO_NORM | {"eps": 0.1, "norm_moments": True}
@@ -167,27 +170,18 @@ def test_a_norm_between_two_products(makes: tuning.Way, gated: bool, monkeypatch
     exact = F.layer_norm(rows.double(), rows.shape[2:], eps=0.1)
     for way in (tuning.RULE, Config(16, 32, 64, 4, 2, 2), tuning.LIBRARY):
         check(tuning.run(way, read), read | {"rows": exact, "moments": None})
-    monkeypatch.setattr(tuning, "FEW_ROWS", 2 * ACTIVE - 1)
-    assert tuning.run(makes, given | {"norm": norm})[2].shape[3] == 0
 
 
 def test_both_forms_of_a_norm_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other numbers of rows may take another way, and the other form with it."""
-    seen: list[tuple[bool | None, int | None]] = []
-
-    def run(way: tuning.Way, given: dict[str, Any], gives: bool | None = None) -> None:
-        seen.append((gives, given["moments"].shape[3] if given.get("moments") is not None else None))
-
-    monkeypatch.setattr(tuning, "run", run)
-    ways = {8: tuning.RULE, 12: tuning.RULE, 4000: tuning.RULE, 5000: tuning.LIBRARY}
-    tuning.Call(arguments(1) | {"norm": NO_NORM | {"norm_moments": True}}).prepare(ways)
-    assert sorted(seen, key=str) == [(False, None), (False, None), (True, None)]  # two ways of many, one of few
-    seen.clear()
-    center = torch.zeros(OUTPUTS, device=DEVICE)
+    """Other numbers of rows may take another way, and so may the product before, which gives the other form."""
+    seen: list[tuple[tuning.Way, int]] = []
+    monkeypatch.setattr(tuning, "run", lambda way, given: seen.append((way, given["moments"].shape[3])))
     for parts in (0, 3):
-        moments = torch.zeros(2, 2, ACTIVE, parts, device=DEVICE)
-        tuning.Call(arguments(1) | {"moments": moments, "center": center}).prepare({8: tuning.RULE, 16: tuning.RULE})
-    assert seen == [(None, 0), (None, 1), (None, 3), (None, 0)]
+        given = {"moments": torch.zeros(2, 2, ACTIVE, parts, device=DEVICE), "center": torch.zeros(OUTPUTS)}
+        tuning.Call(arguments(1) | given).prepare([tuning.RULE, tuning.LIBRARY])
+    both = [(tuning.RULE, 0), (tuning.LIBRARY, 0), (tuning.RULE, 1), (tuning.LIBRARY, 1)]
+    assert sorted(seen[:4]) == sorted(both)
+    assert sorted(seen[4:]) == sorted([(tuning.RULE, 3), (tuning.LIBRARY, 3), (tuning.RULE, 0), (tuning.LIBRARY, 0)])
 
 
 def test_a_layer_norm_is_timed_with_every_way() -> None:
@@ -199,10 +193,8 @@ def test_a_layer_norm_is_timed_with_every_way() -> None:
         assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
     folded = given | {"norm": NORMS["layer_norm"] | {"norm_moments": True}}
     assert "norm" not in tuning.bare(folded, tuning.RULE)  # the next product does it
-    assert "norm" in tuning.bare(folded, tuning.RULE, few=False)
     reads = given | {"moments": torch.zeros(2, 2, ACTIVE, 0, device=DEVICE), "center": random(OUTPUTS, seed=1)}
     assert tuning.bare(reads, tuning.LIBRARY)["moments"].shape[3] == 1
-    assert tuning.bare(reads, tuning.LIBRARY, few=False)["moments"].shape[3] == 0
     assert "moments" not in tuning.bare(reads, tuning.RULE)
 
 
@@ -218,8 +210,8 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
         for given in (linear, linear, conv):
             assert choose_way(tuning.Call(given), timings, measure) == tuning.LIBRARY
     assert [choice.kind for choice in choices] == ["linear", "linear", "convolution of 9 taps"]
-    linears = sum(len(tuning.candidates(tuning.Product.of(linear), rows)) for rows in (6, 8, 11, 16))  # 5, and to 70 %
-    assert len(set(asked[:linears])) == linears and {rows for _, rows in asked} == {6, 8, 11, 16}
+    linears = sum(len(tuning.Product.of(linear).ways(rows)) for rows in (8, 16))  # to 90 % of the map
+    assert len(set(asked[:linears])) == linears and {rows for _, rows in asked} == {8, 16}
     assert len(asked) == linears + len(set(asked[linears:]))
 
     near = linear | {"rows": random(2, 10, CHANNELS, seed=1)}
@@ -281,15 +273,14 @@ def product(taps: int, channels: tuple[int, int], outputs: int, fused: str = "")
 
 
 def tiles(shape: tuning.Product, rows: int) -> set[tuple[int, int, int]]:
-    ways = tuning.candidates(shape, rows)
-    return {(way.m, way.n, way.k) for way in ways if isinstance(way, Config)}
+    return {(way.m, way.n, way.k) for way in candidates(shape, rows)}
 
 
 def test_channels_come_in_whole_chunks_where_a_tile_can_take_them() -> None:
     assert {k for _, _, k in tiles(product(0, (1280, 1280), 1280), 100)} == {64, 128}
     assert {k for _, _, k in tiles(product(0, (640, 320), 320), 100)} == {64}
-    assert {k for _, _, k in tiles(product(9, (320, 0), 320), 100)} == {64}
-    assert tuning.candidates(product(0, (32, 0), 320), 100) == [tuning.RULE, tuning.LIBRARY]
+    assert {n for _, n, k in tiles(product(9, (320, 0), 320), 100) if k == 128} <= {32}  # which has no other
+    assert product(0, (32, 0), 320).ways(100) == [tuning.RULE, tuning.LIBRARY]
 
 
 def test_ways_are_few_and_run_on_the_gpu() -> None:
@@ -297,10 +288,10 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
     for shape in (product(9, (1280, 0), 1280), product(0, (1280, 0), 10240, "bias gelu gated"),
                   product(0, (320, 0), 320), product(9, (960, 0), 320)):  # fmt: skip
         for rows in (8, 24, 96, 200, 800, 3000, 9216):
-            ways = [way for way in tuning.candidates(shape, rows) if isinstance(way, Config)]
-            assert 1 <= len(ways) <= 12
+            *ways, library = shape.ways(rows)
+            assert library == tuning.LIBRARY and 2 <= len(ways) <= 5
             for way in ways:
-                assert way.m <= 4 * rows and way.stages >= 2
+                assert isinstance(way, Config) and way.m <= 4 * rows and way.stages >= 2
                 steps = way.stages - (way.m < 64)
                 assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * steps <= 227 * 1024
     assert 256 not in {n for _, n, _ in tiles(product(0, (1280, 0), 10240, "gated"), 3000)}
@@ -308,11 +299,29 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
 
 
 def test_work_is_split_where_tiles_are_few() -> None:
-    def splits(shape: tuning.Product, rows: int) -> set[int]:
-        return {way.split for way in tuning.candidates(shape, rows) if isinstance(way, Config)}
+    """So far that each program still has a multiprocessor to itself."""
+    shape = product(9, (1280, 0), 1280)
+    for rows in (8, 38, 96, 130, 224):
+        way = shape.ways(rows)[0]
+        assert isinstance(way, Config) and way.split > 1
+        assert 40 <= -(-2 * rows // way.m) * -(-1280 // way.n) * way.split <= 132
+    assert {way.split for way in candidates(product(0, (320, 0), 320), 8)} == {1}
+    way = product(0, (5120, 0), 1280).ways(3000)[0]
+    assert isinstance(way, Config) and way.split == 1
 
-    assert splits(product(9, (1280, 0), 1280), 8) == {6}  # 20 tiles on 132 multiprocessors
-    assert splits(product(9, (1280, 0), 1280), 96) <= {2, 3, 4, 6, 8, 13}  # staged ones share them
-    assert splits(product(0, (5120, 0), 1280), 8) == {7}
-    assert splits(product(0, (320, 0), 320), 8) == {1}
-    assert splits(product(0, (5120, 0), 1280), 3000) == {1}
+
+def test_a_tile_is_fitted_to_another_number_of_rows() -> None:
+    """Three tiles of rows by ten share 132 multiprocessors in four; two, in six."""
+    shape = product(9, (1280, 0), 1280)
+    way = Config(128, 128, 64, 8, 4, 6)
+    assert shape.refits(way, 128) == [way] and shape.refits(way, 160) == [replace(way, split=4)]
+    assert shape.refits(tuning.LIBRARY, 160) == [tuning.LIBRARY]
+    assert shape.estimate(way, 160) > 1.5 * shape.estimate(replace(way, split=4), 160)
+
+
+def test_the_model_knows_what_is_slower() -> None:
+    """Rows in tiles that fill the multiprocessors; large tiles for many rows, small ones for few."""
+    many, few = product(9, (320, 0), 320), product(0, (1280, 0), 1280)
+    small, large = Config(32, 64, 128, 4, 6), Config(128, 256, 64, 8, 3)
+    assert many.estimate(large, 3072) < many.estimate(small, 3072)
+    assert few.estimate(small, 16) < few.estimate(large, 16)

@@ -106,10 +106,10 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
     call = tuning.Call(arguments())
     chosen = choose_way(call, timings, measure)
     assert isinstance(chosen, Config) and chosen.n == 32 and choose_way(call, timings, measure) == chosen
-    assert {rows for _, rows in asked} == {6, 8, 11, 16}  # 5, and to 70 % of the map
+    assert {rows for _, rows in asked} == {8, 16}  # to 90 % of the map
     assert len(asked) == len(set(asked))
-    for rows in (6, 11):
-        assert {way for way, at in asked if at == rows} == set(map(str, call.ways(rows)))
+    for rows in (8, 16):
+        assert {way for way, at in asked if at == rows} == set(map(str, call.shape.ways(rows)))
     timings.calibrate = "off"
     far = tuning.Call(arguments() | {"query": random(2, 100, HEADS * DIM, seed=1)})
     assert choose_way(far, timings, measure) == RULE
@@ -122,7 +122,7 @@ def test_libraries_attend_nothing_in_a_rehearsal(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(tuning, "LEAST_WORK", 0)
     given, timings = arguments(), Timings.load(DEVICE, tmp_path)
     call = tuning.Call(given)
-    assert {tuning.FLASH, tuning.CUDNN} < set(call.ways(ACTIVE))
+    assert {tuning.FLASH, tuning.CUDNN} < set(call.shape.ways(ACTIVE))
     monkeypatch.setattr(tuning.kernel, "attend_rows", lambda **given: given["query"].contiguous())
     monkeypatch.setattr(tuning, "gather_keys", lambda *rows: rows[2:4])
     with rehearse() as first:
@@ -145,7 +145,7 @@ def test_rows_to_time_are_attended_like_those_of_a_graph() -> None:
     assert int(sized["count"]) == 12 and tuning.has_ways(sized)
     assert sized["table"].tolist() == [[*range(12), *range(24, 36)]]
     torch.testing.assert_close(tuning.run(RULE, sized), reference.attend_rows(**sized), atol=2e-3, rtol=0)
-    many = tuning.Stopwatch(given).with_rows(32)  # a grid point past the map's end
+    many = tuning.Stopwatch(given).with_rows(32)  # past the map's end
     assert int(many["table"].max()) < 32
 
     pointers = torch.tensor([rows.data_ptr() for rows in given["recorded_key"]], device=DEVICE)

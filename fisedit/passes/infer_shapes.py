@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 from fisedit.passes.ir import args, fisedit, is_op
 from fisedit.passes.layout import Level
 from fisedit.runtime.geometry import ConvGeometry
-from fisedit.runtime.ops import FEW_ROWS
 from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import LOCKS
 
@@ -49,10 +48,6 @@ class Numbers:
     def full(self, level: Level) -> bool:
         """Whether all positions are active: taken to be so where there are rows for all of them."""
         return self.rows(level) == math.prod(level)
-
-    def few(self, rows: int) -> bool:
-        """Whether so many rows of all samples are few enough to stay as they are where they would be normalized."""
-        return rows <= FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -135,8 +130,7 @@ def _call(node: Node, given: Any, named: Any, numbers: Numbers) -> Any:
     assert callable(node.target)
     made = node.target(*given, **named)
     if is_op(node, fisedit.multiply_norm_rows.default):
-        once = named.get("norm_moments") and numbers.few(math.prod(made[0].shape[:2]))
-        return (made[0], made[0], made[2]) if once or named.get("norm_full") else made
+        return (made[0], made[0], made[2]) if named.get("norm_moments") or named.get("norm_full") else made
     return made
 
 

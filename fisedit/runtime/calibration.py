@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args
 
 import platformdirs
 import torch
@@ -31,9 +31,34 @@ Measure = Callable[[Candidate, int], float]
 """``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run, or is not worth timing."""
 Calibrate = Literal["lazy", "off"]
 
-HOPEFUL = 3
-"""Candidates that are measured between two numbers of rows: as many of the fastest of either."""
-SCHEMA = 3
+
+class Shape(Protocol):
+    """A kind of layer, all but its number of rows.
+
+    Attributes:
+        kind, key: what its timings are kept by: strings, numbers, tuples, and what else says by its text what it is.
+    """
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def key(self) -> tuple[Any, ...]: ...
+
+    def ways(self, rows: int) -> Sequence[Candidate]:
+        """The candidates that are worth measuring for a number of rows of each sample."""
+        ...
+
+    def refits(self, way: Candidate, rows: int) -> Sequence[Candidate]:
+        """What becomes of a candidate for another number of rows."""
+        ...
+
+    def estimate(self, way: Candidate, rows: int) -> float:
+        """What a candidate takes, in any unit, by a model: it carries measurements over to other numbers of rows."""
+        ...
+
+
+SCHEMA = 4
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 
@@ -113,80 +138,46 @@ class Timings:
         path = (folder or Path(platformdirs.user_cache_dir("fisedit")) / "timings") / machine.file_name
         return Timings(machine, path, cast(Calibrate, chosen), _read(path, machine))
 
-    def best(
-        self,
-        kind: str,
-        key: tuple[Any, ...],
-        rows: int,
-        candidates: Sequence[Candidate],
-        measure: Measure | None,
-        default: Candidate | None = None,
-    ) -> Candidate:
-        """The fastest of ``candidates`` for a layer of ``rows`` rows.
-
-        Args:
-            kind, key: the layer's shape: strings, numbers, tuples, and what else says by its text what it is.
-            rows: taken to a grid of factors of the square root of 2, and so given to ``measure``.
-            measure: called for the candidates that were not measured yet, unless all are known at a point next to
-                that of ``rows``; ``None`` if nothing can be measured now.
-            default: the answer where nothing is known or can be measured; by default the first candidate.
-        """
-        with self._lock:
-            names = [str(candidate) for candidate in candidates]
-            known = self.times_near(kind, key, rows, names)
-            if not known and measure is not None:
-                self.fill(kind, key, {rows: candidates}, measure)
-                known = self.times(kind, key, rows)
-            if known:
-                chosen = min(candidates, key=lambda candidate: known[str(candidate)])
-            else:
-                chosen = candidates[0] if default is None else default
-            if self._collected is not None:
-                costs = {name: known[name] for name in names} if known else {}
-                self._collected.append(Choice(kind, key, rows, str(chosen), costs))
-            return chosen
-
-    def fill(
-        self, kind: str, key: tuple[Any, ...], wanted: Mapping[int, Sequence[Candidate]], measure: Measure
-    ) -> None:
-        """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off.
-
-        Every other number is measured in full. For those between, candidates that are not among the fastest on either
-        side are noted as infinitely slow.
-        """
+    def unknown(self, shape: Shape, rows: Sequence[int]) -> dict[int, list[Candidate]]:
+        """The candidates that were not measured yet, by numbers of rows; nothing if measuring is off."""
         if self.calibrate == "off":
-            return
+            return {}
+        ways = {n: [way for way in shape.ways(n) if self.time(shape, n, way) is None] for n in rows}
+        return {n: each for n, each in ways.items() if each}
+
+    def fill(self, shape: Shape, rows: Sequence[int], measure: Measure) -> None:
+        """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off."""
         with self._lock:
-            ordered = sorted(wanted)
-            for rows in ordered[::2]:
-                for candidate in wanted[rows]:
-                    self._measure(kind, key, rows, candidate, measure)
-            for before, rows, after in zip(ordered[::2], ordered[1::2], [*ordered[2::2], ordered[-1]], strict=False):
-                near = {_family(name) for n in (before, after) for name in self._fastest(kind, key, n)}
-                for candidate in wanted[rows]:
-                    hopeful = not near or _family(str(candidate)) in near
-                    self._measure(kind, key, rows, candidate, measure if hopeful else lambda *_: math.inf)
+            for number, ways in self.unknown(shape, rows).items():
+                for way in ways:
+                    self.put(shape, number, way, measure(way, number))
 
-    def _measure(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate, measure: Measure) -> None:
-        if self.time(kind, key, rows, candidate) is None:
-            self.put(kind, key, rows, candidate, measure(candidate, grid(rows)))
+    def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
+        """µs of each candidate for a number of rows, from measurements at the powers of two around it: what the model
+        takes for both numbers is in the same proportion. Nothing where neither was measured."""
+        share, found = math.log2(rows) % 1, dict[Candidate, list[tuple[float, float]]]()
+        around = {1 << (rows - 1).bit_length(): share, 1 << (rows.bit_length() - 1): 1 - share}
+        for point, weight in around.items():
+            for way, time in self._carried(shape, point, rows).items():
+                found.setdefault(way, []).append((time, weight))
+        return {way: _mean(times) for way, times in found.items()}
 
-    def _fastest(self, kind: str, key: tuple[Any, ...], rows: int) -> list[str]:
-        times = self.times(kind, key, rows)
-        return sorted(times, key=times.__getitem__)[:HOPEFUL]
-
-    def times_near(self, kind: str, key: tuple[Any, ...], rows: int, names: Sequence[str] = ()) -> Mapping[str, float]:
-        """The times at the grid point of ``rows``, or at one next to it, where all of ``names`` are known; or none."""
-        place = _grid_step(rows)
-        for step in (place, place - 1, place + 1):
-            times = self.times(kind, key, max(1, round(2 ** (step / 2))))
-            if times and all(name in times for name in names):
-                return times
-        return {}
+    def _carried(self, shape: Shape, point: int, rows: int) -> dict[Candidate, float]:
+        """What was measured at one number of rows, for another one: of each candidate, from what is most like it."""
+        times, nearest = self.times(shape, point), dict[Candidate, tuple[float, float]]()
+        for way in shape.ways(point) if times else ():
+            time = times.get(str(way), math.inf)
+            if math.isinf(time):
+                continue
+            before = shape.estimate(way, point)
+            for refit in shape.refits(way, rows):
+                ratio = shape.estimate(refit, rows) / before
+                nearest[refit] = min(nearest.get(refit, (math.inf, 0.0)), (abs(math.log(ratio)), time * ratio))
+        return {way: time for way, (_, time) in nearest.items()}
 
     @contextmanager
     def collect(self) -> Iterator[list[Choice]]:
-        """The choices that ``best`` makes within the block, in their order, for ``explain``."""
+        """The choices that are noted within the block, in their order, for ``explain``."""
         with self._lock:
             before, self._collected = self._collected, []
             try:
@@ -194,44 +185,31 @@ class Timings:
             finally:
                 self._collected = before
 
-    def settle(self, kind: str, key: tuple[Any, ...], rows: int, chosen: Candidate) -> None:
+    def settle(self, shape: Shape, rows: int, chosen: Candidate) -> None:
         """Remember a choice until something is measured: a model's layers ask for it again and again."""
-        self._settled[kind, key, grid(rows)] = chosen
+        self._settled[shape.kind, shape.key, rows] = chosen
+        if self._collected is not None:
+            costs = {str(way): time for way, time in self.expect(shape, rows).items()}
+            self._collected.append(Choice(shape.kind, shape.key, rows, str(chosen), costs))
 
-    def settled(self, kind: str, key: tuple[Any, ...], rows: int) -> Candidate | None:
+    def settled(self, shape: Shape, rows: int) -> Candidate | None:
         """The remembered choice; none while choices are collected, which are made anew."""
-        return self._settled.get((kind, key, grid(rows))) if self._collected is None else None
+        return self._settled.get((shape.kind, shape.key, rows)) if self._collected is None else None
 
-    def put(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate, microseconds: float) -> None:
+    def put(self, shape: Shape, rows: int, candidate: Candidate, microseconds: float) -> None:
         """Note a measurement."""
         with self._lock:
-            self.table.setdefault(_point(kind, key, grid(rows)), {})[str(candidate)] = microseconds
+            self.table.setdefault(_point(shape, rows), {})[str(candidate)] = microseconds
             self._settled.clear()
             self._unsaved = True
 
-    def times(self, kind: str, key: tuple[Any, ...], rows: int) -> Mapping[str, float]:
-        """µs of each measured candidate, by its text, at the grid point of ``rows``."""
-        return self.table.get(_point(kind, key, grid(rows)), {})
+    def times(self, shape: Shape, rows: int) -> Mapping[str, float]:
+        """µs of each measured candidate, by its text; infinite for one that cannot run."""
+        return self.table.get(_point(shape, rows), {})
 
-    def time(self, kind: str, key: tuple[Any, ...], rows: int, candidate: Candidate) -> float | None:
-        """µs of one candidate at the grid point of ``rows``; ``None`` if it was not measured."""
-        return self.times(kind, key, rows).get(str(candidate))
-
-    def predict(self, kind: str, key: tuple[Any, ...], rows: int) -> float | None:
-        """µs of the fastest known candidate, linear between grid points; ``None`` if none of this shape is known.
-
-        Fewer rows than at the smallest known point take its time; more than at the largest take their share more.
-        """
-        fastest = {n: min(times.values()) for n in points() if (times := self.times(kind, key, n))}
-        known = [(n, time) for n, time in fastest.items() if math.isfinite(time)]
-        below, above = [point for point in known if point[0] <= rows], [point for point in known if point[0] >= rows]
-        if not below:
-            return above[0][1] if above else None
-        low, time = below[-1]
-        if not above:
-            return time * rows / low
-        high, later = above[0]
-        return time if high == low else time + (rows - low) / (high - low) * (later - time)
+    def time(self, shape: Shape, rows: int, candidate: Candidate) -> float | None:
+        """µs of one candidate; ``None`` if it was not measured."""
+        return self.times(shape, rows).get(str(candidate))
 
     def save(self) -> None:
         """Write the table, with what another process has written meanwhile; a folder that cannot be written is let be.
@@ -253,25 +231,17 @@ class Timings:
             self._unsaved = False
 
 
-def _family(candidate: str) -> str:
-    """A candidate but for how often its work is split, which changes with the number of rows."""
-    return candidate.partition(" /")[0]
+def _mean(times: Sequence[tuple[float, float]]) -> float:
+    """The geometric mean of weighted times."""
+    if len(times) == 1:
+        return times[0][0]
+    whole = sum(weight for _, weight in times)
+    return math.exp(sum(weight * math.log(time) for time, weight in times) / whole)
 
 
-def grid(rows: int) -> int:
-    """The grid point next to a number of rows: 1, 2, 3, 4, 6, 8, 11, 16, 23, 32, 45, 64, 91, 128, ..."""
-    return round(2 ** (_grid_step(rows) / 2))
-
-
-def _grid_step(rows: int) -> int:
-    return round(2 * math.log2(max(rows, 1)))
-
-
-def points(largest: int = 1 << 20) -> list[int]:
-    """All grid points up to ``largest``, ascending."""
-    return sorted(
-        {grid(round(2 ** (step / 2))) for step in range(2 * largest.bit_length()) if 2 ** (step / 2) <= largest}
-    )
+def points(largest: int, smallest: int = 1) -> list[int]:
+    """The numbers of rows that are measured: powers of two from ``smallest``, itself one, to ``largest``."""
+    return [1 << power for power in range(smallest.bit_length() - 1, max(largest, smallest).bit_length())]
 
 
 def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int = 5) -> float:
@@ -332,8 +302,8 @@ def copies_beyond_l2(*tensors: Tensor, most: int = 64) -> list[tuple[Tensor, ...
     return [tensors, *(tuple(tensor.clone() for tensor in tensors) for _ in range(number - 1))]
 
 
-def _point(kind: str, key: tuple[Any, ...], rows: int) -> str:
-    return f"{kind} {json.dumps(key, default=str)} {rows}"
+def _point(shape: Shape, rows: int) -> str:
+    return f"{shape.kind} {json.dumps(shape.key, default=str)} {rows}"
 
 
 def _read(path: Path, machine: Machine) -> dict[str, dict[str, float]]:

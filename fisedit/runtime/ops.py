@@ -60,8 +60,6 @@ SCHEMAS = {
     "Tensor bias, Tensor? shift) -> Tensor",
 }
 
-FEW_ROWS = 4096
-"""Rows of all samples, up to which ``multiply_norm_rows`` may give moments in the place of normalized rows."""
 STRUCTURAL = ("pack", "unpack", "halo", "recorded", "table", "cache_load", "cache_view", "cache_store")
 
 for _name, _schema in SCHEMAS.items():

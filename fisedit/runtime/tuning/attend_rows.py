@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisedit.runtime.calibration import copies_beyond_l2, grid
+from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
@@ -89,10 +89,24 @@ class Attention:
         shape = f"{self.batch} x {self.heads} heads of {self.head_dim}, {self.keys} keys"
         return (shape, str(self.dtype).removeprefix("torch."))
 
+    def ways(self, rows: int) -> list[Way]:
+        """See :class:`fisedit.runtime.calibration.Shape`."""
+        return candidates(self, rows)
+
+    def refits(self, way: Any, rows: int) -> list[Way]:
+        if not isinstance(way, kernel.Config):
+            return [way]
+        best = kernel.best_splits(way, rows, self.keys, self.batch * self.heads)[0]
+        return [way, replace(way, split=best)] if best != way.split else [way]
+
+    def estimate(self, way: Any, rows: int) -> float:
+        pairs = self.batch * self.heads
+        return kernel.cost(way, rows, self.keys, pairs) if isinstance(way, kernel.Config) else 1.0
+
 
 def candidates(attention: Attention, number: int) -> list[Way]:
-    """The ways that are worth timing for about ``number`` queries of each sample."""
-    number, pairs = grid(number), attention.batch * attention.heads
+    """The ways that are worth timing for ``number`` queries of each sample."""
+    pairs = attention.batch * attention.heads
     shape = (number, attention.keys, pairs)
     rule = kernel.choose_config(number, attention.keys, attention.head_dim, pairs, attention.dtype.itemsize, True)
     ways: list[Way] = []
@@ -108,12 +122,8 @@ class Call:
     """An ``attend_rows`` with a table by its arguments; see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.attention = given, Attention.of(given)
-        self.kind, self.key = self.attention.kind, self.attention.key
-        self.number, self.positions = int(given["query"].shape[1]), self.attention.keys
-
-    def ways(self, number: int) -> list[Way]:
-        return candidates(self.attention, number)
+        self.given, self.shape = given, Attention.of(given)
+        self.number, self.positions = int(given["query"].shape[1]), self.shape.keys
 
     def run(self, way: Any) -> Tensor:
         return run(way, self.given)
@@ -121,8 +131,8 @@ class Call:
     def rehearse(self, way: Any) -> Tensor:
         return run(way, self.given)
 
-    def prepare(self, ways: Mapping[int, Any]) -> None:
-        for way in set(ways.values()):
+    def prepare(self, ways: Iterable[Any]) -> None:
+        for way in ways:
             run(way, self.given)
 
     def stopwatch(self) -> Stopwatch:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fisedit.runtime.calibration import Measure, Timings, grid, points, time_on_gpu
+from fisedit.runtime.calibration import Measure, Shape, Timings, points, time_on_gpu
 from fisedit.runtime.kernels.launch import current, for_real
-from fisedit.runtime.row_plan import SMALLEST
+from fisedit.runtime.row_plan import SMALLEST, bucket
 
 RULE = "rule"
 """The way of an op's own kernel, by its own rule: taken where nothing is known."""
@@ -25,19 +25,16 @@ class Call(Protocol):
     """An op with its arguments.
 
     Attributes:
-        kind, key: its shape, all but the number of rows: what its timings are kept by.
+        shape: all but the number of rows.
         number: rows of each sample, padding included.
         positions: of its level.
     """
 
-    kind: str
-    key: tuple[str, ...]
     number: int
     positions: int
 
-    def ways(self, number: int) -> Sequence[Hashable]:
-        """Those worth timing for about ``number`` rows of each sample; :data:`RULE` is among them."""
-        ...
+    @property
+    def shape(self) -> Shape: ...
 
     def run(self, way: Hashable) -> Any: ...
 
@@ -45,8 +42,8 @@ class Call(Protocol):
         """Compile, in a rehearsal, what a way is timed with; something like its result."""
         ...
 
-    def prepare(self, ways: Mapping[int, Hashable]) -> None:
-        """Have compiled, in a rehearsal, what other numbers of rows will run: ``ways`` by number."""
+    def prepare(self, ways: Iterable[Hashable]) -> None:
+        """Have compiled, in a rehearsal, what other numbers of rows will run."""
         ...
 
     def stopwatch(self) -> Measure:
@@ -76,12 +73,12 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     rehearsal = current()
     if rehearsal is not None and not rehearsal.decide and (unknown := unknown_ways(call, timings)):
         rehearsal.news = True
-        made = {way: call.rehearse(way) for way in dict.fromkeys(way for ways in unknown.values() for way in ways)}
-        return made[RULE]
+        made = [call.rehearse(way) for way in dict.fromkeys(way for ways in unknown.values() for way in ways)]
+        return made[0]
     with for_real():
         way = choose_way(call, timings, measure)
-    if rehearsal is not None and rehearsal.decide:
-        call.prepare({number: fastest(call, number, timings) for number in numbers(call)})  # no other mask will wait
+    if rehearsal is not None and rehearsal.decide:  # no other mask will wait
+        call.prepare({way, *(fastest(call.shape, number, timings) for number in sizes(call))})
     return call.run(way)
 
 
@@ -93,42 +90,45 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
     Args:
         measure: instead of the call's stopwatch.
     """
-    settled = timings.settled(call.kind, call.key, call.number)
+    settled = timings.settled(call.shape, call.number)
     if settled is not None:
         return settled
-    if ways := unknown_ways(call, timings):
-        timings.fill(call.kind, call.key, ways, measure or call.stopwatch())
+    if unknown_ways(call, timings):
+        timings.fill(call.shape, measured_rows(call), measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
-    way = fastest(call, call.number, timings)
-    if timings.times(call.kind, call.key, call.number):
-        timings.settle(call.kind, call.key, call.number, way)
+    way = fastest(call.shape, call.number, timings)
+    timings.settle(call.shape, call.number, way)
     return way
 
 
-def fastest(call: Call, number: int, timings: Timings) -> Hashable:
-    """The fastest known way; the rule where nothing is known."""
-    return timings.best(call.kind, call.key, number, call.ways(number), None, default=RULE)
+def fastest(shape: Shape, number: int, timings: Timings) -> Hashable:
+    """The way that is expected to be the fastest; the rule where nothing is known."""
+    expected = timings.expect(shape, number)
+    return min(expected, key=expected.__getitem__) if expected else RULE
 
 
-def unknown_ways(call: Call, timings: Timings) -> dict[int, Sequence[Hashable]]:
+def unknown_ways(call: Call, timings: Timings) -> dict[int, list[Hashable]]:
     """What is to be timed before a call is computed: ways by numbers of rows; nothing if they are known.
 
-    All numbers of rows that its level can have are among them, so that no other mask meets anything new.
+    Numbers up to those of the largest sparse edits are among them, so that no other mask meets anything new.
     """
-    if timings.settled(call.kind, call.key, call.number) is not None:
+    if timings.settled(call.shape, call.number) is not None:
         return {}
-    if timings.calibrate == "off" or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return {}
-    known = timings.times(call.kind, call.key, grid(call.number))
-    if all(str(way) in known for way in call.ways(grid(call.number))):
-        return {}
-    return {number: call.ways(number) for number in numbers(call)}
+    return timings.unknown(call.shape, measured_rows(call))
 
 
-def numbers(call: Call) -> list[int]:
-    """The numbers of rows that are timed: the present, and those of masks for which an edit is sparse."""
-    largest = round(LARGEST_SHARE * call.positions)
-    return sorted({grid(call.number), *(number for number in points(largest) if number >= SMALLEST)})
+def measured_rows(call: Call) -> list[int]:
+    return points(round(LARGEST_SHARE * call.positions), SMALLEST)
+
+
+def sizes(call: Call) -> Iterator[int]:
+    """The padded numbers of rows that a sparse edit can have at the call's level."""
+    number = SMALLEST
+    while number <= LARGEST_SHARE * call.positions:
+        yield number
+        number = bucket(number + 1, call.positions)
 
 
 def time_way(runs: Sequence[Callable[[], object]]) -> float:

@@ -3,50 +3,23 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisedit.runtime.calibration import copies_beyond_l2, grid
+from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
-from fisedit.runtime.kernels.launch import cdiv, next_power_of_2
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
-from fisedit.runtime.ops import FEW_ROWS
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.product import LIBRARY, Product, Way
 
-LIBRARY = "library"
-Way = str | kernel.Config
-"""The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
-TILES = (
-    kernel.Config(16, 64, 128, 4, 6),
-    kernel.Config(32, 64, 128, 4, 6),
-    kernel.Config(64, 64, 128, 4, 4),
-    kernel.Config(64, 64, 64, 4, 7),
-    kernel.Config(64, 128, 64, 4, 4),
-    kernel.Config(64, 128, 128, 4, 4),
-    kernel.Config(64, 256, 64, 4, 4),
-    kernel.Config(128, 64, 64, 4, 4),
-    kernel.Config(128, 64, 128, 4, 4),
-    kernel.Config(128, 128, 64, 8, 4),
-    kernel.Config(128, 128, 128, 8, 3),
-    kernel.Config(128, 256, 64, 8, 3),
-)
-SHARED_MEMORY = 227 * 1024
-"""Bytes that a program can have on a GPU of compute capability 9.0."""
-MULTIPROCESSORS = 132
-SHORT = 640
-"""Channels of a linear layer that are few steps of a loop."""
-LEAST_STEPS = 4
-"""Of the inner dimension, for a program of a split product."""
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
 
 
@@ -82,80 +55,13 @@ def _compute(given: Mapping[str, Any]) -> Any:
     return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
 
 
-@dataclass(frozen=True)
-class Product:
-    """The shape of a product of rows, all but their number: what its timings are kept by.
-
-    Args:
-        taps: rows that an output reads; 0 for a linear layer.
-        channels: of one row, of all three sources. outputs: rows of the weight.
-        fused: what else is computed, from :func:`fused_parts`.
-    """
-
-    taps: int
-    batch: int
-    channels: tuple[int, int, int]
-    outputs: int
-    dtype: torch.dtype
-    fused: str
-
-    @staticmethod
-    def of(given: Mapping[str, Any]) -> Product:
-        """That of the arguments of a ``multiply_rows``."""
-        rows, sources = given["rows"], given["sources"]
-        rows2, rows3 = (0 if more is None else more.shape[2] for more in (given["rows2"], given.get("rows3")))
-        fused = fused_parts(given, given["full"], norm_of(**given["norm"]) if "norm" in given else "")
-        taps = 0 if sources is None else sources.shape[2]
-        return Product(taps, len(rows), (rows.shape[2], rows2, rows3), given["weight"].shape[0], rows.dtype, fused)
-
-    @property
-    def kind(self) -> str:
-        return f"convolution of {self.taps} taps" if self.taps else "linear"
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        inputs = "+".join(str(channels) for channels in self.channels if channels)
-        return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
-
-    def steps(self, size: int) -> int:
-        """Of the inner dimension, so many channels at a time."""
-        first, *more = (cdiv(channels, size) for channels in self.channels)
-        return first * max(self.taps, 1) + sum(more)
-
-    @property
-    def columns(self) -> int:
-        """Channels of the result."""
-        return self.outputs // 2 if self.gated else self.outputs
-
-    @property
-    def gated(self) -> bool:
-        return "gated" in self.fused.split()
-
-
-def norm_of(norm_affine: Any = None, **_: Any) -> str:
-    """The norm of a ``multiply_norm_rows``, by its keywords."""
-    return "layer_norm" if norm_affine is None else "normalize"
-
-
-def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
-    """What a ``multiply_rows`` does besides multiplying, by its arguments; ``norm``: what it makes of its rows too."""
-    parts = [name for name in ("bias", "affine", "residual") if given[name] is not None]
-    if given["activation"] != "none":
-        parts.append(given["activation"])
-    return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
-
-
 class Call:
     """A ``multiply_rows`` by its arguments, or a ``multiply_norm_rows``, with those of the norm together as ``norm``;
     see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.product = given, Product.of(given)
-        self.kind, self.key = self.product.kind, self.product.key
+        self.given, self.shape = given, Product.of(given)
         self.number, self.positions = rows_of(given), int(given["positions"])
-
-    def ways(self, number: int) -> list[Way]:
-        return candidates(self.product, number)
 
     def run(self, way: Any) -> Any:
         return run(way, self.given)
@@ -163,25 +69,18 @@ class Call:
     def rehearse(self, way: Any) -> Any:
         given = bare(self.given, way)
         made = run(way, given)
-        if "norm" in self.given and self.given["norm"]["norm_moments"]:
-            run(way, bare(self.given, way, few=not is_few(self.given)))  # other numbers are timed so
         return (made, made, _no_moments(made)) if "norm" in self.given and "norm" not in given else made
 
-    def prepare(self, ways: Mapping[int, Any]) -> None:
-        """Few rows may come with moments or without, as another way of their own product gives them."""
+    def prepare(self, ways: Iterable[Any]) -> None:
+        """Rows may come with moments or without, as another way of their own product gives them."""
         given, rows = self.given, self.given["rows"]
-        norm, center = given.get("norm"), given.get("center")
-        few = {way for number, way in ways.items() if len(rows) * number <= FEW_ROWS}
-        many = {way for number, way in ways.items() if len(rows) * number > FEW_ROWS}
-        if norm is not None and norm["norm_moments"]:
-            for way, gives in [*((way, True) for way in few), *((way, False) for way in many)]:
-                run(way, given, gives)
-        else:
-            for way in few | many:
-                run(way, given)
-        for way in few if center is not None else ():
+        forms = [given]
+        if given.get("center") is not None:
             other = int(given["moments"].shape[3] == 0)
-            run(way, {**given, "moments": rows.new_ones(2, *rows.shape[:2], other, dtype=torch.float32)})
+            forms.append({**given, "moments": rows.new_ones(2, *rows.shape[:2], other, dtype=torch.float32)})
+        for way in ways:
+            for form in forms:
+                run(way, form)
 
     def stopwatch(self) -> Stopwatch:
         return Stopwatch(self.given)
@@ -192,79 +91,12 @@ def rows_of(given: Mapping[str, Any]) -> int:
     return int((given["rows"] if given["sources"] is None else given["sources"]).shape[1])
 
 
-@cache
-def candidates(product: Product, number: int) -> list[Way]:
-    """The ways that are worth timing for about ``number`` rows of each sample."""
-    if product.dtype == torch.float32 or product.steps(1) < 64:
-        return [RULE, LIBRARY]
-    ways: list[Way] = []
-    for tile in TILES:
-        if _makes_sense(tile, product, product.batch * grid(number)):
-            split = _split(tile, product, number)
-            ways.append(replace(tile, stages=_stages(tile, product, split), split=split))
-    return [RULE, *ways, LIBRARY]
-
-
-def _makes_sense(tile: kernel.Config, product: Product, rows: int) -> bool:
-    """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
-    if tile.m > max(16, next_power_of_2(rows)) or (tile.m < 64 and rows > 3 * tile.m):
-        return False
-    if tile.m == 64 and cdiv(rows, 128) * cdiv(product.columns, 64) >= 2 * MULTIPROCESSORS:
-        return False  # tiles of 128 rows are many enough, and read less
-    if _tiles(tile, product, rows) * 2**17 < MULTIPROCESSORS * tile.m * tile.n:
-        return False  # too few to fill the GPU, however the work is split
-    if tile.staged and (product.taps <= 1 or any(channels % tile.k for channels in product.channels)):
-        return False
-    if any(channels % tile.k for channels in product.channels):
-        alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
-        if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
-            return False
-    return _deepest(tile, product, SHARED_MEMORY) >= 3
-
-
-def _stages(tile: kernel.Config, product: Product, split: int) -> int:
-    """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, one of which starts
-    or ends while the other multiplies, where that is much of the time: of short products, and of those that are split.
-    """
-    deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
-    short = product.taps <= 1 and sum(product.channels) <= SHORT
-    brief = split > 1 and tile.warps == 4  # registers let no two programs of eight warps share it
-    return min(tile.stages, shared if (short and shared >= 2) or (brief and shared >= 3) else deep)
-
-
-def _tiles(tile: kernel.Config, product: Product, rows: int) -> int:
-    return cdiv(rows, tile.m) * cdiv(product.columns, tile.n)
-
-
-def _deepest(tile: kernel.Config, product: Product, memory: int) -> int:
-    """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
-    rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
-    return (memory - rows) // weights if tile.staged else memory // (rows + weights) + (tile.m < 64)
-
-
-def _split(tile: kernel.Config, product: Product, number: int) -> int:
-    """How often the work is split, for about one program a multiprocessor (two, if they are staged): never more, where
-    each has much to do."""
-    share = MULTIPROCESSORS * (2 if tile.staged else 1) / _tiles(tile, product, product.batch * grid(number))
-    most = product.steps(tile.k) // LEAST_STEPS
-    return max(1, min(math.floor(share) if product.taps > 1 else round(share), most))
-
-
-def is_few(given: Mapping[str, Any]) -> bool:
-    """Whether a product makes so few rows that its own launch is most of what a layer norm of them takes."""
-    return len(given["rows"]) * rows_of(given) <= FEW_ROWS
-
-
 def _no_moments(rows: Tensor) -> Tensor:
     return rows.new_empty(2, *rows.shape[:2], 0, dtype=torch.float32)  # [2, B, N', 0]
 
 
-def run(way: Way, given: Mapping[str, Any], gives: bool | None = None) -> Any:
-    """The rows; with a norm, them, what it makes of them, and their moments: one of these two.
-
-    Args:
-        gives: whether to give moments, where that is asked for; ``None``: if the rows are few.
-    """
+def run(way: Way, given: Mapping[str, Any]) -> Any:
+    """The rows; with a norm, them, what it makes of them, and their moments: one of these two."""
     if way == LIBRARY:
         return _library(**given)
     product, norm = dict(given), given.get("norm")
@@ -273,7 +105,7 @@ def run(way: Way, given: Mapping[str, Any], gives: bool | None = None) -> Any:
     if norm is None:
         return multiply()
     if norm["norm_affine"] is None:
-        if norm["norm_moments"] and (is_few(given) if gives is None else gives):
+        if norm["norm_moments"]:
             out, moments = multiply(with_moments=True)
             return out, out, moments
         out = multiply()
@@ -322,25 +154,21 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
     return out
 
 
-def bare(given: Mapping[str, Any], way: Way, few: bool | None = None) -> Mapping[str, Any]:
+def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
     """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
-    and changes little; of the library all of it, and of both a layer norm, which are launches of their own. Nothing is
-    asked for ahead. Of few rows that come with moments, the library's product needs a layer norm before it."""
+    and changes little; of the library all of it, and of both a layer norm that is a launch of its own. Nothing is asked
+    for ahead. Before rows that come with moments, the library's product needs a layer norm."""
     given = {name: value for name, value in given.items() if name != "prefetch"}
-    few = is_few(given) if few is None else few
     if way == LIBRARY:
-        if few and given.get("center") is not None:
+        if given.get("center") is not None:
             given["moments"] = given["rows"].new_empty(2, *given["rows"].shape[:2], 1, dtype=torch.float32)
         return given
     activation = given["activation"] if given["gated"] else "none"
-    given = {k: v for k, v in given.items() if k != "norm" or _is_launch(v, few)}
-    given = {name: value for name, value in given.items() if name not in ("moments", "center")}
+    norm = given.get("norm")
+    launches = norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]
+    left_out = ("moments", "center", *(() if launches else ("norm",)))
+    given = {name: value for name, value in given.items() if name not in left_out}
     return {**given, "bias": None, "affine": None, "residual": None, "full": False, "activation": activation}
-
-
-def _is_launch(norm: Mapping[str, Any], few: bool) -> bool:
-    """Whether a norm is a launch of its own behind our kernel."""
-    return norm["norm_affine"] is None and not (few and norm["norm_moments"])
 
 
 class Stopwatch:

@@ -65,21 +65,22 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
 
 def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
     """How often the keys may be split, the best first."""
-    programs, blocks = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n)
-    return sorted(range(1, min(16, blocks) + 1), key=lambda split: _cost(programs, blocks, split))
+    most = min(16, cdiv(keys, tile.n))
+    return sorted(range(1, most + 1), key=lambda split: cost(replace(tile, split=split), queries, keys, pairs))
 
 
-def _cost(programs: int, blocks: int, split: int) -> float:
+def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
     """About how many blocks of keys the busiest multiprocessor walks, one after the other.
 
     To start costs about four blocks; to write a part of the sums, two; to read them all, four and half a block for each
     part. A program that has its multiprocessor for itself takes half as long again, waiting.
     """
-    busiest = cdiv(programs * split, MULTIPROCESSORS)
+    blocks = cdiv(keys, tile.n)
+    busiest = cdiv(cdiv(queries, tile.m) * pairs * tile.split, MULTIPROCESSORS)
     walks = busiest + busiest % 2 / 2
-    if split == 1:
+    if tile.split == 1:
         return walks * (blocks + 4)
-    return walks * (cdiv(blocks, split) + 6) + 4 + split / 2
+    return walks * (cdiv(blocks, tile.split) + 6) + 4 + tile.split / 2
 
 
 @triton.jit

@@ -99,7 +99,7 @@ def load_columns(
     bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest, column, co,
     within, BIAS: tl.constexpr, AFFINE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """What is of columns, for :func:`finish_tile`: biases, sums of weights, scales. ``column`` stands for what is not."""
+    """What is of columns, for :func:`finish_tile`: biases, sums of weights, scales; ``column`` where there is none."""
     GATES: tl.constexpr = BIAS and GATED
     CENTER: tl.constexpr = center is not None
     CENTERS: tl.constexpr = CENTER and GATED
@@ -139,8 +139,8 @@ def follow_columns(sums, mean, rstd, center, bias, CENTER: tl.constexpr, BIAS: t
 
 @triton.jit
 def finish_tile(
-    sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest, highest,
-    place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
+    sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
+    highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
     CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
 ):  # fmt: skip
@@ -152,7 +152,9 @@ def finish_tile(
     own, gate, of_own, of_gate, scales, norms = columns
     sums = follow_columns(sums, mean, rstd, of_own, own, CENTER, BIAS)
     if AFFINE:
-        sums = scale_rows(sums, scales, affine, affine_plane, affine_batch, sample, lowest, highest, column, column < co)
+        sums = scale_rows(
+            sums, scales, affine, affine_plane, affine_batch, sample, lowest, highest, column, column < co
+        )
     if GATED:
         sums *= activate(follow_columns(gates, mean, rstd, of_gate, gate, CENTER, BIAS), ACTIVATION)
     else:
@@ -176,9 +178,9 @@ def finish_tile(
 
 @triton.jit
 def finish_piece(
-    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments, made_moments,
-    c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane, affine_plane,
-    affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
+    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
+    made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane,
+    affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SIZE: tl.constexpr,

@@ -68,8 +68,8 @@ def _multiply(
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, EVEN_C: tl.constexpr,
-    EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
-    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
     per = tl.load(count)
@@ -172,8 +172,8 @@ def _multiply(
         for piece in tl.range(begin_piece, BM // PIECE, by, num_stages=1):
             finish_piece(
                 part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
-                made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co,
-                plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED,
+                made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n,
+                co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED,
                 ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
             )  # fmt: skip
     else:
@@ -182,8 +182,8 @@ def _multiply(
             mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
         finish_tile(
             sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
-            highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
-            CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
+            highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane,
+            norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
         )  # fmt: skip
 
 
@@ -280,8 +280,9 @@ def _launch(
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         # Programs that wait for one another must all be running: each has a multiprocessor to itself.
         SPLIT=splits > 1, SPREAD=pdl and tiles_n * tiles_m * splits <= _multiprocessors(rows.device),
-        EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k,
-        num_warps=config.warps, num_stages=config.stages, **({"launch_pdl": True} if pdl else {}),
+        EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
+        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 

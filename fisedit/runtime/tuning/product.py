@@ -1,0 +1,198 @@
+"""The shapes of products of rows, the ways to compute them, and what each takes by a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from fisedit.runtime.kernels.launch import cdiv
+from fisedit.runtime.kernels.multiply_rows.triton import Config
+from fisedit.runtime.tuning.choose import RULE
+
+LIBRARY = "library"
+Way = str | Config
+"""The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
+TILES = (
+    Config(16, 32, 128, 4, 6),
+    Config(16, 64, 128, 4, 6),
+    Config(32, 32, 128, 4, 6),
+    Config(32, 64, 128, 4, 6),
+    Config(64, 32, 128, 4, 6),
+    Config(64, 64, 128, 4, 4),
+    Config(64, 64, 64, 4, 7),
+    Config(64, 128, 64, 4, 4),
+    Config(64, 128, 128, 4, 4),
+    Config(64, 256, 64, 4, 4),
+    Config(128, 64, 64, 4, 4),
+    Config(128, 64, 128, 4, 4),
+    Config(128, 128, 64, 8, 4),
+    Config(128, 128, 128, 8, 3),
+    Config(128, 256, 64, 8, 3),
+)
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a program can have on a GPU of compute capability 9.0."""
+MULTIPROCESSORS = 132
+SHORT = 640
+"""Channels of a linear layer that are few steps of a loop."""
+LEAST_STEPS = 4
+"""Of the inner dimension, for a program of a split product."""
+TIMED = 5
+"""Tiles that are timed: those that the model takes for the fastest."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """The shape of a product of rows, all but their number: what its timings are kept by.
+
+    Args:
+        taps: rows that an output reads; 0 for a linear layer.
+        channels: of one row, of all three sources. outputs: rows of the weight.
+        fused: what else is computed, from :func:`fused_parts`.
+    """
+
+    taps: int
+    batch: int
+    channels: tuple[int, int, int]
+    outputs: int
+    dtype: torch.dtype
+    fused: str
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Product:
+        """That of the arguments of a ``multiply_rows``."""
+        rows, sources = given["rows"], given["sources"]
+        rows2, rows3 = (0 if more is None else more.shape[2] for more in (given["rows2"], given.get("rows3")))
+        fused = fused_parts(given, given["full"], norm_of(**given["norm"]) if "norm" in given else "")
+        taps = 0 if sources is None else sources.shape[2]
+        return Product(taps, len(rows), (rows.shape[2], rows2, rows3), given["weight"].shape[0], rows.dtype, fused)
+
+    @property
+    def kind(self) -> str:
+        return f"convolution of {self.taps} taps" if self.taps else "linear"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        inputs = "+".join(str(channels) for channels in self.channels if channels)
+        return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
+
+    def ways(self, rows: int) -> list[Way]:
+        """The tiles that the model takes for the fastest, and PyTorch's product; see :class:`Shape`."""
+        return [*sorted(candidates(self, rows), key=lambda way: self.estimate(way, rows))[:TIMED], *self.others]
+
+    @property
+    def others(self) -> list[Way]:
+        return [LIBRARY] if candidates(self, 1) else [RULE, LIBRARY]
+
+    def refits(self, way: Any, rows: int) -> list[Way]:
+        return [fit(way, self, rows)] if isinstance(way, Config) else [way]
+
+    def estimate(self, way: Any, rows: int) -> float:
+        return estimate(way, self, rows) if isinstance(way, Config) else 1.0
+
+    def steps(self, size: int) -> int:
+        """Of the inner dimension, so many channels at a time."""
+        first, *more = (cdiv(channels, size) for channels in self.channels)
+        return first * max(self.taps, 1) + sum(more)
+
+    @property
+    def columns(self) -> int:
+        """Channels of the result."""
+        return self.outputs // 2 if self.gated else self.outputs
+
+    @property
+    def gated(self) -> bool:
+        return "gated" in self.fused.split()
+
+
+def norm_of(norm_affine: Any = None, **_: Any) -> str:
+    """The norm of a ``multiply_norm_rows``, by its keywords."""
+    return "layer_norm" if norm_affine is None else "normalize"
+
+
+def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
+    """What a ``multiply_rows`` does besides multiplying, by its arguments; ``norm``: what it makes of its rows too."""
+    parts = [name for name in ("bias", "affine", "residual") if given[name] is not None]
+    if given["activation"] != "none":
+        parts.append(given["activation"])
+    return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
+
+
+@cache
+def candidates(product: Product, rows: int) -> list[Config]:
+    """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
+    if product.dtype == torch.float32 or product.steps(1) < 64:
+        return []
+    return [fit(tile, product, rows) for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
+
+
+def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
+    """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
+    if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
+        return False
+    if any(channels % tile.k for channels in product.channels):
+        alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
+        if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
+            return False
+    sums = tile.m * tile.n * (2 if product.gated else 1) // (32 * tile.warps)  # of each thread, in registers
+    return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3
+
+
+@cache
+def fit(tile: Config, product: Product, rows: int) -> Config:
+    """A tile with its work split as the model likes best, and with as many stages as it can use."""
+    most = max(1, min(16, product.steps(tile.k) // LEAST_STEPS))
+    ways = [replace(tile, stages=_stages(tile, product, split), split=split) for split in range(1, most + 1)]
+    return min(ways, key=lambda way: estimate(way, product, rows))
+
+
+def _stages(tile: Config, product: Product, split: int) -> int:
+    """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, one of which starts
+    or ends while the other multiplies, where that is much of the time: of short products, and of those that are split.
+    """
+    wanted = next(of.stages for of in TILES if (of.m, of.n, of.k) == (tile.m, tile.n, tile.k))
+    deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
+    short = product.taps <= 1 and sum(product.channels) <= SHORT
+    brief = split > 1 and tile.warps == 4  # registers let no two programs of eight warps share it
+    return min(wanted, shared if (short and shared >= 2) or (brief and shared >= 3) else deep)
+
+
+def _deepest(tile: Config, product: Product, memory: int) -> int:
+    """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
+    rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
+    return memory // (rows + weights) + (tile.m < 64)
+
+
+START, START_GATHERED, SPLIT = 1.8, 0.7, 2.2
+"""µs of an H100: of any program, more of one that gathers, more of one that shares its sums."""
+ROWS, GATHERED, WEIGHTS = 0.011, 0.02, 0.011
+"""µs for each KB that a multiprocessor takes in."""
+MEMORY = 0.4
+"""µs for each MB of weights."""
+FINISH, PART, PARTS = 0.1, 0.055, 0.08
+"""µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
+
+
+@cache
+def estimate(way: Config, product: Product, rows: int) -> float:
+    """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
+
+    A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
+    """
+    tiles = cdiv(product.batch * rows, way.m) * cdiv(product.columns, way.n)
+    wide = way.n * (2 if product.gated else 1)
+    taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
+    step = taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS
+    load = cdiv(tiles * way.split, MULTIPROCESSORS)
+    loop = cdiv(product.steps(way.k), way.split) * load * step
+    megabytes = product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
+    area = way.m * wide / 1024
+    parts = 0.0
+    if way.split > 1:
+        together = tiles * way.split <= MULTIPROCESSORS
+        parts = SPLIT + area * (PART if together else PARTS * way.split)
+    start = START + (START_GATHERED if product.taps > 1 else 0.0)
+    return start + max(loop, megabytes * MEMORY) + area * FINISH * load + parts
