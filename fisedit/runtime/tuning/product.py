@@ -166,13 +166,13 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return memory // (rows + weights) + (tile.m < 64)
 
 
-START, START_GATHERED, SPLIT = 1.8, 0.7, 2.2
-"""µs of an H100: of any program, more of one that gathers, more of one that shares its sums."""
-ROWS, GATHERED, WEIGHTS = 0.011, 0.02, 0.011
+START, SPLIT = 2.4, 2.0
+"""µs of an H100: of any program, and more of one that shares its sums."""
+ROWS, GATHERED, WEIGHTS = 0.011, 0.02, 0.0127
 """µs for each KB that a multiprocessor takes in."""
-MEMORY = 0.4
-"""µs for each MB of weights."""
-FINISH, PART, PARTS = 0.1, 0.055, 0.08
+MEMORY, FULL = 0.36, 120
+"""µs for each MB of weights, if so many programs ask for them."""
+FINISH, PART, PARTS = 0.1, 0.2, 0.07
 """µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
 
 
@@ -188,11 +188,10 @@ def estimate(way: Config, product: Product, rows: int) -> float:
     step = taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
-    megabytes = product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
-    area = way.m * wide / 1024
-    parts = 0.0
+    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
+    memory *= max(1.0, FULL / (tiles * way.split))
+    area, parts = way.m * wide / 1024, 0.0
     if way.split > 1:
         together = tiles * way.split <= MULTIPROCESSORS
         parts = SPLIT + area * (PART if together else PARTS * way.split)
-    start = START + (START_GATHERED if product.taps > 1 else 0.0)
-    return start + max(loop, megabytes * MEMORY) + area * FINISH * load + parts
+    return START + max(loop, memory) + area * FINISH * load + parts

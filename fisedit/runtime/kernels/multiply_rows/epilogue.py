@@ -14,28 +14,25 @@ from fisedit.runtime.kernels.multiply_rows.steps import which_rows
 
 
 @triton.jit
-def share_part(part, locks, sums, gates, inside, splits, SPREAD: tl.constexpr, GATED: tl.constexpr, HALF: tl.constexpr):
+def share_part(part, locks, sums, gates, inside, splits, together, GATED: tl.constexpr, HALF: tl.constexpr):
     """Write a program's part of the sums; whether it adds up all of them, in part or alone.
 
-    ``SPREAD``: each waits for all others of its tile, which run at the same time, and adds up some rows. Otherwise the
-    last to arrive does all.
+    ``together``: each waits for all others of its tile, which run at the same time, and adds up some rows. Otherwise
+    the last to arrive does all.
     """
     tl.store(part + inside, sums)
     if GATED:
         tl.store(part + HALF + inside, gates)
     tl.debug_barrier()
     arrived = tl.atomic_add(locks, 1, sem="acq_rel") + 1
-    if SPREAD:
-        while arrived < splits:
-            arrived = tl.atomic_add(locks, 0, sem="acquire")
-        if tl.atomic_add(locks, 1, sem="relaxed") == 2 * splits - 1:  # the last one leaves the lock as it was
-            tl.store(locks, 0)
-        adds = True
-    else:
-        adds = arrived == splits
-        if adds:
-            tl.store(locks, 0)
-    return adds
+    while together & (arrived < splits):
+        arrived = tl.atomic_add(locks, 0, sem="acquire")
+    left = arrived
+    if together:
+        left = tl.atomic_add(locks, 1, sem="relaxed") + 1 - splits
+    if left == splits:  # the last one leaves the lock as it was
+        tl.store(locks, 0)
+    return arrived >= splits
 
 
 @triton.jit

@@ -59,15 +59,17 @@ class Config:
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "ahead_size"])
+@triton.jit(
+    do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "together", "ahead_size"]
+)
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
     center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, c3, inner, co,
     rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch,
-    norm_plane, norm_batch, taps, steps, each, parts, input_eps,
+    norm_plane, norm_batch, taps, steps, each, parts, together, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, SPREAD: tl.constexpr, EVEN_C: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr,
     EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
     PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -164,12 +166,10 @@ def _multiply(
         part = partial + (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         mine = part + tl.program_id(2) * SIZE
-        if not share_part(mine, locks + tile, sums, gates, inside, splits, SPREAD, GATED, BM * BN):
+        if not share_part(mine, locks + tile, sums, gates, inside, splits, together != 0, GATED, BM * BN):
             return
-        begin_piece, by = 0, 1
-        if SPREAD:
-            begin_piece, by = tl.program_id(2), splits
-        for piece in tl.range(begin_piece, BM // PIECE, by, num_stages=1):
+        own_piece = tl.where(together != 0, tl.program_id(2), 0)
+        for piece in tl.range(own_piece, BM // PIECE, tl.where(together != 0, splits, 1), num_stages=1):
             finish_piece(
                 part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
                 made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n,
@@ -272,15 +272,14 @@ def _launch(
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        cdiv(steps, splits), parts, input_eps,
+        # Programs that wait for one another must all be running: each has a multiprocessor to itself.
+        cdiv(steps, splits), parts, int(pdl and tiles_n * tiles_m * splits <= _multiprocessors(rows.device)), input_eps,
         GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        # Programs that wait for one another must all be running: each has a multiprocessor to itself.
-        SPLIT=splits > 1, SPREAD=pdl and tiles_n * tiles_m * splits <= _multiprocessors(rows.device),
-        EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
+        SPLIT=splits > 1, EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
