@@ -62,7 +62,7 @@ def test_every_way_gives_the_product(taps: int) -> None:
     given = arguments(taps)
     shape = tuning.Product.of(given)
     ways = shape.ways(ACTIVE)
-    assert ways[-1] == tuning.LIBRARY and 3 <= len(ways) <= 6
+    assert ways[-1] == tuning.LIBRARY and 2 <= len(ways) <= 6
     for way in (tuning.RULE, *ways, *candidates(shape, 64)):
         check(tuning.run(way, given), given)
 
@@ -289,7 +289,7 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
                   product(0, (320, 0), 320), product(9, (960, 0), 320)):  # fmt: skip
         for rows in (8, 24, 96, 200, 800, 3000, 9216):
             *ways, library = shape.ways(rows)
-            assert library == tuning.LIBRARY and 2 <= len(ways) <= 5
+            assert library == tuning.LIBRARY and 1 <= len(ways) <= 5
             for way in ways:
                 assert isinstance(way, Config) and way.m <= 4 * rows and way.stages >= 2
                 steps = way.stages - (way.m < 64)

@@ -17,30 +17,23 @@ LIBRARY = "library"
 Way = str | Config
 """The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
 TILES = (
-    Config(16, 32, 128, 4, 6),
     Config(16, 64, 128, 4, 6),
-    Config(32, 32, 128, 4, 6),
     Config(32, 64, 128, 4, 6),
-    Config(64, 32, 128, 4, 6),
-    Config(64, 64, 128, 4, 4),
+    Config(64, 32, 128, 4, 4),
+    Config(64, 64, 128, 4, 3),
     Config(64, 64, 64, 4, 7),
     Config(64, 128, 64, 4, 4),
     Config(64, 128, 128, 4, 4),
-    Config(64, 256, 64, 4, 4),
     Config(128, 64, 64, 4, 4),
-    Config(128, 64, 128, 4, 4),
     Config(128, 128, 64, 8, 4),
-    Config(128, 128, 128, 8, 3),
     Config(128, 256, 64, 8, 3),
 )
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
-SHORT = 640
-"""Channels of a linear layer that are few steps of a loop."""
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-TIMED = 5
+TIMED = 4
 """Tiles that are timed: those that the model takes for the fastest."""
 
 
@@ -143,21 +136,19 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
-    """A tile with its work split as the model likes best, and with as many stages as it can use."""
+    """A tile with its work split as the model likes best."""
     most = max(1, min(16, product.steps(tile.k) // LEAST_STEPS))
-    ways = [replace(tile, stages=_stages(tile, product, split), split=split) for split in range(1, most + 1)]
+    ways = [replace(tile, stages=_stages(tile, product), split=split) for split in range(1, most + 1)]
     return min(ways, key=lambda way: estimate(way, product, rows))
 
 
-def _stages(tile: Config, product: Product, split: int) -> int:
-    """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, one of which starts
-    or ends while the other multiplies, where that is much of the time: of short products, and of those that are split.
-    """
+def _stages(tile: Config, product: Product) -> int:
+    """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, where they can: one
+    starts or ends while the other multiplies."""
     wanted = next(of.stages for of in TILES if (of.m, of.n, of.k) == (tile.m, tile.n, tile.k))
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
-    short = product.taps <= 1 and sum(product.channels) <= SHORT
-    brief = split > 1 and tile.warps == 4  # registers let no two programs of eight warps share it
-    return min(wanted, shared if (short and shared >= 2) or (brief and shared >= 3) else deep)
+    alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
+    return min(wanted, shared if shared >= 3 and not alone else deep)
 
 
 def _deepest(tile: Config, product: Product, memory: int) -> int:

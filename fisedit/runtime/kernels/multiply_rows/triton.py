@@ -39,7 +39,7 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     sample_of,
     which_rows,
 )
-from fisedit.runtime.kernels.prefetch import prefetch, prefetched
+from fisedit.runtime.kernels.prefetch import prefetch, prefetch_slices, prefetched, slice_bytes
 
 TMA = True
 
@@ -60,13 +60,24 @@ class Config:
 
 
 @triton.jit(
-    do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "together", "ahead_size"]
+    do_not_specialize=[
+        "n_in",
+        "n_out",
+        "batch",
+        "table_stride",
+        "steps",
+        "each",
+        "parts",
+        "together",
+        "ahead_size",
+        "share",
+    ]
 )
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
-    center, made_moments, count, partial, locks, ahead, ahead_size, n_in, n_out, batch, c1, c2, c3, inner, co,
-    rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch,
-    norm_plane, norm_batch, taps, steps, each, parts, together, input_eps,
+    center, made_moments, count, partial, locks, ahead, ahead_size, own_weight, share, n_in, n_out, batch, c1, c2, c3,
+    inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane,
+    affine_batch, norm_plane, norm_batch, taps, steps, each, parts, together, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr,
@@ -106,6 +117,10 @@ def _multiply(
         own2 = rows2 + place.to(tl.int64) * rows2_stride
         own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
+        if share > 0:
+            prefetch_slices(own_weight, inner, tile_n * BN, min(BN, co - tile_n * BN), first * BK, share, BN)
+            if GATED:
+                prefetch_slices(own_weight, inner, co + tile_n * BN, min(BN, co - tile_n * BN), first * BK, share, BN)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -268,7 +283,9 @@ def _launch(
     launch(_multiply, (tiles_n, tiles_m, splits),
         out, *given, _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows), _or(affine, rows),
         _or(residual, rows), normalized, norm_affine, moments, center, made, count, partial, locks,
-        *prefetched(ahead, rows), n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
+        *prefetched(ahead, rows), weight,
+        slice_bytes(weight, batch * n_out, splits, cdiv(steps, splits) * config.k) if tma and even_c else 0,
+        n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
