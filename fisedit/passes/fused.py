@@ -15,7 +15,7 @@ from fisedit.runtime.plan import Table
 MULTIPLY = {
     "rows": None, "rows2": None, "recorded": None, "sources": None, "weight": None, "bias": None,
     "affine": None, "full": False, "residual": None, "count": None, "locks": None, "activation": "none",
-    "gated": False, "positions": 0, "rows3": None, "prefetch": None, "moments": None, "center": None,
+    "gated": False, "positions": 0, "rows3": None, "moments": None, "center": None,
     "input_eps": 0.0,
 }  # fmt: skip
 """The arguments of ``multiply_rows`` in their order, with what they are where nothing is fused."""

@@ -21,7 +21,7 @@ from fisedit.passes.ir import PRODUCTS, fisedit, is_op
 from fisedit.passes.lifetimes import Memory, Piece, Span, live_bytes, order_of, spans
 
 STAY = (*PRODUCTS, fisedit.attend_rows.default)
-"""Each asks memory for the weights of the one that comes next."""
+"""In the order of the model: a profile reads like it."""
 
 
 def lower_peak(graph: Graph, memory: Memory) -> int:

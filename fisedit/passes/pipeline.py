@@ -32,7 +32,6 @@ from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
 from fisedit.passes.insert_cache_stores import insert_cache_stores
 from fisedit.passes.plan_memory import plan_memory
-from fisedit.passes.prefetch_weights import prefetch_weights
 from fisedit.passes.quantize_stores import quantize_stores
 from fisedit.passes.read_in_place import read_in_place
 from fisedit.passes.remove_identities import remove_identities
@@ -78,7 +77,6 @@ def fuse_passes() -> list[GraphPass]:
         fuse_layer_norm,
         fuse_norms,
         fold_layer_norm,
-        prefetch_weights,
     ]
 
 

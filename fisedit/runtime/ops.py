@@ -17,7 +17,7 @@ namespace = library.Library("fisedit", "DEF")
 _PRODUCT = (
     "Tensor rows, Tensor? rows2, Tensor? recorded, Tensor? sources, Tensor weight, Tensor? bias, Tensor? affine, "
     "bool full, Tensor? residual, Tensor count, Tensor locks, str activation, bool gated, int positions, "
-    "Tensor? rows3=None, Tensor? prefetch=None, Tensor? moments=None, Tensor? center=None, float input_eps=0.0"
+    "Tensor? rows3=None, Tensor? moments=None, Tensor? center=None, float input_eps=0.0"
 )
 
 SCHEMAS = {
@@ -49,8 +49,8 @@ SCHEMAS = {
     'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, '
     "bool norm_moments=False) -> (Tensor, Tensor, Tensor)",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
-    "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale, "
-    "Tensor? prefetch=None) -> Tensor",
+    "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) "
+    "-> Tensor",
     "gather_patches": "(Tensor rows, Tensor? recorded, Tensor sources, Tensor count) -> Tensor",
     "layer_norm_rows": "(Tensor rows, Tensor? weight, Tensor? bias, float eps, Tensor count) -> Tensor",
     "normalize_rows": "(Tensor rows, Tensor? rows2, Tensor affine, str activation, Tensor count, bool done) -> Tensor",
@@ -113,7 +113,7 @@ def _(rows):
 
 @library.register_fake("fisedit::multiply_rows", lib=namespace)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
-                   gated, positions, rows3=None, prefetch=None, moments=None, center=None,
+                   gated, positions, rows3=None, moments=None, center=None,
                    input_eps=0.0):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
@@ -127,8 +127,7 @@ def _(*product, **norm):
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)
-def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale,
-      prefetch=None):  # fmt: skip
+def _(query, key, value, recorded_key, recorded_value, table, count, key_count, locks, heads, scale):
     return query.new_empty(query.shape)  # [B, N, h*d]
 
 

@@ -58,7 +58,6 @@ MATCHED = {
     "fuse_layer_norm": (12, "aten.layer_norm", "fisedit.layer_norm_rows", 12),
     "fuse_norms": (21, "fisedit.layer_norm_rows", "fisedit.multiply_norm_rows", 21),
     "fold_layer_norm": (12, None, "fisedit.multiply_norm_rows", 21),
-    "prefetch_weights": (56, None, None, 0),
 }
 
 
@@ -74,20 +73,6 @@ def test_what_is_fused(name: str, steps: dict[str, Step]) -> None:
 
 def test_all_fusion_passes_are_here(steps: dict[str, Step]) -> None:
     assert set(steps) == set(MATCHED)
-
-
-def test_weights_are_asked_for_one_op_before() -> None:
-    """A product's by the product or attention before it, each once; those of the first by none."""
-    model = models.one_level()
-    gm = capture(model, bind_call(model, (), models.arguments(model, (8, 8)))).module
-    run_passes(gm, pipeline.canonical_passes(), PassLog("canonical"))
-    gm = GraphModule(gm, ir.copy_graph(gm.graph))
-    run_passes(gm, pipeline.edit_passes("cached", fuse=True), PassLog("edit"))
-    carriers = [n for n in gm.graph.nodes if is_op(n, *ir.PRODUCTS, fisedit.attend_rows.default)]
-    assert len(carriers) > 50 and sum(is_op(n, fisedit.attend_rows.default) for n in carriers) == 8
-    for before, node in zip(carriers, carriers[1:], strict=False):
-        asked = before.args[11:] if is_op(before, fisedit.attend_rows.default) else (get(before, "prefetch"),)
-        assert asked == ((get(node, "weight"),) if is_op(node, *ir.PRODUCTS) else (None,) * len(asked))
 
 
 def test_identities_are_removed(steps: dict[str, Step]) -> None:

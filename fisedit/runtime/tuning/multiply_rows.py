@@ -120,7 +120,7 @@ def _library(
     rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
     bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
     count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    rows3: Tensor | None = None, prefetch: Tensor | None = None, moments: Tensor | None = None,
+    rows3: Tensor | None = None, moments: Tensor | None = None,
     center: Tensor | None = None, input_eps: float = 0.0, norm: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
@@ -128,21 +128,17 @@ def _library(
         rows = layer_norm_rows(rows, None, None, input_eps, count)
     parts = [part for part in (rows, rows2, rows3) if part is not None]
     if sources is not None:
-        parts = [
-            gather_patches(rows, recorded, sources, count, rows2, rows3, prefetch=weight).flatten(2)
-        ]  # [B, N', ...]
+        parts = [gather_patches(rows, recorded, sources, count, rows2, rows3).flatten(2)]  # [B, N', ...]
     if full:
         affine, activation = None, activation if gated else "none"
     if norm is not None:
         norm = {name: value for name, value in norm.items() if name != "norm_moments"}
-        made = finish_norm_rows(
-            _sum(parts, weight), bias, affine, residual, count, activation, gated, **norm, prefetch=prefetch
-        )
+        made = finish_norm_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, **norm)
         return *made, _no_moments(made[0])
     bare = affine is None and residual is None and activation == "none" and not gated and len(parts) == 1
     if bare and (bias is None or bias.dtype == weight.dtype):
         return F.linear(parts[0], weight, bias)  # [B, N', Co]
-    return finish_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, prefetch)
+    return finish_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated)
 
 
 def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
@@ -156,13 +152,12 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
 
 def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
     """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
-    and changes little; of the library all of it, and of both a layer norm that is a launch of its own. Nothing is asked
-    for ahead. Before rows that come with moments, the library's product needs a layer norm."""
-    given = {name: value for name, value in given.items() if name != "prefetch"}
+    and changes little; of the library all of it, and of both a layer norm that is a launch of its own. Before rows that
+    come with moments, the library's product needs a layer norm."""
     if way == LIBRARY:
-        if given.get("center") is not None:
-            given["moments"] = given["rows"].new_empty(2, *given["rows"].shape[:2], 1, dtype=torch.float32)
-        return given
+        if given.get("center") is None:
+            return given
+        return {**given, "moments": given["rows"].new_empty(2, *given["rows"].shape[:2], 1, dtype=torch.float32)}
     activation = given["activation"] if given["gated"] else "none"
     norm = given.get("norm")
     launches = norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]

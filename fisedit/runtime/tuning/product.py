@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv
-from fisedit.runtime.kernels.multiply_rows.triton import Config
+from fisedit.runtime.kernels.multiply_rows.triton import MOST_SPLITS, Config
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -137,7 +137,7 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
-    most = max(1, min(16, product.steps(tile.k) // LEAST_STEPS))
+    most = max(1, min(MOST_SPLITS, product.steps(tile.k) // LEAST_STEPS))
     ways = [replace(tile, stages=_stages(tile, product), split=split) for split in range(1, most + 1)]
     return min(ways, key=lambda way: estimate(way, product, rows))
 

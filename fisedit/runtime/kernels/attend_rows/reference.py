@@ -17,7 +17,6 @@ def attend_rows(
     locks: Tensor,
     heads: int,
     scale: float | None,
-    prefetch: Tensor | None = None,
 ) -> Tensor:
     """Attention of active query rows over text, over active rows, or over a recorded map with its active rows renewed.
 
@@ -31,7 +30,6 @@ def attend_rows(
         key_count: int32 ``[B]``: only so many rows of ``key`` are real, at least one; ``None`` for all.
         locks: int32 zeros, and zeros again afterwards; one for every tile of the kernel (not read here).
         scale: ``None`` for ``1 / sqrt(d)``.
-        prefetch: the weights of a later product, which a kernel may ask memory for meanwhile; not read here.
     Returns:
         ``[B, N, h*d]``.
     """

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
-from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
@@ -190,10 +189,10 @@ def _recorded_rows(
     return tl.multiple_of(first, ALIGN * ITEM) - number.to(tl.int64) * row_stride
 
 
-@triton.jit(do_not_specialize=["number", "keys", "splits", "ahead_size"])
+@triton.jit(do_not_specialize=["number", "keys", "splits"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-    ahead, ahead_size, number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
+    number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, recorded_key_batch, recorded_key_row, recorded_value_batch,
     recorded_value_row, table_batch,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
@@ -201,7 +200,6 @@ def _attend(
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
-        prefetch_by_grid(ahead, ahead_size)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     # Nothing that is loaded up to the early return waits for anything else.
@@ -259,7 +257,6 @@ def attend_rows(
     locks: Tensor,
     heads: int,
     scale: float | None,
-    prefetch: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:
     """The reference's contract, for float32, float16 and bfloat16 and heads of up to 256 channels.
@@ -282,7 +279,7 @@ def attend_rows(
     pdl = {"launch_pdl": True} if overlaps(query) else {}
     launch(_attend, (tiles, splits, batch * heads),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-        *prefetched(prefetch, query), number, keys, splits, heads,
+        number, keys, splits, heads,
         (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
         *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),

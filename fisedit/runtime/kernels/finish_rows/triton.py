@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS, activate
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
-from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 CHANNELS = 128
 """Of a program: with 8 rows, each of its 128 threads reads and writes 16 bytes of float16."""
@@ -23,10 +22,9 @@ def _load_biased(product, bias, place, channel, real, good):
     return x
 
 
-@triton.jit(do_not_specialize=["number", "ahead_size"])
+@triton.jit(do_not_specialize=["number"])
 def _finish(
     out, product, bias, affine, residual, count, normalized, norm_affine, norm_weight, norm_bias,
-    ahead, ahead_size,
     number, channels, product_batch, product_row, affine_plane, affine_batch, residual_batch, residual_row,
     norm_plane, norm_batch, eps,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
@@ -34,8 +32,6 @@ def _finish(
 ):  # fmt: skip
     """A block of rows; of whole rows, if a layer normalization follows."""
     last = tl.load(count)
-    if PDL:
-        prefetch_by_grid(ahead, ahead_size)
     if tl.program_id(0) * BM >= last:
         return
     if PDL:
@@ -92,13 +88,12 @@ def finish_rows(
     count: Tensor,
     activation: str,
     gated: bool,
-    prefetch: Tensor | None = None,
 ) -> Tensor:
-    """The reference's contract; ``prefetch``: the weights of a later product, to ask memory for meanwhile."""
+    """The reference's contract."""
     batch, number, channels = product.shape
     block = 8 if batch * number <= 2048 else 32
     out = product.new_empty(batch, number, channels // 2 if gated else channels)  # [B, N, Co]
-    _launch(out, product, bias, affine, residual, count, activation, gated, block, CHANNELS, prefetch)
+    _launch(out, product, bias, affine, residual, count, activation, gated, block, CHANNELS)
     return out
 
 
@@ -115,7 +110,6 @@ def finish_norm_rows(
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     eps: float,
-    prefetch: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The reference's contract."""
     batch, number, channels = product.shape
@@ -125,14 +119,14 @@ def finish_norm_rows(
     if norm_affine is None:
         columns = next_power_of_2(out.shape[2])
         rows = max(1, ELEMENTS // columns)
-    _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns, prefetch,
+    _launch(out, product, bias, affine, residual, count, activation, gated, rows, columns,
             (normalized, norm_affine, norm_weight, norm_bias), norm_activation, eps)  # fmt: skip
     return out, normalized
 
 
 def _launch(
     out: Tensor, product: Tensor, bias: Tensor | None, affine: Tensor | None, residual: Tensor | None, count: Tensor,
-    activation: str, gated: bool, rows: int, columns: int, prefetch: Tensor | None,
+    activation: str, gated: bool, rows: int, columns: int,
     norm: tuple[Tensor | None, ...] = (None, None, None, None), norm_activation: str = "none", eps: float = 0.0,
 ) -> None:  # fmt: skip
     """``rows``, ``columns``: of a program. ``norm``: where normalized rows go, and what they are normalized with."""
@@ -140,7 +134,7 @@ def _launch(
     pdl = overlaps(product)
     launch(_finish, (cdiv(number, rows), cdiv(channels, columns), batch),
         out, product, bias, affine, residual, count, *norm,
-        *prefetched(prefetch, product), number, channels, product.stride(0), product.stride(1), *_strides(affine),
+        number, channels, product.stride(0), product.stride(1), *_strides(affine),
         *_strides(residual), *_strides(norm[1]), eps,
         ACTIVATION=ACTIVATIONS[activation], GATED=gated, NORM_ACTIVATION=ACTIVATIONS[norm_activation],
         BM=rows, BC=columns, PDL=pdl, num_warps=4 if columns <= ELEMENTS else 8,

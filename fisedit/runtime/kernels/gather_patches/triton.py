@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
-from fisedit.runtime.kernels.prefetch import prefetch_by_grid, prefetched
 
 
 @triton.jit
@@ -17,10 +16,10 @@ def _copy(out, rows, first, rows_stride, channels, channel, place, good, inner):
     tl.store(out + place[:, None] * inner + first + channel[None, :], values, mask=where)
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "table_stride", "ahead_size"])
+@triton.jit(do_not_specialize=["n_in", "n_out", "table_stride"])
 def _gather(
     out, rows, recorded, sources, rows2, rows3, count, n_in, n_out, channels, c2, c3, inner, rows_stride,
-    recorded_stride, rows2_stride, rows3_stride, table_stride, taps, ahead, ahead_size,
+    recorded_stride, rows2_stride, rows3_stride, table_stride, taps,
     RECORDED: tl.constexpr, ADDRESSES: tl.constexpr, PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     ITEM: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
@@ -29,7 +28,6 @@ def _gather(
     block = tl.program_id(1)
     channel = block * BC + tl.arange(0, BC)
     if PDL:
-        prefetch_by_grid(ahead, ahead_size)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     number = tl.load(count) * taps
@@ -64,11 +62,9 @@ def _gather(
 
 def gather_patches(
     rows: Tensor, recorded: Tensor | None, sources: Tensor, count: Tensor,
-    rows2: Tensor | None = None, rows3: Tensor | None = None, prefetch: Tensor | None = None,
+    rows2: Tensor | None = None, rows3: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference; ``recorded`` may be int64 ``[B]``, the address of each sample's ``[R, C]``.
-
-    ``prefetch``: weights to ask memory for meanwhile.
 
     With ``rows2`` (and ``rows3``), ``[B, N', C2]``, these follow the taps: ``[B, N', taps * C + C2 + C3]``.
     """
@@ -91,7 +87,7 @@ def gather_patches(
         out, rows, rows if recorded is None else recorded, sources, rows2, rows3, count, n_in, n_out, channels,
         c2, c3, inner, rows.stride(1), recorded.stride(0) if recorded is not None and not addresses else 0,
         0 if rows2 is None else rows2.stride(1), 0 if rows3 is None else rows3.stride(1),
-        sources.stride(0) if sources.shape[0] > 1 else 0, taps, *prefetched(prefetch, rows),
+        sources.stride(0) if sources.shape[0] > 1 else 0, taps,
         RECORDED=recorded is not None, ADDRESSES=addresses, PDL=pdl, BM=rows_block, BC=block,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -14,25 +14,31 @@ from fisedit.runtime.kernels.multiply_rows.steps import which_rows
 
 
 @triton.jit
-def share_part(part, locks, sums, gates, inside, splits, together, GATED: tl.constexpr, HALF: tl.constexpr):
-    """Write a program's part of the sums; whether it adds up all of them, in part or alone.
+def share_part(part, lock, sums, gates, inside, splits, polls, GATED: tl.constexpr, HALF: tl.constexpr):
+    """Write a program's part of the sums; whose rows it is to add up, a bit for each program of the tile.
 
-    ``together``: each waits for all others of its tile, which run at the same time, and adds up some rows. Otherwise
-    the last to arrive does all.
+    Each adds up rows of its own as soon as all parts are there. It looks for them ``polls`` times; then it goes, and
+    the last one to come does its rows too. So none waits for long for one that may not be running.
+
+    The lock counts in its low byte who has come, in the next one who is done with it, and has a bit for each that went.
+    The last to be done leaves it as it was.
     """
     tl.store(part + inside, sums)
     if GATED:
         tl.store(part + HALF + inside, gates)
     tl.debug_barrier()
-    arrived = tl.atomic_add(locks, 1, sem="acq_rel") + 1
-    while together & (arrived < splits):
-        arrived = tl.atomic_add(locks, 0, sem="acquire")
-    left = arrived
-    if together:
-        left = tl.atomic_add(locks, 1, sem="relaxed") + 1 - splits
-    if left == splits:  # the last one leaves the lock as it was
-        tl.store(locks, 0)
-    return arrived >= splits
+    own = 1 << tl.program_id(2)
+    state = tl.atomic_add(lock, 1, sem="acq_rel") + 1
+    went, last = state >> 16, (state & 255) == splits
+    while ((state & 255) < splits) & (polls > 0):
+        state = tl.atomic_add(lock, 0, sem="acquire")
+        polls -= 1
+    goes = (state & 255) < splits
+    state = tl.atomic_add(lock, tl.where(goes, 256 + (own << 16), 256), sem="acq_rel")
+    if ((state >> 8) & 255) == splits - 1:
+        tl.store(lock, 0)
+    here = (state & 255) == splits  # also for one that was about to go
+    return tl.where(last, own | went, tl.where(here, own, 0))
 
 
 @triton.jit

@@ -28,7 +28,6 @@ def multiply_rows(
     gated: bool,
     positions: int,
     rows3: Tensor | None = None,
-    prefetch: Tensor | None = None,
     moments: Tensor | None = None,
     center: Tensor | None = None,
     input_eps: float = 0.0,
@@ -49,8 +48,7 @@ def multiply_rows(
         residual: ``[B, N', Co]``, added last.
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
         activation: a key of ``ACTIVATIONS``.
-        positions: all rows of the outputs' level. prefetch: the weights of a later product, which a kernel may ask
-            memory for meanwhile. Neither is read here.
+        positions: all rows of the outputs' level; not read here.
         moments: float32 ``[2, B, N, T]``: sums of each row's channels and of their squares, in T parts; ``None``, or
             T = 0: rows are multiplied as they are. input_eps: of the normalization.
         center: float32 ``[Co]``, sums of each output's weights, for kernels that normalize afterwards.

@@ -39,9 +39,12 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     sample_of,
     which_rows,
 )
-from fisedit.runtime.kernels.prefetch import prefetch, prefetch_slices, prefetched, slice_bytes
 
 TMA = True
+POLLS = 1000
+"""How often a program looks for the parts of others, where all can run at the same time; about a millisecond."""
+MOST_SPLITS = 15
+"""Bits of a lock."""
 
 
 @dataclass(frozen=True)
@@ -59,25 +62,12 @@ class Config:
         return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
 
 
-@triton.jit(
-    do_not_specialize=[
-        "n_in",
-        "n_out",
-        "batch",
-        "table_stride",
-        "steps",
-        "each",
-        "parts",
-        "together",
-        "ahead_size",
-        "share",
-    ]
-)
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
-    center, made_moments, count, partial, locks, ahead, ahead_size, own_weight, share, n_in, n_out, batch, c1, c2, c3,
+    center, made_moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
     inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane,
-    affine_batch, norm_plane, norm_batch, taps, steps, each, parts, together, input_eps,
+    affine_batch, norm_plane, norm_batch, taps, steps, each, parts, polls, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr,
@@ -117,10 +107,6 @@ def _multiply(
         own2 = rows2 + place.to(tl.int64) * rows2_stride
         own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     if PDL:
-        if share > 0:
-            prefetch_slices(own_weight, inner, tile_n * BN, min(BN, co - tile_n * BN), first * BK, share, BN)
-            if GATED:
-                prefetch_slices(own_weight, inner, co + tile_n * BN, min(BN, co - tile_n * BN), first * BK, share, BN)
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
@@ -164,10 +150,6 @@ def _multiply(
                 tile_n, place, valid, column, kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
             )  # fmt: skip
     tile, splits = tile_m * tl.num_programs(0) + tile_n, tl.num_programs(2)
-    if PDL:
-        programs = tl.num_programs(0) * tl.num_programs(1) * splits
-        prefetch(ahead, ahead_size, tile * splits + tl.program_id(2), programs)
-
     if not EARLY:
         columns = load_columns(
             bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest,
@@ -181,16 +163,17 @@ def _multiply(
         part = partial + (tile * splits).to(tl.int64) * SIZE
         inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
         mine = part + tl.program_id(2) * SIZE
-        if not share_part(mine, locks + tile, sums, gates, inside, splits, together != 0, GATED, BM * BN):
+        shares = share_part(mine, locks + tile, sums, gates, inside, splits, polls, GATED, BM * BN)
+        if shares == 0:
             return
-        own_piece = tl.where(together != 0, tl.program_id(2), 0)
-        for piece in tl.range(own_piece, BM // PIECE, tl.where(together != 0, splits, 1), num_stages=1):
-            finish_piece(
-                part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
-                made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n,
-                co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED,
-                ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
-            )  # fmt: skip
+        for piece in tl.range(0, BM // PIECE, num_stages=1):
+            if (shares >> (piece % splits)) & 1:
+                finish_piece(
+                    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized,
+                    moments, made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column,
+                    within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
+                    RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
+                )  # fmt: skip
     else:
         mean, rstd = sample, sample
         if CENTER:
@@ -218,7 +201,6 @@ def multiply_rows(
     gated: bool,
     positions: int,
     rows3: Tensor | None = None,
-    prefetch: Tensor | None = None,
     moments: Tensor | None = None,
     center: Tensor | None = None,
     input_eps: float = 0.0,
@@ -246,7 +228,7 @@ def multiply_rows(
     moments = None if moments is None or moments.shape[3] == 0 else moments
     _launch(
         config, out, made, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, norm, moments,
-        None if moments is None else center, input_eps, count, locks, prefetch, activation, gated, positions,
+        None if moments is None else center, input_eps, count, locks, activation, gated, positions,
     )  # fmt: skip
     return out if made is None else (out, made)
 
@@ -255,7 +237,7 @@ def _launch(
     config: Config, out: Tensor, made: Tensor | None, rows: Tensor, rows2: Tensor | None, rows3: Tensor | None,
     recorded: Tensor | None, sources: Tensor | None, weight: Tensor, bias: Tensor | None, affine: Tensor | None,
     residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str], moments: Tensor | None,
-    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, ahead: Tensor | None, activation: str,
+    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str,
     gated: bool, positions: int,
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
@@ -283,14 +265,12 @@ def _launch(
     launch(_multiply, (tiles_n, tiles_m, splits),
         out, *given, _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows), _or(affine, rows),
         _or(residual, rows), normalized, norm_affine, moments, center, made, count, partial, locks,
-        *prefetched(ahead, rows), weight,
-        slice_bytes(weight, batch * n_out, splits, cdiv(steps, splits) * config.k) if tma and even_c else 0,
         n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        # Programs that wait for one another must all be running: each has a multiprocessor to itself.
-        cdiv(steps, splits), parts, int(pdl and tiles_n * tiles_m * splits <= _multiprocessors(rows.device)), input_eps,
+        cdiv(steps, splits), parts, POLLS if tiles_n * tiles_m * splits <= _multiprocessors(rows.device) else 0,
+        input_eps,
         GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
@@ -304,7 +284,7 @@ def _launch(
 
 def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
-    splits = min(wanted, steps, locks // tiles if tiles > locks else wanted)
+    splits = min(wanted, MOST_SPLITS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
 
 
