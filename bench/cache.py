@@ -34,7 +34,9 @@ from torch import Tensor
 
 import fisedit
 from fisedit.capture import bind_call, capture
+from fisedit.edit_session import EditSession
 from fisedit.environment import describe_environment, environment_line
+from fisedit.explanation import workspaces
 from fisedit.passes.base import PassLog, run_passes
 from fisedit.passes.ir import args, is_op
 from fisedit.passes.ir import fisedit as ops
@@ -244,8 +246,9 @@ def measure_tier(
                 same, error = all(one[3] for one in each), max(one[4] for one in each)
                 lines.append(Line(name, mask_name, bus, of, step, loaded or fetched, transfer, same, error))
                 print(f"  {lines[-1]}", flush=True)
-        for line in intermediates(unet, subject.device):
-            print(f"  {line}", flush=True)
+        for of_kind in masks.values() if subject.device.type == "cuda" else ():
+            if of_kind[0] is not None:
+                print(f"  {intermediates(subject, unet, base, of_kind[0])}", flush=True)
         if name == "GPU":
             lines += moved(subject, unet, base, masks, wanted, exact)
         base.release()
@@ -268,18 +271,29 @@ def rate(trace: Trace, word: str) -> str:
     return f"{sum(s.args['bytes'] for s in spans) / seconds / 1e9:.2f} GB/s" if spans else "nothing"
 
 
-def intermediates(unet: fisedit.CompiledUNet, device: torch.device) -> Iterator[str]:
-    """What the values between the kernels of a sparse call take: as planned, in a call op by op, in its CUDA graph."""
-    for program in unet._live.programs.values() if device.type == "cuda" else ():
-        for replay in [replay for kept in program.replays()._idle.values() for replay in kept]:
-            rows = {level: number for level, number, _ in replay.buckets.rows}
-            planned = predict_peak(program.graphs["edit"].graph, rows) / MB
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            replay._call()
-            measured = (torch.cuda.max_memory_allocated() - before) / MB
-            pool = replay.graph_bytes / MB
-            yield f"{max(rows.values())} rows: planned {planned:.1f} MB, measured {measured:.1f}, pool {pool:.1f}"
+def intermediates(subject: Subject, unet: fisedit.CompiledUNet, base: Recording, mask: Tensor) -> str:
+    """What the values between the kernels of a sparse call take, and what these need meanwhile: as planned, in a call
+    op by op, in its CUDA graph."""
+    from fisedit.runtime.tuning.choose import timings_of  # needs Triton
+
+    step, dtype = subject.step(unet), subject.call["sample"].dtype
+    program = next(iter(unet._live.programs.values()))
+    with editing(subject, unet, base, mask) as (_, timesteps):
+        for timestep in timesteps[:WARM]:
+            step(timestep)
+        session = next(found for found in gc.get_objects() if isinstance(found, EditSession))
+        replay = next(group.replay for group in session.groups.values() if group.replay is not None)
+        rows = {level: number for level, number, _ in replay.buckets.rows}
+        graph = program.graphs["edit"].graph
+        needed = workspaces(graph, rows, dtype, timings_of(subject.device))
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        replay._call()
+        measured = (torch.cuda.max_memory_allocated() - before) / MB
+        values, planned = (predict_peak(graph, rows, each) / MB for each in ({}, needed))
+        return (f"{max(rows.values())} rows: planned {planned:.1f} MB ({values:.1f} between kernels), "
+                f"measured {measured:.1f}, pool {replay.graph_bytes / MB:.1f}")  # fmt: skip
 
 
 def moved(

@@ -37,7 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fisedit
 from fisedit.environment import describe_environment, environment_line
-from fisedit.explanation import layer_choices
+from fisedit.explanation import layer_choices, rows_of_mask
 from fisedit.recording import Recording
 
 BLOB_SHARES = "0.05,0.15,0.30,0.60,0.80,1.00"
@@ -356,8 +356,9 @@ def layers(subject: Subject, mask: Tensor) -> list[dict[str, Any]]:
         return []
     from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    dtype, timings = subject.call["sample"].dtype, timings_of(subject.device)
-    return [asdict(choice) for choice in layer_choices(program.graphs["edit"].graph, mask, dtype, timings)]
+    graph, dtype = program.graphs["edit"].graph, subject.call["sample"].dtype
+    choices = layer_choices(graph, rows_of_mask(graph, mask), dtype, timings_of(subject.device))
+    return [asdict(choice) for choice in choices]
 
 
 def measure_model(

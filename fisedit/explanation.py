@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +12,10 @@ from torch.fx import Graph, Node
 
 from fisedit.passes.fused import get
 from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of
+from fisedit.passes.layout import Level
+from fisedit.passes.plan_memory import all_rows, predict_peak
 from fisedit.program import Program
-from fisedit.runtime.calibration import Choice, Timings
+from fisedit.runtime.calibration import Candidate, Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
 from fisedit.runtime.plan import project_mask
@@ -43,31 +45,57 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
         return explain_choices(tile_choices(geometries, mask, cost_model), "multiply-add rows", call)
     from fisedit.runtime.tuning.choose import timings_of  # needs Triton
 
-    choices = list(layer_choices(graph, mask, dtype, timings or timings_of(device)))
-    return explain_choices(choices, "µs", call)
+    timings = timings or timings_of(device)
+    rows = rows_of_mask(graph, mask)
+    text = explain_choices(list(layer_choices(graph, rows, dtype, timings)), "µs", call)
+    peak = predict_peak(graph, rows, workspaces(graph, rows, dtype, timings))
+    return f"{text}\nmemory of a call: {predict_peak(graph, rows) / 2**20:.2f} MiB of values, {peak / 2**20:.2f} in all"
 
 
-def layer_choices(graph: Graph, mask: Tensor, dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
-    """What is known of the products and self-attentions of a fused graph, in their order, at the bucket of the mask's
-    rows."""
+def rows_of_mask(graph: Graph, mask: Tensor) -> dict[Level, int]:
+    """The padded rows of each level under a mask bool ``[H, W]`` over the latent."""
+    active = {level: int(project_mask(mask, level).sum()) for level in all_rows(graph).active}
+    return {level: bucket(number, math.prod(level)) for level, number in active.items()}
+
+
+def layer_choices(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
+    """What is known of the products and self-attentions of a fused graph, in their order, for padded rows of each
+    level."""
+    for _, shape, number, expected in _layers(graph, rows, dtype, timings):
+        costs = {str(way): time for way, time in expected.items()}
+        yield Choice(shape.kind, shape.key, number, str(_fastest(expected)), costs)
+
+
+def workspaces(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings) -> dict[Node, int]:
+    """Bytes that products and self-attentions need while they run, besides what they read and give, in the ways that
+    are chosen for padded rows of each level."""
+    found = _layers(graph, rows, dtype, timings)
+    return {node: shape.workspace(_fastest(expected), number) for node, shape, number, expected in found}
+
+
+def _fastest(expected: Mapping[Candidate, float]) -> Candidate:
     from fisedit.runtime.tuning.choose import RULE
 
+    return min(expected, key=expected.__getitem__) if expected else RULE
+
+
+def _layers(
+    graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings
+) -> Iterator[tuple[Node, Product | Attention, int, Mapping[Candidate, float]]]:
+    """Products and self-attentions: their shape and number of rows, and the µs that are expected of their ways."""
     for node in graph.nodes:
-        rows = rows_of(node)
-        if rows is None:
+        kind = rows_of(node)
+        if kind is None:
             continue
-        active, positions = int(project_mask(mask, rows.level).sum()), math.prod(rows.level)
+        number = rows[kind.level]
         shape: Product | Attention
         if is_op(node, *PRODUCTS):
-            shape = product_of(node, dtype, active == positions)
+            shape = product_of(node, dtype, number == math.prod(kind.level))
         elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
             shape = attention_of(node, dtype)
         else:
             continue
-        number = bucket(active, positions)
-        costs = {str(way): time for way, time in timings.expect(shape, number).items()}
-        chosen = min(costs, key=costs.__getitem__) if costs else RULE
-        yield Choice(shape.kind, shape.key, number, chosen, costs)
+        yield node, shape, number, timings.expect(shape, number)
 
 
 def attention_of(node: Node, dtype: torch.dtype) -> Attention:

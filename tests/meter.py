@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @dataclass
@@ -98,3 +99,23 @@ class Meter:
         live = sum(made.nbytes for made in self._alive.values())
         if live > self.peak:
             self.peak, self.at_peak = live, list(self._alive.values())
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that lived at once of what ops inside made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
+        for tensor in pytree.tree_leaves(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in given:
+                self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return out

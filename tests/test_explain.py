@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -101,8 +102,10 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     products = [node for node in program.graphs["edit"].graph.nodes if is_op(node, *PRODUCTS)]
     attentions = [node for node in program.graphs["edit"].graph.nodes if is_op(node, ops.attend_rows.default)]
     attentions = [node for node in attentions if args(node)[5] is not None]  # over a recorded map, not over text
+    *lines, memory = lines
     assert attentions and sum(int(line.split(" x ")[0]) for line in lines[1:]) == len(products) + len(attentions)
     assert all(line.endswith(": rule (nothing was measured)") for line in lines[1:])
+    assert re.fullmatch(r"memory of a call: 0\.\d\d MiB of values, 0\.\d\d in all", memory)
 
     node = next(node for node in products if get(node, "sources") is not None and get(node, "residual") is not None)
     product = product_of(node, torch.float32, False)

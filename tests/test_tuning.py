@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from meter import Allocations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fisedit.runtime.calibration import Timings  # noqa: E402
+from fisedit.runtime.kernels.finish_rows import triton as finish_rows  # noqa: E402
+from fisedit.runtime.kernels.gather_patches import triton as gather_patches  # noqa: E402
 from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
@@ -266,6 +269,26 @@ def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) ->
     out = reference.multiply_rows(**sized)
     for row in range(11):
         torch.testing.assert_close(out[:, row], wanted[:, row % (ACTIVE - 1)], atol=1e-2, rtol=0)
+
+
+WAYS = [tuning.LIBRARY, tuning.RULE, Config(16, 32, 64, 4, 2, 2), Config(16, 64, 64, 4, 2)]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+@pytest.mark.parametrize("name", ["conv", "plain conv", "with more", "linear", "plain", "gated"])
+def test_what_a_way_needs_is_known(name: str, way: tuning.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its kernels, whose arguments the interpreter copies."""
+    for module in (tuning.kernel, finish_rows, gather_patches):
+        monkeypatch.setattr(module, "launch", lambda *_, **__: None)
+    plain = {"residual": None, "activation": "none"}
+    given = {
+        "conv": arguments(9), "plain conv": arguments(9) | plain, "with more": with_more(True), "linear": arguments(1),
+        "plain": arguments(1) | plain, "gated": arguments(1) | FUSED["a gate"],
+    }[name]  # fmt: skip
+    with Allocations() as seen:
+        out = tuning.run(way, given)
+    wanted = tuning.Product.of(given).workspace(way, ACTIVE)
+    assert abs(seen.peak - out.nbytes - wanted) <= 4  # one number stands for no parts
 
 
 def product(taps: int, channels: tuple[int, int], outputs: int, fused: str = "") -> tuning.Product:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from meter import Allocations
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -18,6 +19,7 @@ if DEVICE == "cpu":
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.attend_rows.triton import Config, choose_config  # noqa: E402
+from fisedit.runtime.kernels.gather_keys import triton as gather_keys  # noqa: E402
 from fisedit.runtime.kernels.launch import rehearse  # noqa: E402
 from fisedit.runtime.tuning import attend_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning.choose import RULE, choose_way, run_fastest  # noqa: E402
@@ -73,6 +75,23 @@ def test_every_way_gives_the_attention(way: tuning.Way) -> None:
     out = tuning.run(way, given)
     assert out.shape == wanted.shape and out.is_contiguous()
     torch.testing.assert_close(out[:, : ACTIVE - 1].double(), wanted[:, : ACTIVE - 1], atol=2e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("libraries")
+@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, split=2), tuning.FLASH], ids=str)
+def test_what_a_way_needs_is_known(way: tuning.Way, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its kernels, whose arguments the interpreter copies."""
+    monkeypatch.setattr(tuning.kernel, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(gather_keys, "launch", lambda *_, **__: None)
+    given = arguments()
+    with Allocations() as seen:
+        tuning.run(way, given)
+        gathered = 2 * given["recorded_key"].nbytes
+    wanted = tuning.Attention.of(given).workspace(way, ACTIVE)
+    if way == tuning.FLASH:  # what a library needs besides is its own
+        assert wanted == gathered <= seen.peak
+    else:
+        assert seen.peak - given["query"].nbytes == wanted
 
 
 def test_there_is_a_choice_over_whole_maps_in_half_precision() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.infer_shapes import Numbers, SomeNumbers, UnknownShape
@@ -45,22 +45,23 @@ def plan_memory(gm: GraphModule) -> PassResult:
     return PassResult(len(buffers) - len(set(buffers.values())))
 
 
-def predict_peak(graph: Graph, rows: Mapping[Level, int]) -> int:
+def predict_peak(graph: Graph, rows: Mapping[Level, int], workspaces: Mapping[Node, int] | None = None) -> int:
     """Bytes of the values that live at once, at most, while the step stage runs with so many rows of each level.
 
-    Counted are values between ops: not the stage's inputs, not what an op needs meanwhile, and no rounding of an
-    allocator. Where only the mask knows a number (halos), it is the largest possible; a level of which there are all
-    rows is taken to be active everywhere.
+    Counted are values between ops, and what ops need while they run as far as ``workspaces`` says: not the stage's
+    inputs, and no rounding of an allocator. Where only the mask knows a number (halos), it is the largest possible; a
+    level of which there are all rows is taken to be active everywhere.
 
     Raises:
         UnknownShape: an op does not say what it gives.
     """
-    return _peak(graph, memory_of(graph, Numbers(rows)))
+    return _peak(graph, memory_of(graph, Numbers(rows)), workspaces or {})
 
 
-def _peak(graph: Graph, memory: Memory) -> int:
+def _peak(graph: Graph, memory: Memory, workspaces: Mapping[Node, int]) -> int:
     order = order_of(graph)
-    return max(live_bytes(order, memory, spans(order, memory)), default=0)
+    live = live_bytes(order, memory, spans(order, memory))
+    return max((size + workspaces.get(node, 0) for node, size in zip(order, live, strict=True)), default=0)
 
 
 def planned_bytes(graph: Graph, rows: Mapping[Level, int]) -> int:
@@ -80,7 +81,7 @@ def memory_line(graph: Graph) -> str:
     except UnknownShape as error:
         return f"memory of a call: not planned ({error})"
     values, buffers = len(memory.sizes), len({buffer_of(piece) for piece in memory.sizes})
-    peak = f"{_peak(graph, memory) / 2**20:.2f} MiB"
+    peak = f"{_peak(graph, memory, {}) / 2**20:.2f} MiB"
     return f"memory of a call with all rows active: {values} values in {buffers} buffers, at most {peak} at once"
 
 

@@ -17,6 +17,7 @@ from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
 from fisedit.runtime.kernels.launch import current
+from fisedit.runtime.row_plan import LOCKS
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
 FLASH, CUDNN = "flash", "cudnn"
@@ -102,6 +103,14 @@ class Attention:
     def estimate(self, way: Any, rows: int) -> float:
         pairs = self.batch * self.heads
         return kernel.cost(way, rows, self.keys, pairs) if isinstance(way, kernel.Config) else 1.0
+
+    def workspace(self, way: Any, rows: int) -> int:
+        """Bytes that a way needs besides what it reads and gives: gathered keys and values, and sums in parts."""
+        if way in (FLASH, CUDNN):
+            return 2 * self.batch * self.keys * self.heads * self.head_dim * self.dtype.itemsize
+        pairs, item = self.batch * self.heads, self.dtype.itemsize
+        rule = kernel.choose_config(rows, self.keys, self.head_dim, pairs, item, True)
+        return kernel.partial_bytes(way if isinstance(way, kernel.Config) else rule, rows, pairs, self.head_dim, LOCKS)
 
 
 def candidates(attention: Attention, number: int) -> list[Way]:

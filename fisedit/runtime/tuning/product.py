@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv
-from fisedit.runtime.kernels.multiply_rows.triton import MOST_SPLITS, Config
+from fisedit.runtime.kernels.multiply_rows.triton import MOST_SPLITS, Config, choose, split_of
+from fisedit.runtime.row_plan import LOCKS
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -85,6 +87,10 @@ class Product:
 
     def estimate(self, way: Any, rows: int) -> float:
         return estimate(way, self, rows) if isinstance(way, Config) else 1.0
+
+    def workspace(self, way: Any, rows: int) -> int:
+        """Bytes that a way needs besides what it reads and gives."""
+        return workspace(way, self, rows)
 
     def steps(self, size: int) -> int:
         """Of the inner dimension, so many channels at a time."""
@@ -186,3 +192,22 @@ def estimate(way: Config, product: Product, rows: int) -> float:
         together = tiles * way.split <= MULTIPROCESSORS
         parts = SPLIT + area * (PART if together else PARTS * way.split)
     return START + max(loop, memory) + area * FINISH * load + parts
+
+
+def workspace(way: Way, product: Product, rows: int) -> int:
+    """See :meth:`Product.workspace`; what is gathered, or multiplied and not finished, and sums in parts."""
+    rows, item = product.batch * rows, product.dtype.itemsize
+    if way == LIBRARY:
+        gathered = rows * product.steps(1) * item if product.taps else 0
+        plain = product.fused in ("", "bias") and (product.taps > 0 or not product.channels[1])
+        return gathered + (0 if plain else rows * product.outputs * item)
+    config = way if isinstance(way, Config) else rule(product, rows)
+    tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
+    splits = split_of(config.split, product.steps(config.k), tiles, LOCKS)
+    return tiles * splits * config.m * config.n * (2 if product.gated else 1) * 4 if splits > 1 else 0
+
+
+def rule(product: Product, rows: int) -> Config:
+    """What the kernel's rule chooses for so many rows of all samples."""
+    chunk = math.gcd(*(channels for channels in product.channels if channels))
+    return choose(rows, product.columns, product.steps(1), chunk, product.gated, product.taps > 0, product.dtype)

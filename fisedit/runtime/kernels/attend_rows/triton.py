@@ -62,6 +62,13 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
     return replace(tile, split=best_splits(tile, queries, keys, pairs)[0])
 
 
+def partial_bytes(tile: Config, queries: int, pairs: int, head_dim: int, locks: int) -> int:
+    """What the parts of a split take: sums of values, and of weights, and maxima."""
+    tiles = cdiv(queries, tile.m) * pairs
+    split = tile.split > 1 and tiles <= locks
+    return tiles * tile.split * tile.m * (max(16, next_power_of_2(head_dim)) + 2) * 4 if split else 0
+
+
 def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
     """How often the keys may be split, the best first."""
     most = min(16, cdiv(keys, tile.n))
@@ -273,7 +280,7 @@ def attend_rows(
     splits = config.split if tiles * batch * heads <= locks.numel() else 1
     out = query.new_empty(batch, number, width)  # [B, N, h*d]
     padded = max(16, next_power_of_2(head_dim))
-    size = tiles * batch * heads * splits * config.m * (padded + 2) if splits > 1 else 0
+    size = partial_bytes(config, number, batch * heads, head_dim, locks.numel()) // 4
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
     pdl = {"launch_pdl": True} if overlaps(query) else {}

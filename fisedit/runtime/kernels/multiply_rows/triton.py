@@ -245,7 +245,7 @@ def _launch(
     gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    splits = _splits(config.split, steps, tiles_n * tiles_m, locks.numel())
+    splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
     partial = torch.empty(
         tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
@@ -282,7 +282,7 @@ def _launch(
     )  # fmt: skip
 
 
-def _splits(wanted: int, steps: int, tiles: int, locks: int) -> int:
+def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
     splits = min(wanted, MOST_SPLITS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
