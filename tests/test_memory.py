@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -15,11 +16,14 @@ if not torch.cuda.is_available():
 
 import models  # noqa: E402
 from harness import Harness, masks  # noqa: E402
-from meter import Meter  # noqa: E402
+from meter import Allocations, Meter  # noqa: E402
 from other_unets import LinearAttentionUNet, built  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from fisedit import explanation  # noqa: E402
+from fisedit.explanation import workspaces  # noqa: E402
 from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
+from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
@@ -103,6 +107,29 @@ def test_the_peak_is_as_predicted(provider: str, build: Callable[[], Built], nam
     for made in meter.made:
         sizes[made.buffer].add(made.nbytes)
     assert all(len(alike) == 1 for alike in sizes.values())
+
+
+@INTERPRETED
+def test_the_peak_with_what_products_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a library: of all that a call allocates, without its kernels, whose arguments the interpreter copies."""
+    from fisedit.runtime.tuning import multiply_rows as tuning
+
+    h = Harness(*one_level(), provider="triton")
+    replays, mask = h.program.replays(), mask_of(h, "blob")
+    replay = replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, h.call.device)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fisedit.runtime.kernels.") and name.endswith(".triton"):
+            monkeypatch.setattr(module, "launch", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(tuning, "RULE", tuning.LIBRARY)  # what products run on a CPU
+    monkeypatch.setattr(explanation, "_fastest", lambda _: tuning.LIBRARY)
+    replay.run(h.call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
+    graph = h.program.graphs["edit"].graph
+    needed = workspaces(graph, replay.plan.sizes, torch.float32, Timings.load("cpu"))
+    predicted = predict_peak(graph, replay.plan.sizes, needed)
+    with Allocations() as seen:
+        replay._call()
+    assert abs(seen.peak - predicted) <= 0.1 * predicted
+    assert predicted > 1.3 * predict_peak(graph, replay.plan.sizes)
 
 
 def test_a_leak_is_seen() -> None:
