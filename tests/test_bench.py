@@ -15,6 +15,7 @@ from typing import Any
 import each_kernel
 import pytest
 import storage_quality
+import tile_model
 import torch
 import unet
 from kernel_table import KernelTime, markdown, profile_call, totals
@@ -26,8 +27,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fisedit
 from fisedit.capture import bind_call
+from fisedit.runtime.calibration import Timings
 from fisedit.runtime.executor import Memo
 from fisedit.runtime.tuning import choose
+from fisedit.runtime.tuning.product import LIBRARY, Product, candidates
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -49,7 +52,7 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for row in tiny["rows"]:
         assert row["error"] < 1e-5 and row["ratio"] == row["dense"] / row["ours"]
         assert row["work"]["macs"] <= row["macs"] < row["macs_dense"]
-    assert tiny["kernels, blob 5%"][0]["microseconds"] > 0
+    assert tiny["call, blob 5%"]["launches"][0]["microseconds"] > 0
     for row, found in zip(tiny["rows"], tiny["variants"], strict=True):
         assert set(found["ms"]) == {"default", "dense", "dense_above=0.1"} and found["ms"]["default"] == row["ours"]
         assert found["regret"] == row["ours"] / min(found["ms"].values())
@@ -186,6 +189,27 @@ def test_regret_of_kernels() -> None:
     tuned = [timed("attend_rows", 50.0, 10.0, chosen=11.0), timed("attend_rows", 50.0, 10.0, chosen=10.0)]
     assert each_kernel.regrets(tuned) == ["attend_rows: 1.050 of the best in all, at worst 1.10 (shape, 8 rows: 64x64)"]
     assert each_kernel.configurations("normalize_rows") == []
+
+
+def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU that is just as the model says; and one that is not."""
+    product = Product(9, 2, (320, 0, 0), 320, torch.float16, "bias")
+    timings = Timings.load("cpu", tmp_path)
+    for rows in (64, 128, 256):
+        for tile in candidates(product, rows):
+            timings.put(product, rows, tile, product.estimate(tile, rows))
+        timings.put(product, rows, LIBRARY, 1e3)
+    timings.save()
+    assert timings.path is not None
+    tile_model.main(timings.path)
+    head, _, _, _, proposed, carried, *_ = capsys.readouterr().out.splitlines()
+    assert head.startswith("3 products at a number of rows") and head.endswith(
+        "takes +0% of them on average, off by 0%"
+    )
+    assert proposed.endswith("| 3 | 0.0% | 0.0% | 0.0% |") and carried.endswith("| 1 | 0.0% | 0.0% | 0.0% |")
+    timings.put(product, 128, max(candidates(product, 128), key=lambda tile: product.estimate(tile, 128)), 1.0)
+    (regret,) = tile_model.carried_over(list(tile_model.read(timings.table)))
+    assert regret == pytest.approx(min(product.estimate(tile, 128) for tile in candidates(product, 128)))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")

@@ -163,13 +163,15 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return memory // (rows + weights) + (tile.m < 64)
 
 
-START, SPLIT = 2.4, 2.0
+START, SPLIT = 1.9, 2.1
 """µs of an H100: of any program, and more of one that shares its sums."""
-ROWS, GATHERED, WEIGHTS = 0.011, 0.02, 0.0127
+ROWS, GATHERED, WEIGHTS = 0.0085, 0.0166, 0.018
 """µs for each KB that a multiprocessor takes in."""
-MEMORY, FULL = 0.36, 120
+STEP = 0.18
+"""µs of a step at least."""
+MEMORY, FULL = 0.31, 120
 """µs for each MB of weights, if so many programs ask for them."""
-FINISH, PART, PARTS = 0.1, 0.2, 0.07
+FINISH, PART, PARTS = 0.09, 0.19, 0.044
 """µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
 
 
@@ -182,7 +184,7 @@ def estimate(way: Config, product: Product, rows: int) -> float:
     tiles = cdiv(product.batch * rows, way.m) * cdiv(product.columns, way.n)
     wide = way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
-    step = taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS
+    step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
@@ -190,7 +192,7 @@ def estimate(way: Config, product: Product, rows: int) -> float:
     area, parts = way.m * wide / 1024, 0.0
     if way.split > 1:
         together = tiles * way.split <= MULTIPROCESSORS
-        parts = SPLIT + area * (PART if together else PARTS * way.split)
+        parts = SPLIT + area * (PART if together else PARTS * way.split * load)
     return START + max(loop, memory) + area * FINISH * load + parts
 
 

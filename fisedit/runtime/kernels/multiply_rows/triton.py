@@ -44,7 +44,7 @@ TMA = True
 POLLS = 1000
 """How often a program looks for the parts of others, where all can run at the same time; about a millisecond."""
 MOST_SPLITS = 15
-"""Bits of a lock."""
+"""Of a tile: each program has a bit of its lock."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class Config:
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
 def _multiply(
     out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
-    center, made_moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
-    inner, co, rows_stride, rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane,
-    affine_batch, norm_plane, norm_batch, taps, steps, each, parts, polls, input_eps,
+    center, made_moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
+    taps, steps, each, parts, polls, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr,
-    EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
-    PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
     per = tl.load(count)
@@ -237,8 +237,7 @@ def _launch(
     config: Config, out: Tensor, made: Tensor | None, rows: Tensor, rows2: Tensor | None, rows3: Tensor | None,
     recorded: Tensor | None, sources: Tensor | None, weight: Tensor, bias: Tensor | None, affine: Tensor | None,
     residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str], moments: Tensor | None,
-    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str,
-    gated: bool, positions: int,
+    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))

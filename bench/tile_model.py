@@ -1,0 +1,159 @@
+"""How good the model of tiles is, by the timings that an edit left in the user's cache folder. It needs no GPU.
+
+    python bench/tile_model.py                       the timings of this machine's GPU
+    python bench/tile_model.py --timings file.json   those of another one
+
+*Proposed*: the best of the tiles that the model would have timed, over the best of all that were. *Carried over*: what
+would be chosen for a number of rows from timings at half and twice as many alone, over the best that was timed there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, quantiles, stdev
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from fisedit.runtime.calibration import Machine, Timings
+from fisedit.runtime.kernels.multiply_rows.triton import Config
+from fisedit.runtime.tuning.product import LIBRARY, TILES, TIMED, Product
+
+POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
+SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
+KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
+TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)$")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A product at a number of rows: µs of the tiles that were timed, and of PyTorch's product."""
+
+    product: Product
+    rows: int
+    tiles: dict[Config, float]
+    library: float
+
+    @property
+    def best(self) -> float:
+        return min([self.library, *self.tiles.values()])
+
+
+def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
+    """The products in half precision of a table of timings."""
+    for point, times in table.items():
+        found = POINT.match(point)
+        sizes = SIZES.match(json.loads(found["key"])[0]) if found else None
+        if found is None or sizes is None or (dtype := json.loads(found["key"])[1]) == "float32":
+            continue
+        channels = (*map(int, sizes["channels"].split("+")), 0, 0)[:3]
+        taps = int(found["kind"].split()[2]) if found["kind"].startswith("convolution") else 0
+        product = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
+                          json.loads(found["key"])[2])  # fmt: skip
+        parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
+        tiles = {Config(*map(int, match.groups())): times[text] for text, match in parsed.items() if match}
+        tiles = {tile: time for tile, time in tiles.items() if (tile.m, tile.n, tile.k) in KNOWN}
+        if tiles:
+            yield Measured(product, int(found["rows"]), tiles, times.get(LIBRARY, math.inf))
+
+
+def errors(measured: list[Measured]) -> list[float]:
+    """Logarithms of what the model takes over what was measured."""
+    return [
+        math.log(one.product.estimate(tile, one.rows) / time) for one in measured for tile, time in one.tiles.items()
+    ]
+
+
+def proposed(measured: list[Measured]) -> list[float]:
+    """The best of the proposed tiles over the best of all, where more were timed."""
+    found = []
+    for one in measured:
+        order = sorted(one.tiles, key=lambda tile: one.product.estimate(tile, one.rows))
+        if len(order) > TIMED:
+            found.append(min(one.tiles[tile] for tile in order[:TIMED]) / min(one.tiles.values()))
+    return found
+
+
+def carried_over(measured: list[Measured]) -> list[float]:
+    """What the neighbors choose over the best that was timed, where their choice was timed as well."""
+    found = []
+    for product in {one.product for one in measured}:
+        points = {one.rows: one for one in measured if one.product == product}
+        for rows, one in points.items():
+            timings = Timings(Machine.of("cpu"), calibrate="off")
+            for near in (points.get(rows // 2), points.get(rows * 2)):
+                for tile, time in near.tiles.items() if near else ():
+                    timings.put(Everything(product, tuple(near.tiles)), near.rows, tile, time)
+                if near:
+                    timings.put(product, near.rows, LIBRARY, near.library)
+            around = [n for n in (rows // 2, rows * 2) if n in points]
+            if len(around) < 2:
+                continue
+            expected: dict[Any, float] = {}
+            for n in around:
+                shape = Everything(product, (*points[n].tiles, LIBRARY))
+                for way, time in timings._carried(shape, n, rows).items():
+                    expected[way] = math.sqrt(expected[way] * time) if way in expected else time
+            timed = {**one.tiles, LIBRARY: one.library}
+            expected = {way: time for way, time in expected.items() if way in timed}
+            if expected:
+                found.append(timed[min(expected, key=expected.__getitem__)] / one.best)
+    return found
+
+
+@dataclass(frozen=True)
+class Everything:
+    """A product whose ways are all that were timed."""
+
+    product: Product
+    timed: tuple[Any, ...]
+
+    @property
+    def kind(self) -> str:
+        return self.product.kind
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.product.key
+
+    def ways(self, rows: int) -> list[Any]:
+        return list(self.timed)
+
+    def refits(self, way: Any, rows: int) -> list[Any]:
+        return self.product.refits(way, rows)
+
+    def estimate(self, way: Any, rows: int) -> float:
+        return self.product.estimate(way, rows)
+
+
+def line(name: str, ratios: list[float]) -> str:
+    high = quantiles(ratios, n=20, method="inclusive")[-1] if len(ratios) > 1 else max(ratios)
+    return f"| {name} | {len(ratios)} | {mean(ratios) - 1:.1%} | {high - 1:.1%} | {max(ratios) - 1:.1%} |"
+
+
+def main(
+    timings: Annotated[Path | None, typer.Option(help="A file of timings; default: that of this machine.")] = None,
+) -> None:
+    """Print the model's error and the regret of what it chooses."""
+    path = timings or Timings.load("cuda" if torch.cuda.is_available() else "cpu").path
+    assert path is not None
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    measured = list(read(kept["microseconds"]))
+    off = errors(measured)
+    print(f"{len(measured)} products at a number of rows, {len(off)} timings of tiles: the model takes "
+          f"{math.exp(mean(off)) - 1:+.0%} of them on average, off by {math.exp(stdev(off)) - 1:.0%}\n")  # fmt: skip
+    print("| choice | cases | mean regret | 95th percentile | largest |\n| --- | ---: | ---: | ---: | ---: |")
+    print(line(f"proposed: the best of {TIMED}", proposed(measured)))
+    print(line("carried over from half and twice the rows", carried_over(measured)))
+    machine = kept["machine"]
+    print(f"\n{machine['device']}; torch {machine['pytorch']}, triton {machine['triton']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
