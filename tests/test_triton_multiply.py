@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows import reference, triton  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
 from fisedit.runtime.tuning.product import TILES  # noqa: E402
 
@@ -44,8 +44,9 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" e
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("split", [1, 3])
-def test_linear(dtype: torch.dtype, split: int) -> None:
-    rows, weight = random(2, 12, 80, dtype=dtype), random(40, 80, seed=1, dtype=dtype) / 9
+@pytest.mark.parametrize("channels", [80, 70], ids=["by descriptor", "by address"])
+def test_linear(dtype: torch.dtype, split: int, channels: int) -> None:
+    rows, weight = random(2, 12, channels, dtype=dtype), random(40, channels, seed=1, dtype=dtype) / 9
     check(dtype, 9, Config(16, 32, 32, 4, 2, split), rows=rows, weight=weight, bias=random(40, dtype=dtype))
 
 
@@ -61,11 +62,13 @@ def test_epilogues(split: int) -> None:
     check(torch.float32, 10, config, **common, activation="gelu", gated=True)
 
 
-@pytest.mark.parametrize("split", [1, 2])
-def test_three_sources_of_channels(split: int) -> None:
-    more = {"rows2": random(2, 10, 32, seed=5), "rows3": random(2, 10, 64, seed=6)}
-    check(torch.float32, 9, Config(16, 16, 32, 4, 2, split), rows=random(2, 10, 64), **more,
-          weight=random(24, 160, seed=1), bias=random(24, seed=2))  # fmt: skip
+@pytest.mark.parametrize("split", [1, 2, 6])
+@pytest.mark.parametrize("channels", [(64, 32, 64), (40, 36, 20), (30, 70, 33)], ids=str)
+def test_three_sources_of_channels(split: int, channels: tuple[int, int, int]) -> None:
+    """Whole steps of the loop or not; by descriptor, or by address where rows begin anywhere."""
+    rows, rows2, rows3 = (random(2, 10, c, seed=seed) for seed, c in enumerate(channels, 5))
+    check(torch.float32, 9, Config(16, 16, 32, 4, 2, split), rows=rows, rows2=rows2, rows3=rows3,
+          weight=random(24, sum(channels), seed=1), bias=random(24, seed=2))  # fmt: skip
 
 
 @pytest.mark.parametrize(("three", "masks", "split"), [(False, 1, 1), (False, 2, 3), (True, 2, 1), (True, 1, 11)])
@@ -79,6 +82,18 @@ def test_channels_of_the_outputs_after_those_of_a_convolution(three: bool, masks
     config = Config(16, 16, 32, 4, 2, split)
     check(torch.float32, 10, config, rows=rows, recorded=recorded, rows2=rows2, rows3=rows3,
           sources=sources.int().to(DEVICE), weight=weight, residual=random(2, 11, 24, seed=6))  # fmt: skip
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="programs run at once there")
+def test_a_program_that_waits_in_vain_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter runs one after the other: the last does the rows of all, those of a gate too."""
+    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton, "POLLS", 2)
+    rows, weight = random(2, 10, 160), random(32, 160, seed=1) / 8
+    for split in (2, 5):
+        config = Config(32, 16, 32, 4, 2, split)
+        check(torch.float32, 9, config, rows=rows, weight=weight, residual=random(2, 10, 32, seed=4))
+        check(torch.float32, 9, config, rows=rows, weight=weight, activation="gelu", gated=True)
 
 
 def test_two_sources_of_channels() -> None:
