@@ -98,7 +98,7 @@ def carried_over(measured: list[Measured]) -> list[float]:
             expected: dict[Any, float] = {}
             for n in around:
                 shape = Everything(product, (*points[n].tiles, LIBRARY))
-                for way, time in timings._carried(shape, n, rows).items():
+                for way, time in timings.carried(shape, n, rows).items():
                     expected[way] = math.sqrt(expected[way] * time) if way in expected else time
             timed = {**one.tiles, LIBRARY: one.library}
             expected = {way: time for way, time in expected.items() if way in timed}

@@ -213,7 +213,7 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
         for given in (linear, linear, conv):
             assert choose_way(tuning.Call(given), timings, measure) == tuning.LIBRARY
     assert [choice.kind for choice in choices] == ["linear", "linear", "convolution of 9 taps"]
-    linears = sum(len(tuning.Product.of(linear).ways(rows)) for rows in (8, 16))  # to 90 % of the map
+    linears = sum(len(tuning.Product.of(linear).ways(rows)) for rows in (8, 16))  # of 24 positions
     assert len(set(asked[:linears])) == linears and {rows for _, rows in asked} == {8, 16}
     assert len(asked) == linears + len(set(asked[linears:]))
 

@@ -158,11 +158,11 @@ class Timings:
         share, found = math.log2(rows) % 1, dict[Candidate, list[tuple[float, float]]]()
         around = {1 << (rows - 1).bit_length(): share, 1 << (rows.bit_length() - 1): 1 - share}
         for point, weight in around.items():
-            for way, time in self._carried(shape, point, rows).items():
+            for way, time in self.carried(shape, point, rows).items():
                 found.setdefault(way, []).append((time, weight))
         return {way: _mean(times) for way, times in found.items()}
 
-    def _carried(self, shape: Shape, point: int, rows: int) -> dict[Candidate, float]:
+    def carried(self, shape: Shape, point: int, rows: int) -> dict[Candidate, float]:
         """What was measured at one number of rows, for another one: of each candidate, from what is most like it."""
         times, nearest = self.times(shape, point), dict[Candidate, tuple[float, float]]()
         for way in shape.ways(point) if times else ():

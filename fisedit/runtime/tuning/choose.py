@@ -97,7 +97,8 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
         timings.fill(call.shape, measured_rows(call), measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
     way = fastest(call.shape, call.number, timings)
-    timings.settle(call.shape, call.number, way)
+    if timings.expect(call.shape, call.number):
+        timings.settle(call.shape, call.number, way)
     return way
 
 
@@ -110,7 +111,7 @@ def fastest(shape: Shape, number: int, timings: Timings) -> Hashable:
 def unknown_ways(call: Call, timings: Timings) -> dict[int, list[Hashable]]:
     """What is to be timed before a call is computed: ways by numbers of rows; nothing if they are known.
 
-    Numbers up to those of the largest sparse edits are among them, so that no other mask meets anything new.
+    All powers of two that its level can have are among them, so that no other mask meets anything new.
     """
     if timings.settled(call.shape, call.number) is not None:
         return {}
@@ -120,7 +121,7 @@ def unknown_ways(call: Call, timings: Timings) -> dict[int, list[Hashable]]:
 
 
 def measured_rows(call: Call) -> list[int]:
-    return points(round(LARGEST_SHARE * call.positions), SMALLEST)
+    return points(call.positions, SMALLEST)
 
 
 def sizes(call: Call) -> Iterator[int]:
