@@ -61,22 +61,20 @@ def rows_of_mask(graph: Graph, mask: Tensor) -> dict[Level, int]:
 def layer_choices(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings) -> Iterator[Choice]:
     """What is known of the products and self-attentions of a fused graph, in their order, for padded rows of each
     level."""
+    from fisedit.runtime.tuning.choose import fastest  # needs Triton
+
     for _, shape, number, expected in _layers(graph, rows, dtype, timings):
         costs = {str(way): time for way, time in expected.items()}
-        yield Choice(shape.kind, shape.key, number, str(_fastest(expected)), costs)
+        yield Choice(shape.kind, shape.key, number, str(fastest(expected)), costs)
 
 
 def workspaces(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings) -> dict[Node, int]:
     """Bytes that products and self-attentions need while they run, besides what they read and give, in the ways that
     are chosen for padded rows of each level."""
+    from fisedit.runtime.tuning.choose import fastest  # needs Triton
+
     found = _layers(graph, rows, dtype, timings)
-    return {node: shape.workspace(_fastest(expected), number) for node, shape, number, expected in found}
-
-
-def _fastest(expected: Mapping[Candidate, float]) -> Candidate:
-    from fisedit.runtime.tuning.choose import RULE
-
-    return min(expected, key=expected.__getitem__) if expected else RULE
+    return {node: shape.workspace(fastest(expected), number) for node, shape, number, expected in found}
 
 
 def _layers(

@@ -20,7 +20,6 @@ from meter import Allocations, Meter  # noqa: E402
 from other_unets import LinearAttentionUNet, built  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from fisedit import explanation  # noqa: E402
 from fisedit.explanation import workspaces  # noqa: E402
 from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
@@ -112,6 +111,7 @@ def test_the_peak_is_as_predicted(provider: str, build: Callable[[], Built], nam
 @INTERPRETED
 def test_the_peak_with_what_products_need(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a library: of all that a call allocates, without its kernels, whose arguments the interpreter copies."""
+    from fisedit.runtime.tuning import choose
     from fisedit.runtime.tuning import multiply_rows as tuning
 
     h = Harness(*one_level(), provider="triton")
@@ -121,7 +121,7 @@ def test_the_peak_with_what_products_need(monkeypatch: pytest.MonkeyPatch) -> No
         if name.startswith("fisedit.runtime.kernels.") and name.endswith(".triton"):
             monkeypatch.setattr(module, "launch", lambda *_, **__: None, raising=False)
     monkeypatch.setattr(tuning, "RULE", tuning.LIBRARY)  # what products run on a CPU
-    monkeypatch.setattr(explanation, "_fastest", lambda _: tuning.LIBRARY)
+    monkeypatch.setattr(choose, "fastest", lambda _: tuning.LIBRARY)
     replay.run(h.call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
     graph = h.program.graphs["edit"].graph
     needed = workspaces(graph, replay.plan.sizes, torch.float32, Timings.load("cpu"))

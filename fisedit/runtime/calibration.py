@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -142,7 +143,8 @@ class Timings:
         """The candidates that were not measured yet, by numbers of rows; nothing if measuring is off."""
         if self.calibrate == "off":
             return {}
-        ways = {n: [way for way in shape.ways(n) if self.time(shape, n, way) is None] for n in rows}
+        known = {n: self.times(shape, n) for n in rows}
+        ways = {n: [way for way in shape.ways(n) if str(way) not in times] for n, times in known.items()}
         return {n: each for n, each in ways.items() if each}
 
     def fill(self, shape: Shape, rows: Sequence[int], measure: Measure) -> None:
@@ -303,7 +305,12 @@ def copies_beyond_l2(*tensors: Tensor, most: int = 64) -> list[tuple[Tensor, ...
 
 
 def _point(shape: Shape, rows: int) -> str:
-    return f"{shape.kind} {json.dumps(shape.key, default=str)} {rows}"
+    return f"{_name(shape.kind, shape.key)} {rows}"
+
+
+@cache
+def _name(kind: str, key: tuple[Any, ...]) -> str:
+    return f"{kind} {json.dumps(key, default=str)}"
 
 
 def _read(path: Path, machine: Machine) -> dict[str, dict[str, float]]:

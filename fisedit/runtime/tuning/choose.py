@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
@@ -78,7 +78,7 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     with for_real():
         way = choose_way(call, timings, measure)
     if rehearsal is not None and rehearsal.decide:  # no other mask will wait
-        call.prepare({way, *(fastest(call.shape, number, timings) for number in sizes(call))})
+        call.prepare({way, *(fastest(timings.expect(call.shape, number)) for number in sizes(call))})
     return call.run(way)
 
 
@@ -96,15 +96,15 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
     if unknown_ways(call, timings):
         timings.fill(call.shape, measured_rows(call), measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
-    way = fastest(call.shape, call.number, timings)
-    if timings.expect(call.shape, call.number):
+    expected = timings.expect(call.shape, call.number)
+    way = fastest(expected)
+    if expected:
         timings.settle(call.shape, call.number, way)
     return way
 
 
-def fastest(shape: Shape, number: int, timings: Timings) -> Hashable:
-    """The way that is expected to be the fastest; the rule where nothing is known."""
-    expected = timings.expect(shape, number)
+def fastest(expected: Mapping[Hashable, float]) -> Hashable:
+    """Of what ways are expected to take; the rule where nothing is known."""
     return min(expected, key=expected.__getitem__) if expected else RULE
 
 

@@ -76,11 +76,7 @@ class Product:
 
     def ways(self, rows: int) -> list[Way]:
         """The tiles that the model takes for the fastest, and PyTorch's product; see :class:`Shape`."""
-        return [*sorted(candidates(self, rows), key=lambda way: self.estimate(way, rows))[:TIMED], *self.others]
-
-    @property
-    def others(self) -> list[Way]:
-        return [LIBRARY] if candidates(self, 1) else [RULE, LIBRARY]
+        return ways(self, rows)
 
     def refits(self, way: Any, rows: int) -> list[Way]:
         return [fit(way, self, rows)] if isinstance(way, Config) else [way]
@@ -141,11 +137,19 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 
 
 @cache
+def ways(product: Product, rows: int) -> list[Way]:
+    """See :meth:`Product.ways`. The rule stands in where there is no tile."""
+    tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))[:TIMED]
+    return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
+
+
+@cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
-    most = max(1, min(MOST_SPLITS, product.steps(tile.k) // LEAST_STEPS))
-    ways = [replace(tile, stages=_stages(tile, product), split=split) for split in range(1, most + 1)]
-    return min(ways, key=lambda way: estimate(way, product, rows))
+    tiles = cdiv(product.batch * rows, tile.m) * cdiv(product.columns, tile.n)
+    most = max(1, min(MOST_SPLITS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    split = [replace(tile, stages=_stages(tile, product), split=split) for split in range(1, most + 1)]
+    return min(split, key=lambda way: estimate(way, product, rows))
 
 
 def _stages(tile: Config, product: Product) -> int:
