@@ -23,7 +23,7 @@ import typer
 
 from fisedit.runtime.calibration import Machine, Timings
 from fisedit.runtime.kernels.multiply_rows.triton import Config
-from fisedit.runtime.tuning.product import LIBRARY, TILES, TIMED, Product
+from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, TIMED, WEIGHTS, Product
 
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
@@ -38,11 +38,11 @@ class Measured:
     product: Product
     rows: int
     tiles: dict[Config, float]
-    library: float
+    pytorch: float
 
     @property
     def best(self) -> float:
-        return min([self.library, *self.tiles.values()])
+        return min([self.pytorch, *self.tiles.values()])
 
 
 def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
@@ -86,21 +86,18 @@ def carried_over(measured: list[Measured]) -> list[float]:
     for product in {one.product for one in measured}:
         points = {one.rows: one for one in measured if one.product == product}
         for rows, one in points.items():
-            timings = Timings(Machine.of("cpu"), calibrate="off")
-            for near in (points.get(rows // 2), points.get(rows * 2)):
-                for tile, time in near.tiles.items() if near else ():
-                    timings.put(Everything(product, tuple(near.tiles)), near.rows, tile, time)
-                if near:
-                    timings.put(product, near.rows, LIBRARY, near.library)
-            around = [n for n in (rows // 2, rows * 2) if n in points]
+            around = [points[n] for n in (rows // 2, rows * 2) if n in points]
             if len(around) < 2:
                 continue
-            expected: dict[Any, float] = {}
-            for n in around:
-                shape = Everything(product, (*points[n].tiles, LIBRARY))
-                for way, time in timings.carried(shape, n, rows).items():
+            timings, expected = Timings(Machine.of("cpu"), calibrate="off"), dict[Any, float]()
+            for near in around:
+                times = {**near.tiles, LIBRARY: near.pytorch}
+                shape = Everything(product, tuple(times))
+                for way, time in times.items():
+                    timings.put(shape, near.rows, way, time)
+                for way, time in timings.carried(shape, near.rows, rows).items():
                     expected[way] = math.sqrt(expected[way] * time) if way in expected else time
-            timed = {**one.tiles, LIBRARY: one.library}
+            timed = {**one.tiles, LIBRARY: one.pytorch}
             expected = {way: time for way, time in expected.items() if way in timed}
             if expected:
                 found.append(timed[min(expected, key=expected.__getitem__)] / one.best)
@@ -151,6 +148,8 @@ def main(
     print("| choice | cases | mean regret | 95th percentile | largest |\n| --- | ---: | ---: | ---: | ---: |")
     print(line(f"proposed: the best of {TIMED}", proposed(measured)))
     print(line("carried over from half and twice the rows", carried_over(measured)))
+    print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
+          f"and of weights in {WEIGHTS}")  # fmt: skip
     machine = kept["machine"]
     print(f"\n{machine['device']}; torch {machine['pytorch']}, triton {machine['triton']}")
 

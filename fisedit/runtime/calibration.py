@@ -29,7 +29,7 @@ from fisedit.errors import UnknownOptionError
 Candidate = Hashable
 """A way to compute a layer, told by its text (``str``)."""
 Measure = Callable[[Candidate, int], float]
-"""``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run, or is not worth timing."""
+"""``(candidate, rows) -> µs``; ``math.inf`` for a candidate that cannot run."""
 Calibrate = Literal["lazy", "off"]
 
 
