@@ -131,6 +131,20 @@ def load_residual(residual, stride, place, valid, column, within, RESIDUAL: tl.c
 
 
 @triton.jit
+def load_operands(
+    bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual, residual_stride,
+    lowest, highest, place, valid, column, co, within, BIAS: tl.constexpr, AFFINE: tl.constexpr, GATED: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_columns` and :func:`load_residual`."""
+    columns = load_columns(
+        bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest, column,
+        co, within, BIAS, AFFINE, GATED,
+    )  # fmt: skip
+    return columns, load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
+
+
+@triton.jit
 def follow_columns(sums, mean, rstd, center, bias, CENTER: tl.constexpr, BIAS: tl.constexpr):
     """What follows sums of products of rows column by column: their normalization, and the bias."""
     if CENTER:
@@ -203,3 +217,31 @@ def finish_piece(
         highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
         CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
     )  # fmt: skip
+
+
+@triton.jit
+def finish_shares(
+    partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine, normalized,
+    moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column, within, tile_n, co,
+    plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr,
+    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """:func:`share_part`, and :func:`finish_piece` for the rows that a program is to add up."""
+    BM: tl.constexpr = sums.shape[0]
+    BN: tl.constexpr = sums.shape[1]
+    SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
+    PIECE: tl.constexpr = max(BM // 8, 8)
+    tile, splits = tile_m * tl.num_programs(0) + tile_n, tl.num_programs(2)
+    part = partial + (tile * splits).to(tl.int64) * SIZE
+    inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+    mine = part + tl.program_id(2) * SIZE
+    shares = share_part(mine, locks + tile, sums, gates, inside, splits, polls, GATED, BM * BN)
+    for piece in tl.range(0, BM // PIECE, num_stages=1):
+        if (shares >> (piece % splits)) & 1:
+            finish_piece(
+                part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
+                made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch, column, within,
+                tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL,
+                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
+            )  # fmt: skip

@@ -111,6 +111,25 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
+def find_patches(
+    rows, rows2, rows3, recorded, sources, sample, row, place, valid, first, n_in, c1, c2, taps, rows2_stride,
+    rows3_stride, recorded_stride, table_stride, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
+    the packed and the recorded rows lie, and the outputs' own in the other sources."""
+    tap, begin = 0, 0
+    if SPLIT:
+        tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
+    table = sources + sample * table_stride + row * taps
+    index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+    own = rows + (sample * n_in).to(tl.int64) * c1
+    there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
+    own2 = rows2 + place.to(tl.int64) * rows2_stride
+    own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
+    return tap, begin, table, index, own, there, own2, own3
+
+
+@triton.jit
 def next_step(tap, begin, width, taps, BK: tl.constexpr):
     begin += BK
     over = (begin >= width) & (tap < taps)
@@ -134,3 +153,52 @@ def load_patches(
             start = tl.where(behind & (begin >= c2), own3, start)
     wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
     return tl.load(start[:, None] + (inside[:, None] + (begin + step)[None, :]), mask=wanted, other=0.0)
+
+
+@triton.jit
+def add_patches(
+    sums, gates, own, there, own2, own3, table, index, valid, tap, begin, weight, tile_n, column, kept, first, last,
+    step, n_in, c1, c2, taps, co, inner, TWO: tl.constexpr, THREE: tl.constexpr, WIDE: tl.constexpr,
+    GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps ``first`` to ``last`` of a product of gathered rows; ``index``: those that the first step's tap reads."""
+    BK: tl.constexpr = step.shape[0]
+    width = tl.cdiv(c1, BK) * BK
+    for number in tl.range(first, last):
+        a = load_patches(
+            own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps, TWO, THREE, EVEN_C, WIDE
+        )
+        at = number * BK if EVEN_C else tap * c1 + begin
+        sums, gates = add_products(
+            sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, begin + step < c1,
+            GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
+        tap, begin = next_step(tap, begin, width, taps, BK)
+        # One step ahead: a load whose address waits for another is hardly pipelined.
+        index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+    return sums, gates
+
+
+@triton.jit
+def add_sources(
+    sums, gates, rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3, weight, tile_m, tile_n, place,
+    valid, column, kept, first, last, step, co, inner, TWO: tl.constexpr, THREE: tl.constexpr, GATED: tl.constexpr,
+    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Steps ``first`` to ``last`` of a product of rows as they lie, one source after the other."""
+    BK: tl.constexpr = step.shape[0]
+    sums, gates = add_rows(
+        sums, gates, rows, rows_stride, c1, 0, 0, weight, tile_m, tile_n, place, valid, column, kept, first, last, step,
+        co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+    )  # fmt: skip
+    if TWO:
+        sums, gates = add_rows(
+            sums, gates, rows2, rows2_stride, c2, c1, tl.cdiv(c1, BK), weight, tile_m, tile_n, place, valid, column,
+            kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
+    if THREE:
+        sums, gates = add_rows(
+            sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), weight, tile_m, tile_n,
+            place, valid, column, kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
+    return sums, gates

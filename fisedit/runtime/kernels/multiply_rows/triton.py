@@ -22,20 +22,15 @@ from fisedit.runtime.kernels.activate import ACTIVATIONS
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     deviation,
-    finish_piece,
+    finish_shares,
     finish_tile,
-    load_columns,
     load_moments,
-    load_residual,
-    share_part,
+    load_operands,
 )
 from fisedit.runtime.kernels.multiply_rows.steps import (
-    add_products,
-    add_rows,
-    first_step,
-    load_patches,
-    next_step,
-    recorded_rows,
+    add_patches,
+    add_sources,
+    find_patches,
     sample_of,
     which_rows,
 )
@@ -75,6 +70,7 @@ def _multiply(
     WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
+    ROW: tl.constexpr = RESIDUAL and not SPLIT
     per = tl.load(count)
     tile_n, tile_m = tl.program_id(0), tl.program_id(1)
     row0 = tile_m * BM
@@ -96,84 +92,47 @@ def _multiply(
 
     # Tables and addresses are no kernel's work: they need not be waited for.
     if GATHER:
-        width = tl.cdiv(c1, BK) * BK
-        tap, begin = 0, 0
-        if SPLIT:
-            tap, begin = first_step(first, width, taps, BK)
-        table = sources + sample * table_stride + row * taps
-        index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
-        own = rows + (sample * n_in).to(tl.int64) * c1
-        there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
-        own2 = rows2 + place.to(tl.int64) * rows2_stride
-        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
+        tap, begin, table, index, own, there, own2, own3 = find_patches(
+            rows, rows2, rows3, recorded, sources, sample, row, place, valid, first, n_in, c1, c2, taps, rows2_stride,
+            rows3_stride, recorded_stride, table_stride, ADDRESSES, SPLIT, BK,
+        )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
 
     plane = batch.to(tl.int64) * n_out
     if EARLY:
-        columns = load_columns(
-            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest,
-            column, co, within, BIAS, AFFINE, GATED,
+        columns, extra = load_operands(
+            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual,
+            residual_stride, lowest, highest, place, valid, column, co, within, BIAS, AFFINE, GATED, ROW,
         )  # fmt: skip
-        if not SPLIT:
-            extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
     if CENTER and not SPLIT:
         of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
     if GATHER:
-        for number in tl.range(first, last):
-            a = load_patches(own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps,
-                             TWO, THREE, EVEN_C, WIDE)  # fmt: skip
-            at = number * BK if EVEN_C else tap * c1 + begin
-            sums, gates = add_products(
-                sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, begin + step < c1,
-                GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-            )  # fmt: skip
-            tap, begin = next_step(tap, begin, width, taps, BK)
-            # One step ahead: a load whose address waits for another is hardly pipelined.
-            index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
+        sums, gates = add_patches(
+            sums, gates, own, there, own2, own3, table, index, valid, tap, begin, weight, tile_n, column, kept, first,
+            last, step, n_in, c1, c2, taps, co, inner, TWO, THREE, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        )  # fmt: skip
     else:
-        sums, gates = add_rows(
-            sums, gates, rows, rows_stride, c1, 0, 0, weight, tile_m, tile_n, place, valid, column, kept, first, last,
-            step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        sums, gates = add_sources(
+            sums, gates, rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3, weight, tile_m,
+            tile_n, place, valid, column, kept, first, last, step, co, inner, TWO, THREE, GATED, TMA, EVEN_C, EVEN_N,
+            PRECISION,
         )  # fmt: skip
-        if TWO:
-            sums, gates = add_rows(
-                sums, gates, rows2, rows2_stride, c2, c1, tl.cdiv(c1, BK), weight, tile_m, tile_n, place, valid, column,
-                kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-            )  # fmt: skip
-        if THREE:
-            sums, gates = add_rows(
-                sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), weight, tile_m,
-                tile_n, place, valid, column, kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-            )  # fmt: skip
-    tile, splits = tile_m * tl.num_programs(0) + tile_n, tl.num_programs(2)
     if not EARLY:
-        columns = load_columns(
-            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, lowest, highest,
-            column, co, within, BIAS, AFFINE, GATED,
+        columns, extra = load_operands(
+            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual,
+            residual_stride, lowest, highest, place, valid, column, co, within, BIAS, AFFINE, GATED, ROW,
         )  # fmt: skip
-        if not SPLIT:
-            extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
     if SPLIT:
-        SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-        PIECE: tl.constexpr = max(BM // 8, 8)
-        part = partial + (tile * splits).to(tl.int64) * SIZE
-        inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
-        mine = part + tl.program_id(2) * SIZE
-        shares = share_part(mine, locks + tile, sums, gates, inside, splits, polls, GATED, BM * BN)
-        if shares == 0:
-            return
-        for piece in tl.range(0, BM // PIECE, num_stages=1):
-            if (shares >> (piece % splits)) & 1:
-                finish_piece(
-                    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized,
-                    moments, made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column,
-                    within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
-                    RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
-                )  # fmt: skip
+        finish_shares(
+            partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine,
+            normalized, moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column,
+            within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
+            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS,
+        )  # fmt: skip
     else:
         mean, rstd = sample, sample
         if CENTER:
