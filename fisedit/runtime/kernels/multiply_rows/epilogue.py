@@ -42,12 +42,14 @@ def share_part(part, lock, sums, gates, inside, splits, polls, GATED: tl.constex
 
 
 @triton.jit
-def add_parts(part, splits, inside, SIZE: tl.constexpr):
-    """The sum of all parts in their order. They come from L2: L1 may hold what stood there before."""
+def add_parts(part, splits, inside, there, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    """The sum of all parts in their order, so many loads under way. They come from L2: L1 may hold what stood there
+    before."""
     sums = tl.zeros(inside.shape, tl.float32)
-    for first in range(0, splits, 4):
-        for more in tl.static_range(4):  # four loads under way
-            sums += tl.load(part + inside, mask=first + more < splits, other=0.0, cache_modifier=".cg")
+    for first in range(0, splits, AHEAD):
+        for more in tl.static_range(AHEAD):
+            wanted = there[:, None] & (first + more < splits)
+            sums += tl.load(part + inside, mask=wanted, other=0.0, cache_modifier=".cg")
             part += SIZE
     return sums
 
@@ -202,12 +204,18 @@ def finish_piece(
     GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`finish_tile` for the ``PIECE`` rows of number ``piece``, whose sums lie in parts."""
-    place, sample, _, valid = which_rows(row0 + piece * PIECE, per, n_out, batch, PIECE, GATHER, PAIR)
+    """:func:`finish_tile` for the share of a tile's rows of number ``piece``, at most ``PIECE``, whose sums lie in
+    parts."""
+    AHEAD: tl.constexpr = 2 if 2 * PIECE >= BM else 4
+    each = tl.cdiv(BM, splits)
+    row = piece * each + tl.arange(0, PIECE)
+    there = (tl.arange(0, PIECE) < each) & (row < BM)
+    place, sample, _, valid = which_rows(row0 + piece * each, per, n_out, batch, PIECE, GATHER, PAIR)
+    valid &= there
     extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
-    inside = (piece * PIECE + tl.arange(0, PIECE))[:, None] * BN + tl.arange(0, BN)[None, :]
-    sums = add_parts(part, splits, inside, SIZE)
-    gates = add_parts(part + BM * BN, splits, inside, SIZE) if GATED else sums
+    inside = row[:, None] * BN + tl.arange(0, BN)[None, :]
+    sums = add_parts(part, splits, inside, there, SIZE, AHEAD)
+    gates = add_parts(part + BM * BN, splits, inside, there, SIZE, AHEAD) if GATED else sums
     mean, rstd = sample, sample
     if CENTER:
         of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
@@ -225,20 +233,19 @@ def finish_shares(
     moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column, within, tile_n, co,
     plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """:func:`share_part`, and :func:`finish_piece` for the rows that a program is to add up."""
     BM: tl.constexpr = sums.shape[0]
     BN: tl.constexpr = sums.shape[1]
     SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-    PIECE: tl.constexpr = max(BM // 8, 8)
     tile, splits = tile_m * tl.num_programs(0) + tile_n, tl.num_programs(2)
     part = partial + (tile * splits).to(tl.int64) * SIZE
     inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     mine = part + tl.program_id(2) * SIZE
     shares = share_part(mine, locks + tile, sums, gates, inside, splits, polls, GATED, BM * BN)
-    for piece in tl.range(0, BM // PIECE, num_stages=1):
-        if (shares >> (piece % splits)) & 1:
+    for piece in tl.range(0, splits, num_stages=1):
+        if (shares >> piece) & 1:
             finish_piece(
                 part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
                 made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch, column, within,

@@ -65,11 +65,12 @@ def _multiply(
     taps, steps, each, parts, polls, input_eps,
     GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, SPLIT: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
     EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
     WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
+    SPLIT: tl.constexpr = PIECE > 0
     ROW: tl.constexpr = RESIDUAL and not SPLIT
     per = tl.load(count)
     tile_n, tile_m = tl.program_id(0), tl.program_id(1)
@@ -131,7 +132,7 @@ def _multiply(
             partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine,
             normalized, moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column,
             within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
-            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS,
+            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE,
         )  # fmt: skip
     else:
         mean, rstd = sample, sample
@@ -234,7 +235,7 @@ def _launch(
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        SPLIT=splits > 1, EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
+        PIECE=piece_of(config.m, splits), EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
@@ -244,6 +245,11 @@ def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
     splits = min(wanted, MOST_SPLITS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
+
+
+def piece_of(rows: int, splits: int) -> int:
+    """The rows that each program of a tile has room to finish, a power of two; 0 where there is one program."""
+    return max(8, rows >> (splits.bit_length() - 1)) if splits > 1 else 0
 
 
 def _has_descriptors(tensor: Tensor) -> bool:
