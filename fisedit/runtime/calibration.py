@@ -58,8 +58,12 @@ class Shape(Protocol):
         """What a candidate takes, in any unit, by a model: it carries measurements over to other numbers of rows."""
         ...
 
+    def average(self, way: Candidate, rows: int) -> float:
+        """The estimate for the numbers of active rows that are padded to ``rows``, on average."""
+        ...
 
-SCHEMA = 4
+
+SCHEMA = 5
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 
@@ -155,8 +159,8 @@ class Timings:
                     self.put(shape, number, way, measure(way, number))
 
     def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
-        """µs of each candidate for a number of rows, from measurements at the powers of two around it: what the model
-        takes for both numbers is in the same proportion. Nothing where neither was measured."""
+        """µs of each candidate where active rows are padded to ``rows``, from measurements at the powers of two around
+        it: what the model takes for both is in the same proportion. Nothing where neither was measured."""
         share, found = math.log2(rows) % 1, dict[Candidate, list[tuple[float, float]]]()
         around = {1 << (rows - 1).bit_length(): share, 1 << (rows.bit_length() - 1): 1 - share}
         for point, weight in around.items():
@@ -173,7 +177,7 @@ class Timings:
                 continue
             before = shape.estimate(way, point)
             for refit in shape.refits(way, rows):
-                ratio = shape.estimate(refit, rows) / before
+                ratio = shape.average(refit, rows) / before
                 nearest[refit] = min(nearest.get(refit, (math.inf, 0.0)), (abs(math.log(ratio)), time * ratio))
         return {way: time for way, (_, time) in nearest.items()}
 

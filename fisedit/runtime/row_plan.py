@@ -24,10 +24,21 @@ SMALLEST = 8
 def bucket(rows: int, positions: int) -> int:
     """``rows`` rounded up to 8, 12, 16, 24, 32, 48, 64, then 80, 96, 112, 128, 160, 192, ...; at most all
     ``positions``. What pads large numbers of rows is computed by a library's products too: hence more of them."""
-    power = 1 << max(rows - 1, SMALLEST - 1).bit_length()  # the next power of two
-    step = power // 8 if power > 64 else power // 4
+    step = _step(rows)
     size = -(-max(rows, SMALLEST) // step) * step
     return min(size, positions)
+
+
+def active_counts(padded: int) -> tuple[int, int]:
+    """Two numbers of active rows that stand for all that :func:`bucket` pads to this one."""
+    step = _step(padded)
+    return padded - 3 * step // 4, padded - step // 4
+
+
+def _step(rows: int) -> int:
+    """From the next smaller bucket to that of ``rows``."""
+    power = 1 << max(rows - 1, SMALLEST - 1).bit_length()  # the next power of two
+    return power // 8 if power > 64 else power // 4
 
 
 @dataclass(frozen=True)

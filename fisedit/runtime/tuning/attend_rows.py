@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
 from fisedit.runtime.kernels.launch import current
-from fisedit.runtime.row_plan import LOCKS
+from fisedit.runtime.row_plan import LOCKS, active_counts
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
 FLASH, CUDNN = "flash", "cudnn"
@@ -98,11 +98,24 @@ class Attention:
         if not isinstance(way, kernel.Config):
             return [way]
         best = kernel.best_splits(way, rows, self.keys, self.batch * self.heads)[0]
-        return [way, replace(way, split=best)] if best != way.split else [way]
+        return [self.fit(way, split, rows) for split in dict.fromkeys((way.split, best))]
+
+    def fit(self, way: kernel.Config, split: int, rows: int) -> kernel.Config:
+        """A tile, as deep as suits its programs."""
+        sizes = (way.m, way.n, way.warps, way.registers)
+        tile = next(of for of in self.tiles if (of.m, of.n, of.warps, of.registers) == sizes)
+        return kernel.split_tile(tile, split, rows, self.batch * self.heads, self.head_dim)
+
+    @property
+    def tiles(self) -> tuple[kernel.Config, ...]:
+        return next(tiles for largest, tiles in TILES.items() if self.head_dim <= largest)
 
     def estimate(self, way: Any, rows: int) -> float:
         pairs = self.batch * self.heads
         return kernel.cost(way, rows, self.keys, pairs) if isinstance(way, kernel.Config) else 1.0
+
+    def average(self, way: Any, rows: int) -> float:
+        return sum(self.estimate(way, active) for active in active_counts(rows)) / 2
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives: gathered keys and values, and sums in parts."""
@@ -119,9 +132,9 @@ def candidates(attention: Attention, number: int) -> list[Way]:
     shape = (number, attention.keys, pairs)
     rule = kernel.choose_config(number, attention.keys, attention.head_dim, pairs, attention.dtype.itemsize, True)
     ways: list[Way] = []
-    for tile in next(tiles for largest, tiles in TILES.items() if attention.head_dim <= largest):
+    for tile in attention.tiles:
         if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512):
-            ways += [replace(tile, split=split) for split in kernel.best_splits(tile, *shape)[:SPLITS]]
+            ways += [attention.fit(tile, split, number) for split in kernel.best_splits(tile, *shape)[:SPLITS]]
     work = 2 * math.prod(shape) * attention.head_dim
     libraries = [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
     return [RULE, *(way for way in ways if way != rule), *libraries]

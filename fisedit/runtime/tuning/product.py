@@ -12,7 +12,7 @@ import torch
 
 from fisedit.runtime.kernels.launch import cdiv
 from fisedit.runtime.kernels.multiply_rows.triton import MOST_SPLITS, Config, choose, split_of
-from fisedit.runtime.row_plan import LOCKS
+from fisedit.runtime.row_plan import LOCKS, active_counts
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -22,11 +22,13 @@ TILES = (
     Config(16, 64, 128, 4, 6),
     Config(32, 64, 128, 4, 6),
     Config(64, 32, 128, 4, 4),
-    Config(64, 64, 128, 4, 3),
+    Config(64, 64, 128, 4, 7),
     Config(64, 64, 64, 4, 7),
     Config(64, 128, 64, 4, 4),
     Config(64, 128, 128, 4, 4),
     Config(128, 64, 64, 4, 4),
+    Config(128, 64, 64, 8, 4),
+    Config(128, 64, 128, 4, 4),
     Config(128, 128, 64, 8, 4),
     Config(128, 256, 64, 8, 3),
 )
@@ -82,7 +84,10 @@ class Product:
         return [fit(way, self, rows)] if isinstance(way, Config) else [way]
 
     def estimate(self, way: Any, rows: int) -> float:
-        return estimate(way, self, rows) if isinstance(way, Config) else 1.0
+        return estimate(way, self, rows, rows) if isinstance(way, Config) else 1.0
+
+    def average(self, way: Any, rows: int) -> float:
+        return average(way, self, rows) if isinstance(way, Config) else 1.0
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives."""
@@ -128,6 +133,8 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
     if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
+    if (tile.m, tile.n, tile.k) == (128, 64, 64) and (tile.warps == 8) != (product.taps > 1):
+        return False  # eight warps gather so many rows faster, and load none faster that lie side by side
     if any(channels % tile.k for channels in product.channels):
         alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
         if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
@@ -139,19 +146,29 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile."""
-    tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))[:TIMED]
+    tiles = sorted(candidates(product, rows), key=lambda way: average(way, product, rows))[:TIMED]
     return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
 
 
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
-    tiles = cdiv(product.batch * rows, tile.m) * cdiv(product.columns, tile.n)
+    tiles = _tiles(tile, product, rows, active_counts(rows)[0])
     most = max(1, min(MOST_SPLITS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
-    best = min(
-        (replace(tile, split=split) for split in range(1, most + 1)), key=lambda way: estimate(way, product, rows)
-    )
+    split = (replace(tile, split=split) for split in range(1, most + 1))
+    best = min(split, key=lambda way: average(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))
+
+
+def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
+    """How many tiles have work to do: those of padding alone have none, see ``which_rows`` of the kernel."""
+    if product.taps:
+        down = cdiv(product.batch * active, way.m)
+    else:
+        first, last = ([(number * rows + row) // way.m for number in range(product.batch)] for row in (0, active - 1))
+        shared = sum(before == after for before, after in zip(last, first[1:], strict=False))
+        down = sum(last) - sum(first) + product.batch - shared
+    return down * cdiv(product.columns, way.n)
 
 
 def _stages(tile: Config, product: Product, programs: int) -> int:
@@ -161,7 +178,7 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     Where there is a multiprocessor for each program, deep enough that no two fit into one. While the kernel before them
     ends, programs start where there is room, and two in one place take twice as long as the rest.
     """
-    wanted = next(of.stages for of in TILES if (of.m, of.n, of.k) == (tile.m, tile.n, tile.k))
+    wanted = next(of.stages for of in TILES if (of.m, of.n, of.k, of.warps) == (tile.m, tile.n, tile.k, tile.warps))
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     if programs <= MULTIPROCESSORS and _loop(tile, product) >= LONG:
         return min(max(wanted, shared + 1), deep)
@@ -190,12 +207,21 @@ LONG = 3.0
 
 
 @cache
-def estimate(way: Config, product: Product, rows: int) -> float:
+def average(way: Config, product: Product, rows: int) -> float:
+    """See :meth:`Product.average`."""
+    return sum(estimate(way, product, rows, active) for active in active_counts(rows)) / 2
+
+
+@cache
+def estimate(way: Config, product: Product, rows: int, active: int) -> float:
     """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
+
+    Args:
+        active: how many of a sample's ``rows`` are no padding.
     """
-    tiles = cdiv(product.batch * rows, way.m) * cdiv(product.columns, way.n)
+    tiles = _tiles(way, product, rows, active)
     wide = way.n * (2 if product.gated else 1)
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = load * _loop(way, product)

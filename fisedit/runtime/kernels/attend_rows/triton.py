@@ -19,6 +19,8 @@ from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overla
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
 """Of an H100 or H200, for which ``choose_config`` was measured."""
+SHARED_MEMORY = 226 * 1024
+"""Bytes that the programs of a multiprocessor can have together."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,21 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
         tile = Config(128, 64, 8, deep, registers=128)
     else:
         tile = Config(64, 64, 4, deep, registers=128)
-    return replace(tile, split=best_splits(tile, queries, keys, pairs)[0])
+    split = best_splits(tile, queries, keys, pairs)[0]
+    return split_tile(tile, split, queries, pairs, head_dim) if gathered and itemsize == 2 else replace(tile, split=split)
+
+
+def split_tile(tile: Config, split: int, queries: int, pairs: int, head_dim: int) -> Config:
+    """A tile whose keys are split, its pipeline deep enough that no more programs fit into a multiprocessor than each
+    of them gets: one more than elsewhere would take longer, and while the kernel before them ends they start where
+    there is room."""
+    each = cdiv(cdiv(queries, tile.m) * pairs * split, MULTIPROCESSORS)
+    row = 2 * next_power_of_2(head_dim)  # bytes in half precision
+    own, block = tile.m * row, tile.n * (2 * row + 4)  # queries; keys, values and their table
+    blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
+    fits = each <= 2 and own + blocks * block <= SHARED_MEMORY // each
+    # A block is loaded two stages after its table.
+    return replace(tile, split=split, stages=max(tile.stages, 2 * blocks - 1) if fits else tile.stages)
 
 
 def partial_bytes(tile: Config, queries: int, pairs: int, head_dim: int, locks: int) -> int:
