@@ -160,7 +160,7 @@ def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
         "linear": {**common, "weight": make(c, c), "bias": make(c), "residual": make(2, rows, c)},
         "gated": {**common, "weight": make(8 * c, c), "bias": make(8 * c), "activation": "gelu", "gated": True},
         "normalized": {
-            **common, "weight": make(c, c), "bias": make(c), "moments": torch.zeros(2, 2, rows, c // 64),
+            **common, "weight": make(c, c), "bias": make(c), "moments": torch.zeros(2, c // 64, 2, rows),
             "center": torch.zeros(c), "input_eps": 1e-5, "with_moments": True,
         },
     }  # fmt: skip

@@ -144,7 +144,7 @@ def test_every_way_is_followed_by_a_norm(name: str, taps: int, ran: list[dict[st
     made += [tuning.run(way, ran[0]) for way in (tuning.LIBRARY, shape.ways(ACTIVE)[0])]
     wanted = norm_reference.multiply_norm_rows(*given.values(), **NORMS[name])[1]
     for out, normalized, moments in made:
-        assert moments.shape == (2, *out.shape[:2], 0)
+        assert moments.shape == (2, 0, *out.shape[:2])
         check(out[:, : ACTIVE - 1], given, rows=ACTIVE - 1)
         torch.testing.assert_close(normalized[:, : ACTIVE - 1], wanted[:, : ACTIVE - 1], atol=4e-2, rtol=0)
 
@@ -164,7 +164,7 @@ def test_a_norm_between_two_products(makes: tuning.Way, gated: bool) -> None:
     given["residual"] = 4 + given["residual"]  # a mean beside which the deviation is small
     norm = NO_NORM | {"eps": 0.1, "norm_moments": True}
     rows, normalized, moments = tuning.run(makes, given | {"norm": norm})
-    assert (moments.shape[3] > 0) == (normalized is rows) == (makes != tuning.LIBRARY)
+    assert (moments.shape[1] > 0) == (normalized is rows) == (makes != tuning.LIBRARY)
     weight = random(64, OUTPUTS, seed=3) * 0.1
     read = arguments(1) | {
         "rows": normalized, "weight": weight, "bias": random(64, seed=5), "residual": None, "moments": moments,
@@ -178,9 +178,9 @@ def test_a_norm_between_two_products(makes: tuning.Way, gated: bool) -> None:
 def test_both_forms_of_a_norm_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other numbers of rows may take another way, and so may the product before, which gives the other form."""
     seen: list[tuple[tuning.Way, int]] = []
-    monkeypatch.setattr(tuning, "run", lambda way, given: seen.append((way, given["moments"].shape[3])))
+    monkeypatch.setattr(tuning, "run", lambda way, given: seen.append((way, given["moments"].shape[1])))
     for parts in (0, 3):
-        given = {"moments": torch.zeros(2, 2, ACTIVE, parts, device=DEVICE), "center": torch.zeros(OUTPUTS)}
+        given = {"moments": torch.zeros(2, parts, 2, ACTIVE, device=DEVICE), "center": torch.zeros(OUTPUTS)}
         tuning.Call(arguments(1) | given).prepare([tuning.RULE, tuning.LIBRARY])
     both = [(tuning.RULE, 0), (tuning.LIBRARY, 0), (tuning.RULE, 1), (tuning.LIBRARY, 1)]
     assert sorted(seen[:4]) == sorted(both)
@@ -196,8 +196,8 @@ def test_a_layer_norm_is_timed_with_every_way() -> None:
         assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
     folded = given | {"norm": NORMS["layer_norm"] | {"norm_moments": True}}
     assert "norm" not in tuning.bare(folded, tuning.RULE)  # the next product does it
-    reads = given | {"moments": torch.zeros(2, 2, ACTIVE, 0, device=DEVICE), "center": random(OUTPUTS, seed=1)}
-    assert tuning.bare(reads, tuning.LIBRARY)["moments"].shape[3] == 1
+    reads = given | {"moments": torch.zeros(2, 0, 2, ACTIVE, device=DEVICE), "center": random(OUTPUTS, seed=1)}
+    assert tuning.bare(reads, tuning.LIBRARY)["moments"].shape[1] == 1
     assert "moments" not in tuning.bare(reads, tuning.RULE)
 
 

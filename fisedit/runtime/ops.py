@@ -123,7 +123,7 @@ def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, r
 def _(*product, **norm):
     out = _multiply_rows(*product)
     parts = -(-out.shape[2] // 64) if norm.get("norm_moments") else 0  # about as many tiles as a kernel has
-    return out, torch.empty_like(out), out.new_empty(2, *out.shape[:2], parts, dtype=torch.float32)
+    return out, torch.empty_like(out), out.new_empty(2, parts, *out.shape[:2], dtype=torch.float32)
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)

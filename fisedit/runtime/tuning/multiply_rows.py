@@ -76,8 +76,8 @@ class Call:
         given, rows = self.given, self.given["rows"]
         forms = [given]
         if given.get("center") is not None:
-            other = int(given["moments"].shape[3] == 0)
-            forms.append({**given, "moments": rows.new_ones(2, *rows.shape[:2], other, dtype=torch.float32)})
+            other = int(given["moments"].shape[1] == 0)
+            forms.append({**given, "moments": rows.new_ones(2, other, *rows.shape[:2], dtype=torch.float32)})
         for way in ways:
             for form in forms:
                 run(way, form)
@@ -92,7 +92,7 @@ def rows_of(given: Mapping[str, Any]) -> int:
 
 
 def _no_moments(rows: Tensor) -> Tensor:
-    return rows.new_empty(2, *rows.shape[:2], 0, dtype=torch.float32)  # [2, B, N', 0]
+    return rows.new_empty(2, 0, *rows.shape[:2], dtype=torch.float32)  # [2, 0, B, N']
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Any:
@@ -124,7 +124,7 @@ def _library(
     center: Tensor | None = None, input_eps: float = 0.0, norm: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
     """One kernel before PyTorch's product, and one after it, where there is something to do."""
-    if moments is not None and moments.shape[3] > 0:
+    if moments is not None and moments.shape[1] > 0:
         rows = layer_norm_rows(rows, None, None, input_eps, count)
     parts = [part for part in (rows, rows2, rows3) if part is not None]
     if sources is not None:
@@ -157,7 +157,7 @@ def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
     if way == LIBRARY:
         if given.get("center") is None:
             return given
-        return {**given, "moments": given["rows"].new_empty(2, *given["rows"].shape[:2], 1, dtype=torch.float32)}
+        return {**given, "moments": given["rows"].new_empty(2, 1, *given["rows"].shape[:2], dtype=torch.float32)}
     activation = given["activation"] if given["gated"] else "none"
     norm = given.get("norm")
     launches = norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]

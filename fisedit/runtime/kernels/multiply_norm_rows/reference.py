@@ -27,12 +27,12 @@ def multiply_norm_rows(
         norm_moments: whether moments may be given in the place of normalized rows.
     Returns:
         The rows ``[B, N', Co]``; the same normalized from what they are rounded to, or the rows again if
-        ``norm_full``; and moments of no part, float32 ``[2, B, N', 0]``. Instead of the last two, if ``norm_moments``:
+        ``norm_full``; and moments of no part, float32 ``[2, 0, B, N']``. Instead of the last two, if ``norm_moments``:
         the rows again, and their moments, as ``multiply_rows`` takes them.
     """
     ops = torch.ops.fisedit
     out = ops.multiply_rows(*product)
-    moments = out.new_empty(2, *out.shape[:2], 0, dtype=torch.float32)
+    moments = out.new_empty(2, 0, *out.shape[:2], dtype=torch.float32)
     if norm_full:
         return out, out, moments
     names = [argument.name for argument in ops.multiply_rows.default._schema.arguments]

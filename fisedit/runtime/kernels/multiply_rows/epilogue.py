@@ -76,27 +76,26 @@ def scale_rows(x, scales, affine, plane, stride, sample, lowest, highest, column
 
 
 @triton.jit
-def load_moments(moments, place, valid, parts, plane, PARTS: tl.constexpr):
-    """Sums of each row's channels and of their squares, in parts: ``[BM, PARTS]`` each."""
-    part = tl.arange(0, PARTS)
-    at = moments + (place.to(tl.int64) * parts)[:, None] + part[None, :]
-    known = valid[:, None] & (part < parts)[None, :]
-    return tl.load(at, mask=known, other=0.0), tl.load(at + plane * parts, mask=known, other=0.0)
+def load_deviation(moments, place, valid, parts, plane, channels, eps):
+    """Mean of each row, and one over its deviation: from sums of its channels and of their squares, in parts."""
+    AHEAD: tl.constexpr = 16  # so many loads of each are under way
+    own = moments + place.to(tl.int64)
+    sums, squares = tl.zeros(place.shape, tl.float32), tl.zeros(place.shape, tl.float32)
+    for first in range(0, parts, AHEAD):
+        for more in tl.static_range(AHEAD):
+            known, at = valid & (first + more < parts), own + (first + more) * plane
+            sums += tl.load(at, mask=known, other=0.0)
+            squares += tl.load(at + plane * parts, mask=known, other=0.0)
+    mean = sums / channels
+    return mean, tl.rsqrt(tl.maximum(squares / channels - mean * mean, 0.0) + eps)
 
 
 @triton.jit
 def store_moments(moments, x, place, valid, kept, tile_n, parts, plane, EVEN_N: tl.constexpr):
     x = x if EVEN_N else tl.where(kept[None, :], x, 0.0)
-    at = moments + place.to(tl.int64) * parts + tile_n
+    at = moments + tile_n * plane + place.to(tl.int64)
     tl.store(at, tl.sum(x, 1), mask=valid)
     tl.store(at + plane * parts, tl.sum(x * x, 1), mask=valid)
-
-
-@triton.jit
-def deviation(of_sums, of_squares, channels, eps):
-    """Mean of each row, and one over its deviation."""
-    mean = tl.sum(of_sums, 1) / channels
-    return mean, tl.rsqrt(tl.maximum(tl.sum(of_squares, 1) / channels - mean * mean, 0.0) + eps)
 
 
 @triton.jit
@@ -201,7 +200,7 @@ def finish_piece(
     made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane,
     affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
-    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """:func:`finish_tile` for the share of a tile's rows of number ``piece``, at most ``PIECE``, whose sums lie in
@@ -218,8 +217,7 @@ def finish_piece(
     gates = add_parts(part + BM * BN, splits, inside, there, SIZE, AHEAD) if GATED else sums
     mean, rstd = sample, sample
     if CENTER:
-        of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
-        mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
+        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps)
     finish_tile(
         sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
         highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
@@ -233,7 +231,7 @@ def finish_shares(
     moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column, within, tile_n, co,
     plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """:func:`share_part`, and :func:`finish_piece` for the rows that a program is to add up."""
     BM: tl.constexpr = sums.shape[0]
@@ -250,5 +248,5 @@ def finish_shares(
                 part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
                 made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch, column, within,
                 tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL,
-                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
+                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PIECE, BM, BN, SIZE,
             )  # fmt: skip

@@ -49,13 +49,13 @@ def multiply_rows(
         count: int32 ``[1]``: rows past it need not be computed. locks: int32, zeros; for kernels that split their work.
         activation: a key of ``ACTIVATIONS``.
         positions: all rows of the outputs' level; not read here.
-        moments: float32 ``[2, B, N, T]``: sums of each row's channels and of their squares, in T parts; ``None``, or
+        moments: float32 ``[2, T, B, N]``: sums of each row's channels and of their squares, in T parts; ``None``, or
             T = 0: rows are multiplied as they are. input_eps: of the normalization.
         center: float32 ``[Co]``, sums of each output's weights, for kernels that normalize afterwards.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
     Returns: ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
-    rows = rows if moments is None or moments.shape[3] == 0 else _normalized(rows, moments, input_eps)
+    rows = rows if moments is None or moments.shape[1] == 0 else _normalized(rows, moments, input_eps)
     parts = (rows if sources is None else _patches(rows, recorded, sources), rows2, rows3)  # [B, N', taps*C], ...
     patches = torch.cat([part for part in parts if part is not None], -1)
     if bias is None or bias.dtype == weight.dtype:
@@ -73,7 +73,7 @@ def multiply_rows(
 
 
 def _normalized(rows: Tensor, moments: Tensor, eps: float) -> Tensor:
-    mean, square = moments.sum(3, keepdim=True) / rows.shape[2]  # [B, N, 1] each
+    mean, square = moments.sum(1)[..., None] / rows.shape[2]  # [B, N, 1] each
     return ((rows - mean) * (square - mean * mean + eps).rsqrt()).to(rows.dtype)
 
 

@@ -19,12 +19,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS
-from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
-    deviation,
     finish_shares,
     finish_tile,
-    load_moments,
+    load_deviation,
     load_operands,
 )
 from fisedit.runtime.kernels.multiply_rows.steps import (
@@ -67,7 +66,7 @@ def _multiply(
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
     EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
-    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
     SPLIT: tl.constexpr = PIECE > 0
@@ -107,8 +106,9 @@ def _multiply(
             bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual,
             residual_stride, lowest, highest, place, valid, column, co, within, BIAS, AFFINE, GATED, ROW,
         )  # fmt: skip
+    mean, rstd = sample, sample
     if CENTER and not SPLIT:
-        of_sums, of_squares = load_moments(moments, place, valid, parts, plane, PARTS)
+        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
     if GATHER:
@@ -132,12 +132,9 @@ def _multiply(
             partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine,
             normalized, moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column,
             within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
-            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE,
+            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PIECE,
         )  # fmt: skip
     else:
-        mean, rstd = sample, sample
-        if CENTER:
-            mean, rstd = deviation(of_sums, of_squares, c1, input_eps)
         finish_tile(
             sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
             highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane,
@@ -184,8 +181,8 @@ def multiply_rows(
         affine, activation = None, activation if gated else "none"
     out = rows.new_empty(batch, number, co)  # [B, N', Co]
     parts = cdiv(co, config.n)
-    made = rows.new_empty(2, batch, number, parts, dtype=torch.float32) if with_moments else None  # [2, B, N', T]
-    moments = None if moments is None or moments.shape[3] == 0 else moments
+    made = rows.new_empty(2, parts, batch, number, dtype=torch.float32) if with_moments else None  # [2, T, B, N']
+    moments = None if moments is None or moments.shape[1] == 0 else moments
     _launch(
         config, out, made, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, norm, moments,
         None if moments is None else center, input_eps, count, locks, activation, gated, positions,
@@ -211,7 +208,7 @@ def _launch(
     )
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
-    parts = 0 if moments is None else moments.shape[3]
+    parts = 0 if moments is None else moments.shape[1]
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
@@ -233,8 +230,7 @@ def _launch(
         GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
-        WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=next_power_of_2(max(parts, cdiv(c1, 64))),
-        EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        WIDE=(n_in + 16 * positions) * c1 >= 2**31, EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         PIECE=piece_of(config.m, splits), EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
