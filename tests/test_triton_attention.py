@@ -70,8 +70,8 @@ def map_tables(masks: int, number: int, positions: int) -> Tensor:
     ("dim", "masks", "number", "positions", "config"),
     [
         (16, 1, 21, 64, Config(16, 32, 4, 2)),
-        (40, 2, 9, 50, Config(16, 16, 4, 2, 3)),  # padded heads, a cut block, an uneven split
-        (20, 1, 9, 48, Config(16, 16, 4, 1, 2)),  # rows of any alignment
+        (40, 2, 9, 50, Config(16, 16, 4, 2, 7)),  # padded heads, a cut block, parts of tiles
+        (20, 1, 9, 48, Config(16, 16, 4, 1, 2)),  # rows of any alignment, whole tiles and parts
         (80, 1, 5, 16, None),
     ],
 )
@@ -101,7 +101,7 @@ def test_recorded_map_with_its_active_rows_renewed(dtype, dim, masks, number, po
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("config", [Config(16, 64, 4, 1), Config(32, 16, 4, 2, 4), None], ids=str)
+@pytest.mark.parametrize("config", [Config(16, 64, 4, 1), Config(32, 16, 4, 2, 3), None], ids=str)
 def test_text(dtype, config) -> None:
     """Few words, keys and values of any strides, the default scale."""
     query = random(2, 20, HEADS * 40, seed=0, dtype=dtype)
@@ -118,7 +118,7 @@ def test_text(dtype, config) -> None:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("config", [Config(16, 32, 4, 2), Config(16, 16, 4, 1, 3)], ids=str)
+@pytest.mark.parametrize("config", [Config(16, 32, 4, 2), Config(16, 16, 4, 1, 11)], ids=str)
 def test_active_rows_alone(dtype, config) -> None:
     """Each sample has its own number of keys; what stands past them is not read as a number."""
     query, key, value = projections(35, 16, dtype)
@@ -160,10 +160,20 @@ def test_keys_and_values_are_put_in_one_piece(dtype, masks, width, number, posit
         assert torch.equal(out, rows)
 
 
-def test_too_few_locks_for_a_split() -> None:
+@pytest.mark.parametrize("programs", [1, 2, 3, 5, 8, 13, 40, 1000])
+def test_any_number_of_programs_shares_the_work(programs: int) -> None:
+    """More than one tile each, parts of two tiles, parts of one, and more of them than there is work for."""
+    query, key, value = (random(1, 40, HEADS * 16, seed=seed, dtype=torch.float32) for seed in range(3))
+    given = (query, key, value, None, None, None, int32([35]), None, locks := int32([0] * 64), HEADS, None)
+    whole = attend_rows(*given, config=Config(16, 16, 4, 1))[:, :35]
+    shared = attend_rows(*given, config=Config(16, 16, 4, 1, programs))[:, :35]
+    assert (whole - shared).abs().max() <= 1e-5 * whole.abs().max() and not locks.any()
+
+
+def test_too_few_locks_for_shared_tiles() -> None:
     query, key, value = (random(1, 40, HEADS * 16, seed=seed, dtype=torch.float32) for seed in range(3))
     given = (query, key, value, None, None, None, int32([40]), None)
-    locks = int32([7] * 5)  # a split has six tiles, and would wait for zeros
+    locks = int32([7] * 5)  # there are six tiles, which would wait for zeros
     few = attend_rows(*given, locks, HEADS, None, config=Config(16, 16, 4, 1, 2))
     whole = attend_rows(*given, int32([0]), HEADS, None, config=Config(16, 16, 4, 1))
     assert torch.equal(whole, few) and (locks == 7).all()
@@ -171,9 +181,9 @@ def test_too_few_locks_for_a_split() -> None:
 
 @pytest.mark.parametrize("queries", [8, 461, 2765, 16384])
 @pytest.mark.parametrize(("keys", "dim", "pairs"), [(77, 64, 10), (1024, 80, 16), (4096, 40, 16), (9216, 64, 10)])
-def test_the_chosen_split_fills_the_gpu_and_no_more(queries: int, keys: int, dim: int, pairs: int) -> None:
+def test_the_chosen_programs_fill_the_gpu_and_no_more(queries: int, keys: int, dim: int, pairs: int) -> None:
     config = choose_config(queries, keys, dim, pairs, itemsize=2, gathered=keys > 77)
     tiles, blocks = -(-queries // config.m) * pairs, -(-keys // config.n)
-    assert config.split <= blocks
-    assert tiles * config.split >= 120 or blocks == 1
-    assert config.split == 1 or tiles < 1000
+    assert config.programs <= tiles * blocks
+    assert (config.programs or tiles) >= 120 or blocks == 1
+    assert config.programs % 132 == 0

@@ -67,7 +67,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, split=2), tuning.FLASH, tuning.CUDNN], ids=str)
+@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, programs=12), tuning.FLASH, tuning.CUDNN], ids=str)
 def test_every_way_gives_the_attention(way: tuning.Way) -> None:
     given = arguments()
     wanted = reference.attend_rows(*(v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
@@ -78,7 +78,7 @@ def test_every_way_gives_the_attention(way: tuning.Way) -> None:
 
 
 @pytest.mark.usefixtures("libraries")
-@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, split=2), tuning.FLASH], ids=str)
+@pytest.mark.parametrize("way", [RULE, Config(64, 32, 4, 1, programs=12), tuning.FLASH], ids=str)
 def test_what_a_way_needs_is_known(way: tuning.Way, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without its kernels, whose arguments the interpreter copies."""
     monkeypatch.setattr(tuning.kernel, "launch", lambda *_, **__: None)

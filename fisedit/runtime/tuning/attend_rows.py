@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,8 +35,8 @@ TILES = {
     256: (kernel.Config(64, 32, 4, 3), kernel.Config(64, 64, 8, 3)),
 }
 """By the channels of a head, at most."""
-SPLITS = 2
-"""Of each tile: the best ones, as far as one can tell."""
+SHARINGS = 2
+"""Numbers of programs that are timed of each tile: the best ones, as far as one can tell."""
 LARGEST_HEAD = {FLASH: 256, CUDNN: 128}
 """Channels of a head that a library takes; always a multiple of 8."""
 LEAST_WORK = 1 << 30
@@ -97,14 +97,14 @@ class Attention:
     def refits(self, way: Any, rows: int) -> list[Way]:
         if not isinstance(way, kernel.Config):
             return [way]
-        best = kernel.best_splits(way, rows, self.keys, self.batch * self.heads)[0]
-        return [self.fit(way, split, rows) for split in dict.fromkeys((way.split, best))]
+        best = kernel.best_programs(way, rows, self.keys, self.batch * self.heads)[0]
+        return [self.fit(way, programs, rows) for programs in dict.fromkeys((way.programs, best))]
 
-    def fit(self, way: kernel.Config, split: int, rows: int) -> kernel.Config:
+    def fit(self, way: kernel.Config, programs: int, rows: int) -> kernel.Config:
         """A tile, as deep as suits its programs."""
         sizes = (way.m, way.n, way.warps, way.registers)
         tile = next(of for of in self.tiles if (of.m, of.n, of.warps, of.registers) == sizes)
-        return kernel.split_tile(tile, split, rows, self.batch * self.heads, self.head_dim)
+        return kernel.deepen(replace(tile, programs=programs), rows, self.batch * self.heads, self.head_dim)
 
     @property
     def tiles(self) -> tuple[kernel.Config, ...]:
@@ -134,7 +134,7 @@ def candidates(attention: Attention, number: int) -> list[Way]:
     ways: list[Way] = []
     for tile in attention.tiles:
         if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512):
-            ways += [attention.fit(tile, split, number) for split in kernel.best_splits(tile, *shape)[:SPLITS]]
+            ways += [attention.fit(tile, each, number) for each in kernel.best_programs(tile, *shape)[:SHARINGS]]
     work = 2 * math.prod(shape) * attention.head_dim
     libraries = [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
     return [RULE, *(way for way in ways if way != rule), *libraries]

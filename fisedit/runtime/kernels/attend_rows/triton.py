@@ -1,8 +1,9 @@
 """Attention of few queries over many keys, which are read where they lie: among the active rows or in the recorded map.
 
 Attention does not ask for the order of its keys, but a merged loop over positions reads each key once, so every key
-position looks up its row: one offset that reaches either memory. Few tiles of queries leave most of the GPU idle: then
-the keys are split across programs, and the last to arrive combines what they found.
+position looks up its row: one offset that reaches either memory. Where tiles of queries do not fill the GPU evenly,
+programs take equal shares of all their keys, one tile after the other (Stream-K, Osama et al. 2023); of a tile that
+several had a part of, the last to be done combines what they found.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ SHARED_MEMORY = 226 * 1024
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: queries and keys; how often the keys are split; a thread's registers at most."""
+    """Tile sizes of a launch: queries and keys; how many programs share the work, 0: each does a tile; a thread's
+    registers at most."""
 
     m: int
     n: int
     warps: int
     stages: int
-    split: int = 1
+    programs: int = 0
     registers: int | None = None
 
     def __str__(self) -> str:
         limit = f" r{self.registers}" if self.registers else ""
-        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} /{self.split}"
+        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} p{self.programs}"
 
 
 def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: int, gathered: bool) -> Config:
@@ -61,48 +63,49 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
         tile = Config(128, 64, 8, deep, registers=128)
     else:
         tile = Config(64, 64, 4, deep, registers=128)
-    split = best_splits(tile, queries, keys, pairs)[0]
-    return split_tile(tile, split, queries, pairs, head_dim) if gathered and itemsize == 2 else replace(tile, split=split)
+    tile = replace(tile, programs=best_programs(tile, queries, keys, pairs)[0])
+    return deepen(tile, queries, pairs, head_dim) if gathered and itemsize == 2 else tile
 
 
-def split_tile(tile: Config, split: int, queries: int, pairs: int, head_dim: int) -> Config:
-    """A tile whose keys are split, its pipeline deep enough that no more programs fit into a multiprocessor than each
-    of them gets: one more than elsewhere would take longer, and while the kernel before them ends they start where
-    there is room."""
-    each = cdiv(cdiv(queries, tile.m) * pairs * split, MULTIPROCESSORS)
+def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
+    """A tile whose pipeline is deep enough that no more programs fit into a multiprocessor than each of them gets: one
+    more than elsewhere would take longer, and while the kernel before them ends they start where there is room."""
+    each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
     row = 2 * next_power_of_2(head_dim)  # bytes in half precision
     own, block = tile.m * row, tile.n * (2 * row + 4)  # queries; keys, values and their table
     blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
     fits = each <= 2 and own + blocks * block <= SHARED_MEMORY // each
     # A block is loaded two stages after its table.
-    return replace(tile, split=split, stages=max(tile.stages, 2 * blocks - 1) if fits else tile.stages)
+    return replace(tile, stages=max(tile.stages, 2 * blocks - 1)) if fits else tile
 
 
 def partial_bytes(tile: Config, queries: int, pairs: int, head_dim: int, locks: int) -> int:
-    """What the parts of a split take: sums of values, and of weights, and maxima."""
-    tiles = cdiv(queries, tile.m) * pairs
-    split = tile.split > 1 and tiles <= locks
-    return tiles * tile.split * tile.m * (max(16, next_power_of_2(head_dim)) + 2) * 4 if split else 0
+    """What the parts of tiles take, two of each program: sums of values, and of weights, and maxima."""
+    shared = tile.programs > 0 and cdiv(queries, tile.m) * pairs <= locks
+    return 2 * tile.programs * tile.m * (max(16, next_power_of_2(head_dim)) + 2) * 4 if shared else 0
 
 
-def best_splits(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
-    """How often the keys may be split, the best first."""
-    most = min(16, cdiv(keys, tile.n))
-    return sorted(range(1, most + 1), key=lambda split: cost(replace(tile, split=split), queries, keys, pairs))
+def best_programs(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
+    """How many programs may share the work, the best first; 0: each does a tile."""
+    most = cdiv(queries, tile.m) * pairs * cdiv(keys, tile.n)
+    numbers = [0, *(each * MULTIPROCESSORS for each in (1, 2, 3, 4) if each * MULTIPROCESSORS < most)]
+    return sorted(numbers, key=lambda number: cost(replace(tile, programs=number), queries, keys, pairs))
 
 
 def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
     """About how many blocks of keys the busiest multiprocessor walks, one after the other.
 
-    To start costs about four blocks; to write a part of the sums, two; to read them all, four and half a block for each
-    part. A program that has its multiprocessor for itself takes half as long again, waiting.
+    To start costs about four blocks, and to begin another tile; to write a part of the sums, two; to read them all,
+    four and half a block for each part. A program that has its multiprocessor for itself takes half as long again,
+    waiting.
     """
-    blocks = cdiv(keys, tile.n)
-    busiest = cdiv(cdiv(queries, tile.m) * pairs * tile.split, MULTIPROCESSORS)
-    walks = busiest + busiest % 2 / 2
-    if tile.split == 1:
+    tiles, blocks = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n)
+    each = cdiv(tile.programs or tiles, MULTIPROCESSORS)
+    walks = each + each % 2 / 2
+    if tile.programs == 0:
         return walks * (blocks + 4)
-    return walks * (cdiv(blocks, tile.split) + 6) + 4 + tile.split / 2
+    share = cdiv(tiles * blocks, tile.programs)
+    return walks * (share + 10) + 4 + cdiv(blocks, share) / 2
 
 
 @triton.jit
@@ -180,13 +183,21 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _combine(part, splits, BM: tl.constexpr, D: tl.constexpr):
-    """All parts of a tile in their order. They come from L2: L1 may hold what stood there before."""
+def _part_of(program, tile, blocks, share):
+    """Where a program's part of a tile lies: its first or its last tile."""
+    return 2 * program + (program * share // blocks != tile).to(tl.int32)
+
+
+@triton.jit
+def _combine(partial, first, last, tile, blocks, share, BM: tl.constexpr, D: tl.constexpr):
+    """All parts of a tile, of programs ``first`` to ``last``, in their order. They come from L2: L1 may hold what stood
+    there before."""
     row = tl.arange(0, BM)
     top = tl.full((BM,), -1.0e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, D), tl.float32)
-    for _ in range(0, splits):
+    for program in range(first, last + 1):
+        part = partial + _part_of(program, tile, blocks, share).to(tl.int64) * (BM * (D + 2))
         other = tl.load(part + BM * D + row, cache_modifier=".cg")
         other_total = tl.load(part + BM * (D + 1) + row, cache_modifier=".cg")
         other_sums = tl.load(part + row[:, None] * D + tl.arange(0, D)[None, :], cache_modifier=".cg")
@@ -195,7 +206,6 @@ def _combine(part, splits, BM: tl.constexpr, D: tl.constexpr):
         total = total * fade + other_total * grow
         sums = sums * fade[:, None] + other_sums * grow[:, None]
         top = higher
-        part += BM * (D + 2)
     return sums, total
 
 
@@ -212,60 +222,73 @@ def _recorded_rows(
     return tl.multiple_of(first, ALIGN * ITEM) - number.to(tl.int64) * row_stride
 
 
-@triton.jit(do_not_specialize=["number", "keys", "splits"])
+@triton.jit(do_not_specialize=["number", "keys", "pairs"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-    number, keys, splits, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
+    number, keys, pairs, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, recorded_key_batch, recorded_key_row, recorded_value_batch,
     recorded_value_row, table_batch,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
-    ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SPLIT: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
+    ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    # Nothing that is loaded up to the early return waits for anything else.
-    real = tl.load(count)
-    sample, head = tl.program_id(2) // heads, tl.program_id(2) % heads
-    wide = sample.to(tl.int64)
-    row, column = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
-    query += wide * query_batch + head * HEAD_DIM
-    queries = _load(query, row, query_row, column, row < number, HEAD_DIM, D, False, ALIGN)  # [BM, D]
-
-    own_key = key + wide * key_batch + head * key_head
-    own_value = value + wide * value_batch + head * value_head
-    if TABLE:
-        table += sample * table_batch
-        recorded_key = head * HEAD_DIM + _recorded_rows(
-            key, recorded_key, sample, recorded_key_batch, number, recorded_key_row, ADDRESSES, ALIGN
-        )
-        recorded_value = head * HEAD_DIM + _recorded_rows(
-            value, recorded_value, sample, recorded_value_batch, number, recorded_value_row, ADDRESSES, ALIGN
-        )
-    if COUNTED:
-        keys = tl.minimum(keys, tl.load(key_count + sample))
-    if tl.program_id(0) * BM >= real:
-        return
-    share = tl.cdiv(tl.cdiv(keys, BN), splits) * BN
-    first = tl.program_id(1) * share
-    sums, top, total = _attend_keys(
-        queries, own_key, own_value, table, recorded_key, recorded_value, key_row, value_row, recorded_key_row,
-        recorded_value_row, number, first, tl.minimum(first + share, keys), keys, scale,
-        HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
-    if SPLIT:
-        tile = tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
-        parts = partial + tile.to(tl.int64) * splits * (BM * (D + 2))
-        _store_part(parts + tl.program_id(1) * (BM * (D + 2)), sums, top, total, BM, D)
-        tl.debug_barrier()
-        if tl.atomic_add(locks + tile, 1, sem="acq_rel") != splits - 1:
-            return
-        tl.store(locks + tile, 0)
-        sums, total = _combine(parts, splits, BM, D)
-    sums = sums / tl.maximum(total, 1.0e-30)[:, None]
-    place = (wide * number + row) * (heads * HEAD_DIM) + head * HEAD_DIM
-    good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(out + place[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+    down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
+    if SHARED:
+        share = tl.maximum(tl.cdiv(down * pairs * blocks, tl.num_programs(0)), 1)
+        unit = program * share
+        end = tl.minimum(unit + share, down * pairs * blocks)
+        first_tile, last_tile = unit // blocks, tl.cdiv(end, blocks)
+    else:
+        first_tile, last_tile = 0, (program < down).to(tl.int32)
+    for tile in tl.range(first_tile, last_tile, num_stages=1):
+        if SHARED:
+            pair = tile // down
+            place = tile - pair * down
+            begin, stop = tl.maximum(unit - tile * blocks, 0), tl.minimum(end - tile * blocks, blocks)
+        else:
+            pair, place, begin, stop = tl.program_id(1), program, 0, blocks
+        sample = pair // heads
+        head, wide = pair - sample * heads, sample.to(tl.int64)
+        row, column = place * BM + tl.arange(0, BM), tl.arange(0, D)
+        own_query = query + wide * query_batch + head * HEAD_DIM
+        queries = _load(own_query, row, query_row, column, row < number, HEAD_DIM, D, False, ALIGN)  # [BM, D]
+        own_key = key + wide * key_batch + head * key_head
+        own_value = value + wide * value_batch + head * value_head
+        there_key, there_value, own_table, own_keys = recorded_key, recorded_value, table, keys
+        if TABLE:
+            own_table = table + sample * table_batch
+            there_key = head * HEAD_DIM + _recorded_rows(
+                key, recorded_key, sample, recorded_key_batch, number, recorded_key_row, ADDRESSES, ALIGN
+            )
+            there_value = head * HEAD_DIM + _recorded_rows(
+                value, recorded_value, sample, recorded_value_batch, number, recorded_value_row, ADDRESSES, ALIGN
+            )
+        if COUNTED:
+            own_keys = tl.minimum(keys, tl.load(key_count + sample))
+        sums, top, total = _attend_keys(
+            queries, own_key, own_value, own_table, there_key, there_value, key_row, value_row, recorded_key_row,
+            recorded_value_row, number, begin * BN, tl.minimum(stop * BN, own_keys), own_keys, scale,
+            HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
+        done = True
+        if SHARED:
+            first, last = tile * blocks // share, ((tile + 1) * blocks - 1) // share
+            done = last == first
+            if last > first:
+                part = partial + _part_of(program, tile, blocks, share).to(tl.int64) * (BM * (D + 2))
+                _store_part(part, sums, top, total, BM, D)
+                tl.debug_barrier()
+                done = tl.atomic_add(locks + tile, 1, sem="acq_rel") == last - first
+                if done:
+                    tl.store(locks + tile, 0)
+                    sums, total = _combine(partial, first, last, tile, blocks, share, BM, D)
+        if done:
+            sums = sums / tl.maximum(total, 1.0e-30)[:, None]
+            at = (wide * number + row) * (heads * HEAD_DIM) + head * HEAD_DIM
+            good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
+            tl.store(out + at[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
 
 def attend_rows(
@@ -285,30 +308,31 @@ def attend_rows(
     """The reference's contract, for float32, float16 and bfloat16 and heads of up to 256 channels.
 
     Args:
-        config: tile sizes; ``None`` chooses them. A split is given up where ``locks`` are too few for it.
+        config: tile sizes; ``None`` chooses them. Each program does a tile where ``locks`` are too few for more.
     """
     query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     batch, number, width = query.shape
     head_dim = width // heads
     keys = table.shape[1] if table is not None else key.shape[-2]
     config = config or choose_config(number, keys, head_dim, batch * heads, query.element_size(), table is not None)
-    tiles = cdiv(number, config.m)
-    splits = config.split if tiles * batch * heads <= locks.numel() else 1
+    down, pairs = cdiv(number, config.m), batch * heads
+    shared = config.programs > 0 and down * pairs <= locks.numel()
+    grid = (min(config.programs, down * pairs * cdiv(keys, config.n)), 1) if shared else (down, pairs)
     out = query.new_empty(batch, number, width)  # [B, N, h*d]
     padded = max(16, next_power_of_2(head_dim))
-    size = partial_bytes(config, number, batch * heads, head_dim, locks.numel()) // 4
+    size = partial_bytes(config, number, pairs, head_dim, locks.numel()) // 4
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
     pdl = {"launch_pdl": True} if overlaps(query) else {}
-    launch(_attend, (tiles, splits, batch * heads),
+    launch(_attend, (*grid, 1),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-        number, keys, splits, heads,
+        number, keys, pairs, heads,
         (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
         *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),
         table.stride(0) if table is not None and table.shape[0] > 1 else 0,
         HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, ADDRESSES=addresses,
-        COUNTED=key_count is not None, SPLIT=splits > 1, EVEN=key_count is None and keys % config.n == 0,
+        COUNTED=key_count is not None, SHARED=shared, EVEN=key_count is None and keys % config.n == 0,
         ALIGN=_alignment(head_dim, query, key, value, recorded_key, recorded_value),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(pdl),
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **pdl,
