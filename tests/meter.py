@@ -113,7 +113,7 @@ class Allocations(TorchDispatchMode):
         given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
         self.alive = {key: kept for key, kept in self.alive.items() if not kept[0].expired()}
-        for tensor in pytree.tree_leaves(out):
+        for tensor in (leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)):
             storage = tensor.untyped_storage()
             if storage._cdata not in given:
                 self.alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()

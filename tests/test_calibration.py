@@ -35,6 +35,7 @@ class Layer:
     kind: str = "conv"
     key: tuple[Any, ...] = KEY
     numbered: bool = False
+    padding: int = 0
 
     def ways(self, rows: int) -> Sequence[Candidate]:
         return [f"{name} /{rows}" for name in self.names] if self.numbered else self.names
@@ -44,6 +45,9 @@ class Layer:
 
     def estimate(self, way: Candidate, rows: int) -> float:
         return math.ceil(rows / 48) if str(way).startswith("tile") else float(rows)  # a tile has 48 rows
+
+    def average(self, way: Candidate, rows: int) -> float:
+        return self.estimate(way, rows - self.padding)
 
 
 LAYER = Layer()
@@ -94,6 +98,15 @@ def test_times_are_carried_over_by_the_model(tmp_path: Path) -> None:
     assert timings.expect(LAYER, 128) == {"tile": 36.0}
     assert timings.expect(LAYER, 200)["tile"] == pytest.approx(60.0)
     assert timings.expect(LAYER, 300) == {}  # too far
+
+
+def test_padding_need_not_be_computed(tmp_path: Path) -> None:
+    """Timings have none; what is asked for has."""
+    timings, padded = Timings.load("cpu", tmp_path), Layer(padding=6)
+    timings.put(padded, 64, "rows", 64.0)
+    timings.put(padded, 64, "tile", 20.0)
+    assert timings.expect(padded, 64) == {"rows": 58.0, "tile": 20.0}
+    assert timings.expect(padded, 54)["tile"] == pytest.approx(10.0)  # 48 of them, one tile
 
 
 def test_what_a_candidate_becomes_for_other_rows(tmp_path: Path) -> None:
@@ -220,7 +233,7 @@ def test_machines_are_told_apart() -> None:
     here = Machine.of("cpu")
     assert here.pytorch == torch.__version__ and here.fisedit != "none"
     other = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "0.1.0")
-    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-4.json"
+    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-5.json"
     assert other.file_name != here.file_name
 
 

@@ -23,6 +23,7 @@ from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
+from fisedit.runtime.row_plan import active_counts  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import candidates  # noqa: E402
@@ -327,7 +328,8 @@ def test_work_is_split_where_tiles_are_few() -> None:
     for rows in (8, 38, 96, 130, 224):
         way = shape.ways(rows)[0]
         assert isinstance(way, Config) and way.split > 1
-        assert 40 <= -(-2 * rows // way.m) * -(-1280 // way.n) * way.split <= 132
+        active = active_counts(rows)[0]
+        assert 40 <= -(-2 * active // way.m) * -(-1280 // way.n) * way.split <= 132
     assert {way.split for way in candidates(product(0, (320, 0), 320), 8)} == {1}
     way = product(0, (5120, 0), 1280).ways(3000)[0]
     assert isinstance(way, Config) and way.split == 1

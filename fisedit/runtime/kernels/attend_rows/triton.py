@@ -99,13 +99,16 @@ def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
     four and half a block for each part. A program that has its multiprocessor for itself takes half as long again,
     waiting.
     """
-    tiles, blocks = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n)
-    each = cdiv(tile.programs or tiles, MULTIPROCESSORS)
-    walks = each + each % 2 / 2
-    if tile.programs == 0:
-        return walks * (blocks + 4)
-    share = cdiv(tiles * blocks, tile.programs)
-    return walks * (share + 10) + 4 + cdiv(blocks, share) / 2
+    tiles, blocks, programs = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n), tile.programs
+    share, begins = blocks, 4
+    if programs >= 2 * tiles:
+        share, begins = cdiv(blocks, programs // tiles), 6
+        programs = tiles * cdiv(blocks, share)
+    elif programs:
+        share, begins = cdiv(tiles * blocks, programs), 10
+    each = cdiv(programs or tiles, MULTIPROCESSORS)
+    combined = 4 + cdiv(blocks, share) / 2 if programs else 0
+    return (each + each % 2 / 2) * (share + begins) + combined
 
 
 @triton.jit
@@ -183,13 +186,23 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _part_of(program, tile, blocks, share):
-    """Where a program's part of a tile lies: its first or its last tile."""
-    return 2 * program + (program * share // blocks != tile).to(tl.int32)
+def _shares(tiles, blocks, programs):
+    """How many blocks of keys each program walks, and how many a tile counts: where programs are twice as many as
+    tiles, each has a part of one; else they go on to the next."""
+    share = tl.cdiv(tiles * blocks, programs)
+    if 2 * tiles <= programs:
+        share = tl.cdiv(blocks, programs // tiles)
+    return share, tl.where(2 * tiles <= programs, tl.cdiv(blocks, share) * share, blocks)
 
 
 @triton.jit
-def _combine(partial, first, last, tile, blocks, share, BM: tl.constexpr, D: tl.constexpr):
+def _part_of(program, tile, length, share):
+    """Where a program's part of a tile lies: its first or its last tile."""
+    return 2 * program + (program * share // length != tile).to(tl.int32)
+
+
+@triton.jit
+def _combine(partial, first, last, tile, length, share, BM: tl.constexpr, D: tl.constexpr):
     """All parts of a tile, of programs ``first`` to ``last``, in their order. They come from L2: L1 may hold what stood
     there before."""
     row = tl.arange(0, BM)
@@ -197,7 +210,7 @@ def _combine(partial, first, last, tile, blocks, share, BM: tl.constexpr, D: tl.
     total = tl.zeros((BM,), tl.float32)
     sums = tl.zeros((BM, D), tl.float32)
     for program in range(first, last + 1):
-        part = partial + _part_of(program, tile, blocks, share).to(tl.int64) * (BM * (D + 2))
+        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
         other = tl.load(part + BM * D + row, cache_modifier=".cg")
         other_total = tl.load(part + BM * (D + 1) + row, cache_modifier=".cg")
         other_sums = tl.load(part + row[:, None] * D + tl.arange(0, D)[None, :], cache_modifier=".cg")
@@ -237,17 +250,17 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
     down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if SHARED:
-        share = tl.maximum(tl.cdiv(down * pairs * blocks, tl.num_programs(0)), 1)
+        share, length = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0))
         unit = program * share
-        end = tl.minimum(unit + share, down * pairs * blocks)
-        first_tile, last_tile = unit // blocks, tl.cdiv(end, blocks)
+        end = tl.minimum(unit + share, down * pairs * length)
+        first_tile, last_tile = unit // length, tl.cdiv(end, length)
     else:
         first_tile, last_tile = 0, (program < down).to(tl.int32)
     for tile in tl.range(first_tile, last_tile, num_stages=1):
         if SHARED:
             pair = tile // down
             place = tile - pair * down
-            begin, stop = tl.maximum(unit - tile * blocks, 0), tl.minimum(end - tile * blocks, blocks)
+            begin, stop = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, blocks)
         else:
             pair, place, begin, stop = tl.program_id(1), program, 0, blocks
         sample = pair // heads
@@ -274,16 +287,16 @@ def _attend(
             HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
         done = True
         if SHARED:
-            first, last = tile * blocks // share, ((tile + 1) * blocks - 1) // share
+            first, last = tile * length // share, (tile * length + length - 1) // share
             done = last == first
             if last > first:
-                part = partial + _part_of(program, tile, blocks, share).to(tl.int64) * (BM * (D + 2))
+                part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
                 _store_part(part, sums, top, total, BM, D)
                 tl.debug_barrier()
                 done = tl.atomic_add(locks + tile, 1, sem="acq_rel") == last - first
                 if done:
                     tl.store(locks + tile, 0)
-                    sums, total = _combine(partial, first, last, tile, blocks, share, BM, D)
+                    sums, total = _combine(partial, first, last, tile, length, share, BM, D)
         if done:
             sums = sums / tl.maximum(total, 1.0e-30)[:, None]
             at = (wide * number + row) * (heads * HEAD_DIM) + head * HEAD_DIM
