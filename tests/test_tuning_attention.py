@@ -186,12 +186,14 @@ def test_a_library_that_refuses_is_never_the_fastest(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("attention", SD2, ids=lambda attention: str(attention.keys))
-def test_ways_are_few_and_the_rule_is_not_timed_twice(attention: tuning.Attention) -> None:
+def test_ways_are_few_and_what_they_become_was_timed(attention: tuning.Attention) -> None:
     for number in (8, 32, 128, 512, 2896, 5793):
         ways = tuning.candidates(attention, number)
-        assert ways[0] == RULE and len(set(map(str, ways))) == len(ways) <= 12
+        assert RULE not in ways and len(set(map(str, ways))) == len(ways) <= 12
         configs = [way for way in ways if isinstance(way, Config)]
-        assert choose_config(number, attention.keys, 64, 2 * attention.heads, 2, True) not in configs
+        assert {refit for way in configs for refit in attention.refits(way, number)} == set(configs)
+        rule = choose_config(number, attention.keys, 64, 2 * attention.heads, 2, True)
+        assert rule.programs in {way.programs for way in configs if way.m == rule.m}
         assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
 
 

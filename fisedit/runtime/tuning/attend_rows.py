@@ -128,16 +128,13 @@ class Attention:
 
 def candidates(attention: Attention, number: int) -> list[Way]:
     """The ways that are worth timing for ``number`` queries of each sample."""
-    pairs = attention.batch * attention.heads
-    shape = (number, attention.keys, pairs)
-    rule = kernel.choose_config(number, attention.keys, attention.head_dim, pairs, attention.dtype.itemsize, True)
+    shape = (number, attention.keys, attention.batch * attention.heads)
     ways: list[Way] = []
     for tile in attention.tiles:
         if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512):
             ways += [attention.fit(tile, each, number) for each in kernel.best_programs(tile, *shape)[:SHARINGS]]
     work = 2 * math.prod(shape) * attention.head_dim
-    libraries = [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
-    return [RULE, *(way for way in ways if way != rule), *libraries]
+    return ways + [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
 
 
 class Call:
