@@ -266,10 +266,10 @@ def _attend(
         sample = pair // heads
         head, wide = pair - sample * heads, sample.to(tl.int64)
         row, column = place * BM + tl.arange(0, BM), tl.arange(0, D)
-        own_query = query + wide * query_batch + head * HEAD_DIM
+        own_query = query + tl.multiple_of(wide * query_batch + head * HEAD_DIM, ALIGN)
         queries = _load(own_query, row, query_row, column, row < number, HEAD_DIM, D, False, ALIGN)  # [BM, D]
-        own_key = key + wide * key_batch + head * key_head
-        own_value = value + wide * value_batch + head * value_head
+        own_key = key + tl.multiple_of(wide * key_batch + head * key_head, ALIGN)
+        own_value = value + tl.multiple_of(wide * value_batch + head * value_head, ALIGN)
         there_key, there_value, own_table, own_keys = recorded_key, recorded_value, table, keys
         if TABLE:
             own_table = table + sample * table_batch
