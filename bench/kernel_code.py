@@ -32,7 +32,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fisedit.environment import describe_environment, environment_line
-from fisedit.runtime.kernels.multiply_rows import triton as products_of_rows
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
 from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, TILES
 
@@ -114,7 +113,8 @@ def compiling() -> Iterator[list[Code]]:
             patched.enter_context(mock.patch.object(module, "launch", launch))
             if hasattr(module, "overlaps"):
                 patched.enter_context(mock.patch.object(module, "overlaps", lambda tensor: True))
-        patched.enter_context(mock.patch.object(products_of_rows, "_multiprocessors", lambda device: MULTIPROCESSORS))
+            if hasattr(module, "multiprocessors"):
+                patched.enter_context(mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS))
         yield made
 
 

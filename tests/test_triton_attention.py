@@ -13,6 +13,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.attend_rows import triton  # noqa: E402
 from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows, choose_config  # noqa: E402
 from fisedit.runtime.kernels.gather_keys import reference as gather_reference  # noqa: E402
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys  # noqa: E402
@@ -160,9 +161,14 @@ def test_keys_and_values_are_put_in_one_piece(dtype, masks, width, number, posit
         assert torch.equal(out, rows)
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize("programs", [1, 2, 3, 5, 8, 13, 40, 1000])
-def test_any_number_of_programs_shares_the_work(programs: int) -> None:
-    """More than one tile each, parts of two tiles, parts of one, and more of them than there is work for."""
+def test_any_number_of_programs_shares_the_work(programs: int, waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than one tile each, parts of two tiles, parts of one, and more of them than there is work for. Interpreted
+    one after the other, they wait in vain."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton, "multiprocessors", lambda device: 132 * waits)
+        monkeypatch.setattr(triton, "POLLS", 2)
     query, key, value = (random(1, 40, HEADS * 16, seed=seed, dtype=torch.float32) for seed in range(3))
     given = (query, key, value, None, None, None, int32([35]), None, locks := int32([0] * 64), HEADS, None)
     whole = attend_rows(*given, config=Config(16, 16, 4, 1))[:, :35]

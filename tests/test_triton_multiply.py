@@ -87,7 +87,7 @@ def test_channels_of_the_outputs_after_those_of_a_convolution(three: bool, masks
 @pytest.mark.skipif(DEVICE == "cuda", reason="programs run at once there")
 def test_a_program_that_waits_in_vain_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter runs one after the other: the last does the rows of all, those of a gate too."""
-    monkeypatch.setattr(triton, "_multiprocessors", lambda device: 132)
+    monkeypatch.setattr(triton, "multiprocessors", lambda device: 132)
     monkeypatch.setattr(triton, "POLLS", 2)
     rows, weight = random(2, 10, 160), random(32, 160, seed=1) / 8
     for split in (2, 5):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ def next_power_of_2(number: int) -> int:
 def overlaps(tensor: Tensor) -> bool:
     """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 0 elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def current() -> Rehearsal | None:

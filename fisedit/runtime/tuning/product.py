@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv
-from fisedit.runtime.kernels.multiply_rows.triton import MOST_SPLITS, Config, choose, split_of
+from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
+from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, active_counts
 from fisedit.runtime.tuning.choose import RULE
 
@@ -154,7 +155,7 @@ def ways(product: Product, rows: int) -> list[Way]:
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
     tiles = _tiles(tile, product, rows, active_counts(rows)[0])
-    most = max(1, min(MOST_SPLITS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: average(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))

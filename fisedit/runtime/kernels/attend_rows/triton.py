@@ -2,8 +2,8 @@
 
 Attention does not ask for the order of its keys, but a merged loop over positions reads each key once, so every key
 position looks up its row: one offset that reaches either memory. Where tiles of queries do not fill the GPU evenly,
-programs take equal shares of all their keys, one tile after the other (Stream-K, Osama et al. 2023); of a tile that
-several had a part of, the last to be done combines what they found.
+programs take equal shares of all their keys, one tile after the other (Stream-K, Osama et al. 2023); those that had a
+part of one tile combine what they found.
 """
 
 from __future__ import annotations
@@ -15,11 +15,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, next_power_of_2, overlaps
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
 """Of an H100 or H200, for which ``choose_config`` was measured."""
+PIECE: tl.constexpr = tl.constexpr(16)
+"""Rows of a tile that a program combines at a time."""
+MOST: tl.constexpr = tl.constexpr(MOST_PARTS)
 SHARED_MEMORY = 226 * 1024
 """Bytes that the programs of a multiprocessor can have together."""
 
@@ -102,7 +106,7 @@ def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
     tiles, blocks, programs = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n), tile.programs
     share, begins = blocks, 4
     if programs >= 2 * tiles:
-        share, begins = cdiv(blocks, programs // tiles), 6
+        share, begins = cdiv(blocks, min(programs // tiles, MOST_PARTS)), 6
         programs = tiles * cdiv(blocks, share)
     elif programs:
         share, begins = cdiv(tiles * blocks, programs), 10
@@ -186,13 +190,14 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _shares(tiles, blocks, programs):
-    """How many blocks of keys each program walks, and how many a tile counts: where programs are twice as many as
-    tiles, each has a part of one; else they go on to the next."""
-    share = tl.cdiv(tiles * blocks, programs)
+def _shares(tiles, blocks, programs, polls):
+    """How many blocks of keys each program walks, how many a tile counts, and how long to wait for its other parts:
+    where programs are twice as many as tiles, each has a part of one; else they go on to the next, and do not wait."""
+    share, length = tl.cdiv(tiles * blocks, programs), blocks
     if 2 * tiles <= programs:
-        share = tl.cdiv(blocks, programs // tiles)
-    return share, tl.where(2 * tiles <= programs, tl.cdiv(blocks, share) * share, blocks)
+        share = tl.cdiv(blocks, tl.minimum(programs // tiles, MOST))
+        length = tl.cdiv(blocks, share) * share
+    return share, length, tl.where(2 * tiles <= programs, polls, 0)
 
 
 @triton.jit
@@ -202,24 +207,36 @@ def _part_of(program, tile, length, share):
 
 
 @triton.jit
-def _combine(partial, first, last, tile, length, share, BM: tl.constexpr, D: tl.constexpr):
-    """All parts of a tile, of programs ``first`` to ``last``, in their order. They come from L2: L1 may hold what stood
-    there before."""
-    row = tl.arange(0, BM)
-    top = tl.full((BM,), -1.0e30, tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    sums = tl.zeros((BM, D), tl.float32)
-    for program in range(first, last + 1):
-        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
-        other = tl.load(part + BM * D + row, cache_modifier=".cg")
-        other_total = tl.load(part + BM * (D + 1) + row, cache_modifier=".cg")
-        other_sums = tl.load(part + row[:, None] * D + tl.arange(0, D)[None, :], cache_modifier=".cg")
-        higher = tl.maximum(top, other)
-        fade, grow = tl.exp2(top - higher), tl.exp2(other - higher)
-        total = total * fade + other_total * grow
-        sums = sums * fade[:, None] + other_sums * grow[:, None]
-        top = higher
+def _combine(
+    partial, first, last, tile, length, share, row, PIECE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """Some rows of all parts of a tile, of programs ``first`` to ``last``, in their order. They come from L2: L1 may
+    hold what stood there before."""
+    top = tl.full((PIECE,), -1.0e30, tl.float32)
+    total = tl.zeros((PIECE,), tl.float32)
+    sums = tl.zeros((PIECE, D), tl.float32)
+    for program in range(first, last + 1, 4):
+        for more in tl.static_range(4):  # so many loads of each kind are under way
+            part = partial + _part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
+            there, inside = program + more <= last, part + row[:, None] * D + tl.arange(0, D)[None, :]
+            other_sums = tl.load(inside, mask=there, other=0.0, cache_modifier=".cg")
+            other = tl.load(part + BM * D + row, mask=there, other=-1.0e30, cache_modifier=".cg")
+            other_total = tl.load(part + BM * (D + 1) + row, mask=there, other=0.0, cache_modifier=".cg")
+            higher = tl.maximum(top, other)
+            fade, grow = tl.exp2(top - higher), tl.exp2(other - higher)
+            total = total * fade + other_total * grow
+            sums = sums * fade[:, None] + other_sums * grow[:, None]
+            top = higher
     return sums, total
+
+
+@triton.jit
+def _store_rows(out, sums, total, row, first, number, stride, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Rows of one head, ``first`` being where row 0 has it."""
+    column = tl.arange(0, D)
+    sums = sums / tl.maximum(total, 1.0e-30)[:, None]
+    good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
+    tl.store(out + (first + row * stride)[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
 
 
 @triton.jit
@@ -235,10 +252,10 @@ def _recorded_rows(
     return tl.multiple_of(first, ALIGN * ITEM) - number.to(tl.int64) * row_stride
 
 
-@triton.jit(do_not_specialize=["number", "keys", "pairs"])
+@triton.jit(do_not_specialize=["number", "keys", "pairs", "polls"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-    number, keys, pairs, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
+    number, keys, pairs, polls, heads, scale, query_batch, query_row, key_batch, key_head, key_row,
     value_batch, value_head, value_row, recorded_key_batch, recorded_key_row, recorded_value_batch,
     recorded_value_row, table_batch,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
@@ -250,7 +267,7 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
     down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if SHARED:
-        share, length = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0))
+        share, length, polls = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
         unit = program * share
         end = tl.minimum(unit + share, down * pairs * length)
         first_tile, last_tile = unit // length, tl.cdiv(end, length)
@@ -259,13 +276,13 @@ def _attend(
     for tile in tl.range(first_tile, last_tile, num_stages=1):
         if SHARED:
             pair = tile // down
-            place = tile - pair * down
+            row0 = (tile - pair * down) * BM
             begin, stop = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, blocks)
         else:
-            pair, place, begin, stop = tl.program_id(1), program, 0, blocks
+            pair, row0, begin, stop = tl.program_id(1), program * BM, 0, blocks
         sample = pair // heads
         head, wide = pair - sample * heads, sample.to(tl.int64)
-        row, column = place * BM + tl.arange(0, BM), tl.arange(0, D)
+        row, column = row0 + tl.arange(0, BM), tl.arange(0, D)
         own_query = query + tl.multiple_of(wide * query_batch + head * HEAD_DIM, ALIGN)
         queries = _load(own_query, row, query_row, column, row < number, HEAD_DIM, D, False, ALIGN)  # [BM, D]
         own_key = key + tl.multiple_of(wide * key_batch + head * key_head, ALIGN)
@@ -285,23 +302,24 @@ def _attend(
             queries, own_key, own_value, own_table, there_key, there_value, key_row, value_row, recorded_key_row,
             recorded_value_row, number, begin * BN, tl.minimum(stop * BN, own_keys), own_keys, scale,
             HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
-        done = True
+        width = heads * HEAD_DIM
+        place = wide * number * width + head * HEAD_DIM
+        whole = True
         if SHARED:
             first, last = tile * length // share, (tile * length + length - 1) // share
-            done = last == first
-            if last > first:
+            whole = first == last
+            if first < last:
                 part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
                 _store_part(part, sums, top, total, BM, D)
                 tl.debug_barrier()
-                done = tl.atomic_add(locks + tile, 1, sem="acq_rel") == last - first
-                if done:
-                    tl.store(locks + tile, 0)
-                    sums, total = _combine(partial, first, last, tile, length, share, BM, D)
-        if done:
-            sums = sums / tl.maximum(total, 1.0e-30)[:, None]
-            at = (wide * number + row) * (heads * HEAD_DIM) + head * HEAD_DIM
-            good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
-            tl.store(out + at[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
+                shares = share_out(locks + tile, program - first, last - first + 1, polls)
+                for piece in tl.range(0, BM // PIECE, num_stages=1):
+                    if (shares >> (piece % (last - first + 1))) & 1:
+                        some = piece * PIECE + tl.arange(0, PIECE)
+                        made, weights = _combine(partial, first, last, tile, length, share, some, PIECE, BM, D)
+                        _store_rows(out, made, weights, row0 + some, place, number, width, HEAD_DIM, D)
+        if whole:
+            _store_rows(out, sums, total, row, place, number, width, HEAD_DIM, D)
 
 
 def attend_rows(
@@ -330,6 +348,7 @@ def attend_rows(
     config = config or choose_config(number, keys, head_dim, batch * heads, query.element_size(), table is not None)
     down, pairs = cdiv(number, config.m), batch * heads
     shared = config.programs > 0 and down * pairs <= locks.numel()
+    most = 2 * multiprocessors(query.device)  # run at the same time, see deepen
     grid = (min(config.programs, down * pairs * cdiv(keys, config.n)), 1) if shared else (down, pairs)
     out = query.new_empty(batch, number, width)  # [B, N, h*d]
     padded = max(16, next_power_of_2(head_dim))
@@ -339,7 +358,7 @@ def attend_rows(
     pdl = {"launch_pdl": True} if overlaps(query) else {}
     launch(_attend, (*grid, 1),
         out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
-        number, keys, pairs, heads,
+        number, keys, pairs, POLLS if grid[0] <= most else 0, heads,
         (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
         *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),

@@ -11,34 +11,17 @@ import triton.language as tl
 
 from fisedit.runtime.kernels.activate import activate
 from fisedit.runtime.kernels.multiply_rows.steps import which_rows
+from fisedit.runtime.kernels.share_out import share_out
 
 
 @triton.jit
 def share_part(part, lock, sums, gates, inside, splits, polls, GATED: tl.constexpr, HALF: tl.constexpr):
-    """Write a program's part of the sums; whose rows it is to add up, a bit for each program of the tile.
-
-    Each adds up rows of its own as soon as all parts are there. It looks for them ``polls`` times; then it goes, and
-    the last one to come does its rows too. So none waits for long for one that may not be running.
-
-    The lock counts in its low byte who has come, in the next one who is done with it, and has a bit for each that went.
-    The last to be done leaves it as it was.
-    """
+    """Write a program's part of the sums; whose rows it is to add up, see :func:`share_out`."""
     tl.store(part + inside, sums)
     if GATED:
         tl.store(part + HALF + inside, gates)
     tl.debug_barrier()
-    own = 1 << tl.program_id(2)
-    state = tl.atomic_add(lock, 1, sem="acq_rel") + 1
-    went, last = state >> 16, (state & 255) == splits
-    while ((state & 255) < splits) & (polls > 0):
-        state = tl.atomic_add(lock, 0, sem="acquire")
-        polls -= 1
-    goes = (state & 255) < splits
-    state = tl.atomic_add(lock, tl.where(goes, 256 + (own << 16), 256), sem="acq_rel")
-    if ((state >> 8) & 255) == splits - 1:
-        tl.store(lock, 0)
-    here = (state & 255) == splits  # also for one that was about to go
-    return tl.where(last, own | went, tl.where(here, own, 0))
+    return share_out(lock, tl.program_id(2), splits, polls)
 
 
 @triton.jit

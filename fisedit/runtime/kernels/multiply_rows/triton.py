@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS
-from fisedit.runtime.kernels.launch import cdiv, launch, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, overlaps
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
     finish_tile,
@@ -33,12 +32,9 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     sample_of,
     which_rows,
 )
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
-POLLS = 1000
-"""How often a program looks for the parts of others, where all can run at the same time; about a millisecond."""
-MOST_SPLITS = 15
-"""Of a tile: each program has a bit of its lock."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +221,7 @@ def _launch(
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        cdiv(steps, splits), parts, POLLS if tiles_n * tiles_m * splits <= _multiprocessors(rows.device) else 0,
+        cdiv(steps, splits), parts, POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0,
         input_eps,
         GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
@@ -239,7 +235,7 @@ def _launch(
 
 def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
-    splits = min(wanted, MOST_SPLITS, steps, locks // tiles if tiles > locks else wanted)
+    splits = min(wanted, MOST_PARTS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
 
 
@@ -256,11 +252,6 @@ def _has_descriptors(tensor: Tensor) -> bool:
 def _is_aligned(tensor: Tensor) -> bool:
     """Whether a descriptor can be made of it."""
     return tensor.stride(-2) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
