@@ -197,6 +197,13 @@ def test_ways_are_few_and_what_they_become_was_timed(attention: tuning.Attention
         assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
 
 
+def test_a_library_computes_its_tiles_in_waves() -> None:
+    """Sixteen pairs by eight tiles of queries fill an H100 once; a ninth tile, padding or not, takes a second time."""
+    attention = tuning.Attention(2, 8, 40, 4096, torch.float16)
+    once, twice = (attention.average(tuning.CUDNN, rows) for rows in (1024, 1280))
+    assert twice == 2 * once == 2 * attention.estimate(tuning.CUDNN, 896)
+
+
 def test_libraries_are_asked_where_they_can_win() -> None:
     def libraries(attention: tuning.Attention, number: int) -> list[tuning.Way]:
         return [way for way in tuning.candidates(attention, number) if way in (tuning.FLASH, tuning.CUDNN)]

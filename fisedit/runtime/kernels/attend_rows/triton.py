@@ -105,7 +105,7 @@ def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
     """
     tiles, blocks, programs = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n), tile.programs
     share, begins = blocks, 4
-    if programs >= 2 * tiles:
+    if programs >= 3 * tiles:
         share, begins = cdiv(blocks, min(programs // tiles, MOST_PARTS)), 6
         programs = tiles * cdiv(blocks, share)
     elif programs:
@@ -192,12 +192,13 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _shares(tiles, blocks, programs, polls):
     """How many blocks of keys each program walks, how many a tile counts, and how long to wait for its other parts:
-    where programs are twice as many as tiles, each has a part of one; else they go on to the next, and do not wait."""
+    where programs are three times as many as tiles, each has a part of one; else they go on to the next, and do not
+    wait."""
     share, length = tl.cdiv(tiles * blocks, programs), blocks
-    if 2 * tiles <= programs:
+    if 3 * tiles <= programs:
         share = tl.cdiv(blocks, tl.minimum(programs // tiles, MOST))
         length = tl.cdiv(blocks, share) * share
-    return share, length, tl.where(2 * tiles <= programs, polls, 0)
+    return share, length, tl.where(3 * tiles <= programs, polls, 0)
 
 
 @triton.jit
