@@ -176,12 +176,12 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     """As deep as the tile says and fits; no deeper than lets two programs share a multiprocessor, where they can: one
     starts or ends while the other multiplies.
 
-    Where there is a multiprocessor for each program, deep enough that no two fit into one. While the kernel before them
+    Where there is a multiprocessor for each program, deep enough that no two fit into one: while the kernel before them
     ends, programs start where there is room, and two in one place take twice as long as the rest.
     """
     wanted = next(of.stages for of in TILES if (of.m, of.n, of.k, of.warps) == (tile.m, tile.n, tile.k, tile.warps))
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
-    if programs <= MULTIPROCESSORS and _loop(tile, product) >= LONG:
+    if programs <= MULTIPROCESSORS:
         return min(max(wanted, shared + 1), deep)
     alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
     return min(wanted, shared if shared >= 3 and not alone else deep)
@@ -203,8 +203,6 @@ MEMORY, FULL = 0.31, 120
 """µs for each MB of weights, if so many programs ask for them."""
 FINISH, PART, PARTS = 0.09, 0.19, 0.044
 """µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
-LONG = 3.0
-"""µs of a loop from which on a program has a multiprocessor for itself rather than start while others end."""
 
 
 @cache
@@ -224,8 +222,10 @@ def estimate(way: Config, product: Product, rows: int, active: int) -> float:
     """
     tiles = _tiles(way, product, rows, active)
     wide = way.n * (2 if product.gated else 1)
+    taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
+    step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
-    loop = load * _loop(way, product)
+    loop = cdiv(product.steps(way.k), way.split) * load * step
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
     memory *= max(1.0, FULL / (tiles * way.split))
     area, parts = way.m * wide / 1024, 0.0
@@ -233,14 +233,6 @@ def estimate(way: Config, product: Product, rows: int, active: int) -> float:
         together = tiles * way.split <= MULTIPROCESSORS
         parts = SPLIT + area * (PART if together else PARTS * way.split * load)
     return START + max(loop, memory) + area * FINISH * load + parts
-
-
-def _loop(way: Config, product: Product) -> float:
-    """µs of the loop of a program that has a multiprocessor for itself."""
-    wide = way.n * (2 if product.gated else 1)
-    taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
-    step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
-    return cdiv(product.steps(way.k), way.split) * step
 
 
 def workspace(way: Way, product: Product, rows: int) -> int:

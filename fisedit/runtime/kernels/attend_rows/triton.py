@@ -21,6 +21,8 @@ from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
 """Of an H100 or H200, for which ``choose_config`` was measured."""
+DEEPEST = 15
+"""Stages: before its first product, a program runs through all but one."""
 PIECE: tl.constexpr = tl.constexpr(16)
 """Rows of a tile that a program combines at a time."""
 MOST: tl.constexpr = tl.constexpr(MOST_PARTS)
@@ -75,12 +77,12 @@ def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
     """A tile whose pipeline is deep enough that no more programs fit into a multiprocessor than each of them gets: one
     more than elsewhere would take longer, and while the kernel before them ends they start where there is room."""
     each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
-    row = 2 * next_power_of_2(head_dim)  # bytes in half precision
+    row = 2 * max(16, next_power_of_2(head_dim))  # bytes in half precision
     own, block = tile.m * row, tile.n * (2 * row + 4)  # queries; keys, values and their table
     blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
-    fits = each <= 2 and own + blocks * block <= SHARED_MEMORY // each
-    # A block is loaded two stages after its table.
-    return replace(tile, stages=max(tile.stages, 2 * blocks - 1)) if fits else tile
+    stages = 2 * blocks - 1  # a block is loaded two stages after its table
+    fits = each <= 2 and stages <= DEEPEST and own + blocks * block <= SHARED_MEMORY // each
+    return replace(tile, stages=max(tile.stages, stages)) if fits else tile
 
 
 def partial_bytes(tile: Config, queries: int, pairs: int, head_dim: int, locks: int) -> int:
