@@ -58,11 +58,11 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
     if itemsize == 4:
         tile = Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 1)
     elif keys <= 128 and head_dim > 64:
-        tile = Config(64, 32, 4, 2)
+        tile = Config(64, 32, 4, 2) if head_dim > 128 else Config(32, 128, 4, 2)
     elif head_dim > 128:
         tile = Config(64, 64, 8, 3)
     elif keys <= 128:
-        tile = Config(64, 128 if keys > 64 else 64, 4, 1)
+        tile = Config(64, 128 if keys > 64 else 64, 4, 2)
     elif head_dim > 64:
         tile = Config(64, 64, 4, 3, registers=168)
     elif queries > 64:

@@ -59,9 +59,9 @@ def scale_rows(x, scales, affine, plane, stride, sample, lowest, highest, column
 
 
 @triton.jit
-def load_deviation(moments, place, valid, parts, plane, channels, eps):
-    """Mean of each row, and one over its deviation: from sums of its channels and of their squares, in parts."""
-    AHEAD: tl.constexpr = 16  # so many loads of each are under way
+def load_deviation(moments, place, valid, parts, plane, channels, eps, AHEAD: tl.constexpr):
+    """Mean of each row, and one over its deviation: from sums of its channels and of their squares, in parts, so many
+    of which are loaded at a time."""
     own = moments + place.to(tl.int64)
     sums, squares = tl.zeros(place.shape, tl.float32), tl.zeros(place.shape, tl.float32)
     for first in range(0, parts, AHEAD):
@@ -183,7 +183,7 @@ def finish_piece(
     made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane,
     affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
-    GATHER: tl.constexpr, PAIR: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """:func:`finish_tile` for the share of a tile's rows of number ``piece``, at most ``PIECE``, whose sums lie in
@@ -200,7 +200,7 @@ def finish_piece(
     gates = add_parts(part + BM * BN, splits, inside, there, SIZE, AHEAD) if GATED else sums
     mean, rstd = sample, sample
     if CENTER:
-        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps)
+        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps, PARTS)
     finish_tile(
         sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
         highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch,
@@ -214,7 +214,7 @@ def finish_shares(
     moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column, within, tile_n, co,
     plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr,
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PIECE: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
     """:func:`share_part`, and :func:`finish_piece` for the rows that a program is to add up."""
     BM: tl.constexpr = sums.shape[0]
@@ -231,5 +231,5 @@ def finish_shares(
                 part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
                 made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch, column, within,
                 tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL,
-                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PIECE, BM, BN, SIZE,
+                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
             )  # fmt: skip

@@ -35,6 +35,8 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
+NARROWEST, MOST_MOMENTS = 32, 48
+"""Columns of a tile, each of which makes a part of its rows' moments, and parts that are loaded at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _multiply(
     AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
     NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
     EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
-    WIDE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CENTER: tl.constexpr = moments is not None
     SPLIT: tl.constexpr = PIECE > 0
@@ -104,7 +106,7 @@ def _multiply(
         )  # fmt: skip
     mean, rstd = sample, sample
     if CENTER and not SPLIT:
-        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps)
+        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps, PARTS)
     sums = tl.zeros((BM, BN), tl.float32)
     gates = tl.zeros((BM, BN), tl.float32)
     if GATHER:
@@ -128,7 +130,7 @@ def _multiply(
             partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine,
             normalized, moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column,
             within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
-            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PIECE,
+            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE,
         )  # fmt: skip
     else:
         finish_tile(
@@ -226,7 +228,8 @@ def _launch(
         GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
         BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
-        WIDE=(n_in + 16 * positions) * c1 >= 2**31, EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
+        WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
+        EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
         PIECE=piece_of(config.m, splits), EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
