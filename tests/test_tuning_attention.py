@@ -197,11 +197,14 @@ def test_ways_are_few_and_what_they_become_was_timed(attention: tuning.Attention
         assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
 
 
-def test_a_library_computes_its_tiles_in_waves() -> None:
-    """Sixteen pairs by eight tiles of queries fill an H100 once; a ninth tile, padding or not, takes a second time."""
-    attention = tuning.Attention(2, 8, 40, 4096, torch.float16)
-    once, twice = (attention.average(tuning.CUDNN, rows) for rows in (1024, 1280))
-    assert twice == 2 * once == 2 * attention.estimate(tuning.CUDNN, 896)
+def test_cudnn_is_not_taken_for_faster_than_it_was_measured(tmp_path: Path) -> None:
+    """An H100 computes 1024 queries at once, and as many more after them: times from one."""
+    attention, timings = tuning.Attention(2, 8, 40, 4096, torch.float16), Timings.load("cpu", tmp_path)
+    timings.put(attention, 1024, tuning.CUDNN, 50.5)
+    timings.put(attention, 2048, tuning.CUDNN, 85.5)
+    assert timings.expect(attention, 1024) == {tuning.CUDNN: 50.5}
+    assert 85 < timings.expect(attention, 1280)[tuning.CUDNN] < 101
+    assert 85 < timings.expect(attention, 1792)[tuning.CUDNN] < 101
 
 
 def test_libraries_are_asked_where_they_can_win() -> None:

@@ -16,7 +16,7 @@ from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
-from fisedit.runtime.kernels.launch import cdiv, current
+from fisedit.runtime.kernels.launch import cdiv, current, next_power_of_2
 from fisedit.runtime.row_plan import LOCKS, active_counts
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
@@ -39,7 +39,7 @@ SHARINGS = 2
 """Numbers of programs that are timed of each tile: the best ones, as far as one can tell."""
 LARGEST_HEAD = {FLASH: 256, CUDNN: 128}
 """Channels of a head that a library takes; always a multiple of 8."""
-CUDNN_TILE = 128
+CUDNN_TILE = 64
 """Queries of a tile there."""
 LEAST_WORK = 1 << 30
 """Multiply-adds from which on it may pay to write keys and values first."""
@@ -114,13 +114,13 @@ class Attention:
 
     def estimate(self, way: Any, rows: int) -> float:
         pairs = self.batch * self.heads
-        if way == CUDNN:  # a tile for each multiprocessor, again and again
-            return cdiv(cdiv(rows, CUDNN_TILE) * pairs, kernel.MULTIPROCESSORS)
+        if way == CUDNN:  # two tiles for each multiprocessor, again and again
+            return cdiv(cdiv(rows, CUDNN_TILE) * pairs, 2 * kernel.MULTIPROCESSORS)
         return kernel.cost(way, rows, self.keys, pairs) if isinstance(way, kernel.Config) else 1.0
 
     def average(self, way: Any, rows: int) -> float:
-        if not isinstance(way, kernel.Config):
-            return self.estimate(way, rows)  # which computes the padding too
+        if way == CUDNN:  # how its steps lie between two measurements is not known: no faster than the upper one
+            return self.estimate(way, next_power_of_2(rows))
         return sum(self.estimate(way, active) for active in active_counts(rows)) / 2
 
     def workspace(self, way: Any, rows: int) -> int:
