@@ -1,7 +1,7 @@
 """What the compiler makes of each kernel: instructions, registers, spilled bytes. It needs no GPU.
 
     python bench/kernel_code.py                          each kernel at the shapes of SD2's U-Net, as the rules choose
-    python bench/kernel_code.py --tiles                  products in every tile that may be timed
+    python bench/kernel_code.py --tiles                  products and self-attentions in the tiles that may be timed
     python bench/kernel_code.py --tiles --only 128x128   those whose line matches a regular expression
 
 Instructions are those of a warp: before the main loop, in one of its rounds (0: there is no loop with products), and
@@ -32,7 +32,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fisedit.environment import describe_environment, environment_line
+from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
+from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, TILES
 
 H100 = GPUTarget("cuda", 90, 32)
@@ -131,7 +133,15 @@ def chosen(only: str) -> Iterator[tuple[str, Code]]:
 
 
 def tiles(only: str) -> Iterator[tuple[str, Code]]:
-    """Products with what follows them, in every tile that fits a multiprocessor; of names that match ``only``."""
+    """Products with what follows them, in every tile that fits a multiprocessor, and self-attentions; of names that
+    match ``only``."""
+    for attention in (Attention(2, 5, 64, 9216, torch.float16), Attention(2, 8, 40, 4096, torch.float16)):
+        for way in attention.ways(512):
+            name = f"heads of {attention.head_dim}, {way}"
+            if isinstance(way, Config) and re.search(only, name):
+                with compiling() as made:
+                    attend_rows(**self_attention(attention, 512), config=way)
+                yield from ((name, code) for code in made)
     for tile in TILES:
         for kind, given in products(512, 640).items():
             name = f"{kind}, {tile}"
@@ -139,6 +149,18 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 with compiling() as made:
                     multiply_rows(**given, config=tile)
                 yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
+
+
+def self_attention(attention: Attention, rows: int) -> dict[str, Any]:
+    """Its arguments: rows are slices of one product's, recorded maps are given by their addresses."""
+    width = attention.heads * attention.head_dim
+    query, key, value = torch.zeros(2, rows, 3 * width, dtype=attention.dtype).chunk(3, -1)
+    addresses = torch.zeros(2, dtype=torch.int64)
+    return {
+        "query": query, "key": key, "value": value, "recorded_key": addresses, "recorded_value": addresses,
+        "table": torch.zeros(1, attention.keys, dtype=torch.int32), "count": torch.zeros(1, dtype=torch.int32),
+        "key_count": None, "locks": torch.zeros(1 << 14, dtype=torch.int32), "heads": attention.heads, "scale": None,
+    }  # fmt: skip
 
 
 def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
@@ -167,7 +189,7 @@ def products(rows: int, c: int) -> dict[str, dict[str, Any]]:
 
 
 def main(
-    tiled: Annotated[bool, typer.Option("--tiles", help="Products in every tile that may be timed.")] = False,
+    tiled: Annotated[bool, typer.Option("--tiles", help="In the tiles that may be timed.")] = False,
     only: Annotated[str, typer.Option(help="A regular expression for the lines to show.")] = "",
 ) -> None:
     """Compile and count."""

@@ -12,8 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
-from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
-from fisedit.runtime.kernels.attend_rows import triton  # noqa: E402
+from fisedit.runtime.kernels.attend_rows import reference, triton  # noqa: E402
 from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows, choose_config  # noqa: E402
 from fisedit.runtime.kernels.gather_keys import reference as gather_reference  # noqa: E402
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys  # noqa: E402

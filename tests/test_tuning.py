@@ -23,7 +23,7 @@ from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
-from fisedit.runtime.row_plan import active_counts  # noqa: E402
+from fisedit.runtime.row_plan import active_counts, bucket  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import candidates  # noqa: E402
@@ -333,6 +333,21 @@ def test_work_is_split_where_tiles_are_few() -> None:
     assert {way.split for way in candidates(product(0, (320, 0), 320), 8)} == {1}
     way = product(0, (5120, 0), 1280).ways(3000)[0]
     assert isinstance(way, Config) and way.split == 1
+
+
+def test_active_counts_are_padded_to_their_number() -> None:
+    for rows in (8, 12, 64, 80, 512, 640, 3072):
+        assert all(bucket(active, 10_000) == rows for active in active_counts(rows))
+
+
+def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:
+    """Where there is one for each, half of its shared memory is not enough for any."""
+    for shape, rows in ((product(9, (320, 0), 320), 512), (product(0, (1280, 0), 1280), 48),
+                        (product(9, (1280, 0), 1280), 16), (product(0, (640, 0), 640), 1024)):  # fmt: skip
+        for way in candidates(shape, rows):
+            programs = -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
+            memory = (way.stages - (way.m < 64)) * (way.m + way.n) * way.k * 2
+            assert programs > 132 or memory > 113 * 1024
 
 
 def test_a_tile_is_fitted_to_another_number_of_rows() -> None:

@@ -197,6 +197,18 @@ def test_ways_are_few_and_what_they_become_was_timed(attention: tuning.Attention
         assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
 
 
+@pytest.mark.parametrize("attention", SD2, ids=lambda attention: str(attention.keys))
+def test_no_more_programs_fit_a_multiprocessor_than_it_gets(attention: tuning.Attention) -> None:
+    """Of 228 KB, a program takes one, its queries, and the blocks of keys and values that are on their way."""
+    for number in (16, 160, 512, 768):
+        for way in attention.ways(number):
+            if isinstance(way, Config) and way.n >= 64:
+                programs = way.programs or -(-number // way.m) * 2 * attention.heads
+                each = -(-programs // 132)
+                memory = 1024 + way.m * 128 + (way.stages + 1) // 2 * way.n * 260
+                assert each > 2 or (each + 1) * memory > 228 * 1024 >= each * memory
+
+
 def test_cudnn_is_not_taken_for_faster_than_it_was_measured(tmp_path: Path) -> None:
     """An H100 computes 1024 queries at once, and as many more after them: times from one."""
     attention, timings = tuning.Attention(2, 8, 40, 4096, torch.float16), Timings.load("cpu", tmp_path)
