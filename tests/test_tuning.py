@@ -25,6 +25,7 @@ from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.row_plan import active_counts, bucket  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
+from fisedit.runtime.tuning import product as product_module  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import candidates  # noqa: E402
 
@@ -348,6 +349,14 @@ def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:
             programs = -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
             memory = (way.stages - (way.m < 64)) * (way.m + way.n) * way.k * 2
             assert programs > 132 or memory > 113 * 1024
+
+
+def test_two_programs_may_share_where_none_starts_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As before Hopper: one starts or ends while the other multiplies."""
+    monkeypatch.setattr(product_module, "starts_early", lambda: False)
+    shape = product(9, (640, 0), 640, "bias only here")
+    (way,) = [way for way in candidates(shape, 160) if (way.m, way.n, way.k) == (64, 128, 64)]
+    assert 2 * way.stages * (64 + 128) * 64 * 2 <= 227 * 1024
 
 
 def test_a_tile_is_fitted_to_another_number_of_rows() -> None:

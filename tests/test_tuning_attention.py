@@ -18,6 +18,7 @@ if DEVICE == "cpu":
 
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.kernels.attend_rows import reference  # noqa: E402
+from fisedit.runtime.kernels.attend_rows import triton as kernel  # noqa: E402
 from fisedit.runtime.kernels.attend_rows.triton import Config, choose_config  # noqa: E402
 from fisedit.runtime.kernels.gather_keys import triton as gather_keys  # noqa: E402
 from fisedit.runtime.kernels.launch import rehearse  # noqa: E402
@@ -207,6 +208,15 @@ def test_no_more_programs_fit_a_multiprocessor_than_it_gets(attention: tuning.At
                 each = -(-programs // 132)
                 memory = 1024 + way.m * 128 + (way.stages + 1) // 2 * way.n * 260
                 assert each > 2 or (each + 1) * memory > 228 * 1024 >= each * memory
+
+
+def test_pipelines_are_short_where_no_program_starts_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before Hopper, which has the most shared memory."""
+    deep = SD2[1].ways(160)
+    monkeypatch.setattr(kernel, "starts_early", lambda: False)
+    for way, short in zip(deep, SD2[1].ways(160), strict=True):
+        if isinstance(way, Config) and isinstance(short, Config) and way.programs == 132 and way.n >= 64:
+            assert short.stages <= 5 < way.stages
 
 
 def test_cudnn_is_not_taken_for_faster_than_it_was_measured(tmp_path: Path) -> None:

@@ -54,6 +54,13 @@ def overlaps(tensor: Tensor) -> bool:
 
 
 @cache
+def starts_early() -> bool:
+    """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without
+    one, on an H100."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Of a GPU; 0 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisedit.runtime.kernels.launch import cdiv
+from fisedit.runtime.kernels.launch import cdiv, starts_early
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, active_counts
@@ -181,7 +181,7 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     """
     wanted = next(of.stages for of in TILES if (of.m, of.n, of.k, of.warps) == (tile.m, tile.n, tile.k, tile.warps))
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
-    if programs <= MULTIPROCESSORS:
+    if programs <= MULTIPROCESSORS and starts_early():
         return min(max(wanted, shared + 1), deep)
     alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
     return min(wanted, shared if shared >= 3 and not alone else deep)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, next_power_of_2, overlaps
+from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, next_power_of_2, overlaps, starts_early
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
 
 LOG2_E = 1.4426950408889634
@@ -75,7 +75,10 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
 
 def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
     """A tile whose pipeline is deep enough that no more programs fit into a multiprocessor than each of them gets: one
-    more than elsewhere would take longer, and while the kernel before them ends they start where there is room."""
+    more than elsewhere would take longer, and while the kernel before them ends they start where there is room. GPUs
+    that do not start them then have less shared memory, too: there a tile stays as it is."""
+    if not starts_early():
+        return tile
     each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
     row = 2 * max(16, next_power_of_2(head_dim))  # bytes in half precision
     own, block = tile.m * row, tile.n * (2 * row + 4)  # queries; keys, values and their table
