@@ -258,6 +258,26 @@ def _recorded_rows(
     return tl.multiple_of(first, ALIGN * ITEM) - number.to(tl.int64) * row_stride
 
 
+@triton.jit
+def _finish_shared(
+    out, partial, locks, sums, top, total, program, tile, length, share, polls, row0, place, number, width,
+    HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    """Whether a program had all of a tile; if not, write its part, and the rows of the result that it is to combine."""
+    first, last = tile * length // share, (tile * length + length - 1) // share
+    if first < last:
+        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
+        _store_part(part, sums, top, total, BM, D)
+        tl.debug_barrier()
+        shares = share_out(locks + tile, program - first, last - first + 1, polls)
+        for piece in tl.range(0, BM // PIECE, num_stages=1):
+            if (shares >> (piece % (last - first + 1))) & 1:
+                some = piece * PIECE + tl.arange(0, PIECE)
+                made, weights = _combine(partial, first, last, tile, length, share, some, PIECE, BM, D)
+                _store_rows(out, made, weights, row0 + some, place, number, width, HEAD_DIM, D)
+    return first == last
+
+
 @triton.jit(do_not_specialize=["number", "keys", "pairs", "polls"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
@@ -312,18 +332,9 @@ def _attend(
         place = wide * number * width + head * HEAD_DIM
         whole = True
         if SHARED:
-            first, last = tile * length // share, (tile * length + length - 1) // share
-            whole = first == last
-            if first < last:
-                part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
-                _store_part(part, sums, top, total, BM, D)
-                tl.debug_barrier()
-                shares = share_out(locks + tile, program - first, last - first + 1, polls)
-                for piece in tl.range(0, BM // PIECE, num_stages=1):
-                    if (shares >> (piece % (last - first + 1))) & 1:
-                        some = piece * PIECE + tl.arange(0, PIECE)
-                        made, weights = _combine(partial, first, last, tile, length, share, some, PIECE, BM, D)
-                        _store_rows(out, made, weights, row0 + some, place, number, width, HEAD_DIM, D)
+            whole = _finish_shared(
+                out, partial, locks, sums, top, total, program, tile, length, share, polls, row0, place, number, width,
+                HEAD_DIM, D, BM)  # fmt: skip
         if whole:
             _store_rows(out, sums, total, row, place, number, width, HEAD_DIM, D)
 
