@@ -50,20 +50,8 @@ class Shape(Protocol):
         """The candidates that are worth measuring for a number of rows of each sample."""
         ...
 
-    def refits(self, way: Candidate, rows: int) -> Sequence[Candidate]:
-        """What becomes of a candidate for another number of rows."""
-        ...
 
-    def estimate(self, way: Candidate, rows: int) -> float:
-        """What a candidate takes, in any unit, by a model: it carries measurements over to other numbers of rows."""
-        ...
-
-    def average(self, way: Candidate, rows: int) -> float:
-        """The estimate for the numbers of active rows that are padded to ``rows``, on average."""
-        ...
-
-
-SCHEMA = 5
+SCHEMA = 6
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 
@@ -159,27 +147,10 @@ class Timings:
                     self.put(shape, number, way, measure(way, number))
 
     def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
-        """µs of each candidate where active rows are padded to ``rows``, from measurements at the powers of two around
-        it: what the model takes for both is in the same proportion. Nothing where neither was measured."""
-        share, found = math.log2(rows) % 1, dict[Candidate, list[tuple[float, float]]]()
-        around = {1 << (rows - 1).bit_length(): share, 1 << (rows.bit_length() - 1): 1 - share}
-        for point, weight in around.items():
-            for way, time in self.carried(shape, point, rows).items():
-                found.setdefault(way, []).append((time, weight))
-        return {way: _mean(times) for way, times in found.items()}
-
-    def carried(self, shape: Shape, point: int, rows: int) -> dict[Candidate, float]:
-        """What was measured at one number of rows, for another one: of each candidate, from what is most like it."""
-        times, nearest = self.times(shape, point), dict[Candidate, tuple[float, float]]()
-        for way in shape.ways(point) if times else ():
-            time = times.get(str(way), math.inf)
-            if math.isinf(time):
-                continue
-            before = shape.estimate(way, point)
-            for refit in shape.refits(way, rows):
-                ratio = shape.average(refit, rows) / before
-                nearest[refit] = min(nearest.get(refit, (math.inf, 0.0)), (abs(math.log(ratio)), time * ratio))
-        return {way: time for way, (_, time) in nearest.items()}
+        """µs of each candidate for a number of rows, as far as they were measured and can run."""
+        times = self.times(shape, rows)
+        found = {way: times.get(str(way), math.inf) for way in (shape.ways(rows) if times else ())}
+        return {way: time for way, time in found.items() if math.isfinite(time)}
 
     @contextmanager
     def collect(self) -> Iterator[list[Choice]]:
@@ -235,19 +206,6 @@ class Timings:
             except OSError:
                 self.path = None  # read-only home: measured again by the next process
             self._unsaved = False
-
-
-def _mean(times: Sequence[tuple[float, float]]) -> float:
-    """The geometric mean of weighted times."""
-    if len(times) == 1:
-        return times[0][0]
-    whole = sum(weight for _, weight in times)
-    return math.exp(sum(weight * math.log(time) for time, weight in times) / whole)
-
-
-def points(largest: int, smallest: int = 1) -> list[int]:
-    """The numbers of rows that are measured: powers of two from ``smallest``, itself one, to ``largest``."""
-    return [1 << power for power in range(smallest.bit_length() - 1, max(largest, smallest).bit_length())]
 
 
 def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int = 5) -> float:

@@ -29,10 +29,17 @@ def bucket(rows: int, positions: int) -> int:
     return min(size, positions)
 
 
-def active_counts(padded: int) -> tuple[int, int]:
-    """Two numbers of active rows that stand for all that :func:`bucket` pads to this one."""
-    step = _step(padded)
-    return padded - 3 * step // 4, padded - step // 4
+def buckets(positions: int) -> list[int]:
+    """All numbers of rows that a level of so many positions can be padded to."""
+    found = [bucket(1, positions)]
+    while found[-1] < positions:
+        found.append(bucket(found[-1] + 1, positions))
+    return found
+
+
+def typical(padded: int) -> int:
+    """The number in the middle of those that :func:`bucket` pads to this one."""
+    return padded - _step(padded) // 2
 
 
 def _step(rows: int) -> int:

@@ -53,6 +53,16 @@ def overlaps(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
+def has_descriptors(tensor: Tensor) -> bool:
+    """Whether tiles of tensors can be read by descriptor on a tensor's device: TMA, or the interpreter's stand-in."""
+    return overlaps(tensor) or not tensor.is_cuda
+
+
+def is_aligned(rows: Tensor) -> bool:
+    """Whether a descriptor can be made of ``[..., N, C]``."""
+    return rows.stride(-2) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
+
+
 @cache
 def starts_early() -> bool:
     """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without

@@ -16,20 +16,20 @@ from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
-from fisedit.runtime.kernels.launch import cdiv, current, next_power_of_2
-from fisedit.runtime.row_plan import LOCKS, active_counts
+from fisedit.runtime.kernels.launch import current
+from fisedit.runtime.row_plan import LOCKS, bucket, buckets, typical
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 
-FLASH, CUDNN = "flash", "cudnn"
+CUDNN = "cudnn"
 Way = str | kernel.Config
-"""The kernel by its own rule, in a configuration, or a library's attention after keys and values are gathered."""
+"""The kernel by its own rule, in a configuration, or cuDNN's attention after keys and values are gathered."""
 TILES = {
     64: (
         kernel.Config(64, 32, 4, 5),
-        kernel.Config(64, 64, 4, 5, registers=128),
-        kernel.Config(64, 64, 4, 3),
+        kernel.Config(64, 64, 4, 5),
         kernel.Config(64, 128, 4, 3),
-        kernel.Config(128, 64, 8, 5, registers=128),
+        kernel.Config(128, 64, 4, 5),
+        kernel.Config(64, 128, 4, 3, whole=True),
     ),
     128: (kernel.Config(64, 32, 4, 5), kernel.Config(64, 64, 4, 5), kernel.Config(64, 64, 4, 3, registers=168)),
     256: (kernel.Config(64, 32, 4, 3), kernel.Config(64, 64, 8, 3)),
@@ -37,12 +37,10 @@ TILES = {
 """By the channels of a head, at most."""
 SHARINGS = 2
 """Numbers of programs that are timed of each tile: the best ones, as far as one can tell."""
-LARGEST_HEAD = {FLASH: 256, CUDNN: 128}
-"""Channels of a head that a library takes; always a multiple of 8."""
-CUDNN_TILE = 64
-"""Queries of a tile there."""
-LEAST_WORK = 1 << 30
-"""Multiply-adds from which on it may pay to write keys and values first."""
+LARGEST_CUDNN = 128
+"""Channels of a head that it takes."""
+LEAST_WORK = 1 << 32
+"""Multiply-adds from which on it may pay to put keys and values in one piece first."""
 NAMES = tuple(inspect.signature(reference.attend_rows).parameters)
 
 
@@ -96,51 +94,31 @@ class Attention:
         """See :class:`fisedit.runtime.calibration.Shape`."""
         return candidates(self, rows)
 
-    def refits(self, way: Any, rows: int) -> list[Way]:
-        if not isinstance(way, kernel.Config):
-            return [way]
-        best = kernel.best_programs(way, rows, self.keys, self.batch * self.heads)[0]
-        return [self.fit(way, programs, rows) for programs in dict.fromkeys((way.programs, best))]
-
-    def fit(self, way: kernel.Config, programs: int, rows: int) -> kernel.Config:
-        """A tile, as deep as suits its programs."""
-        sizes = (way.m, way.n, way.warps, way.registers)
-        tile = next(of for of in self.tiles if (of.m, of.n, of.warps, of.registers) == sizes)
-        return kernel.deepen(replace(tile, programs=programs), rows, self.batch * self.heads, self.head_dim)
-
     @property
     def tiles(self) -> tuple[kernel.Config, ...]:
         return next(tiles for largest, tiles in TILES.items() if self.head_dim <= largest)
 
-    def estimate(self, way: Any, rows: int) -> float:
-        pairs = self.batch * self.heads
-        if way == CUDNN:  # two tiles for each multiprocessor, again and again
-            return cdiv(cdiv(rows, CUDNN_TILE) * pairs, 2 * kernel.MULTIPROCESSORS)
-        return kernel.cost(way, rows, self.keys, pairs) if isinstance(way, kernel.Config) else 1.0
-
-    def average(self, way: Any, rows: int) -> float:
-        if way == CUDNN:  # how its steps lie between two measurements is not known: no faster than the upper one
-            return self.estimate(way, next_power_of_2(rows))
-        return sum(self.estimate(way, active) for active in active_counts(rows)) / 2
-
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives: gathered keys and values, and sums in parts."""
-        if way in (FLASH, CUDNN):
-            return 2 * self.batch * self.keys * self.heads * self.head_dim * self.dtype.itemsize
         pairs, item = self.batch * self.heads, self.dtype.itemsize
+        whole = 2 * pairs * self.keys * self.head_dim * item
+        if way == CUDNN:
+            return whole
         rule = kernel.choose_config(rows, self.keys, self.head_dim, pairs, item, True)
-        return kernel.partial_bytes(way if isinstance(way, kernel.Config) else rule, rows, pairs, self.head_dim, LOCKS)
+        tile = way if isinstance(way, kernel.Config) else rule
+        return whole * tile.whole + kernel.partial_bytes(tile, rows, pairs, self.head_dim, LOCKS)
 
 
 def candidates(attention: Attention, number: int) -> list[Way]:
     """The ways that are worth timing for ``number`` queries of each sample."""
-    shape = (number, attention.keys, attention.batch * attention.heads)
-    ways: list[Way] = []
+    pairs, active = attention.batch * attention.heads, typical(number)
+    shape = (active, attention.keys, pairs)
+    work, ways = 2 * math.prod(shape) * attention.head_dim, list[Way]()
     for tile in attention.tiles:
-        if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512):
-            ways += [attention.fit(tile, each, number) for each in kernel.best_programs(tile, *shape)[:SHARINGS]]
-    work = 2 * math.prod(shape) * attention.head_dim
-    return ways + [way for way, largest in LARGEST_HEAD.items() if attention.head_dim <= largest and work >= LEAST_WORK]
+        if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512) and (not tile.whole or work >= LEAST_WORK):
+            shared = (replace(tile, programs=each) for each in kernel.best_programs(tile, *shape)[:SHARINGS])
+            ways += [kernel.deepen(way, active, pairs, attention.head_dim) for way in shared]
+    return ways + [CUDNN] * (attention.head_dim <= LARGEST_CUDNN and work >= LEAST_WORK)
 
 
 class Call:
@@ -148,7 +126,7 @@ class Call:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.shape = given, Attention.of(given)
-        self.number, self.positions = int(given["query"].shape[1]), self.shape.keys
+        self.number, self.numbers = bucket(given["query"].shape[1], self.shape.keys), buckets(self.shape.keys)
 
     def run(self, way: Any) -> Tensor:
         return run(way, self.given)
@@ -165,23 +143,27 @@ class Call:
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Tensor:
-    if way in (FLASH, CUDNN):
-        return _library(way, given)
-    return kernel.attend_rows(**given, config=way if isinstance(way, kernel.Config) else None)
+    config = way if isinstance(way, kernel.Config) else None
+    if way == CUDNN or (config is not None and config.whole):
+        given = {**given, **in_one_piece(given)}
+    return _cudnn(given) if way == CUDNN else kernel.attend_rows(**given, config=config)
 
 
-def _library(way: Way, given: Mapping[str, Any]) -> Tensor:
-    """Keys and values in one piece each, then PyTorch's attention: of one library by its own op, since to allow only
-    this one in ``scaled_dot_product_attention`` would be a setting of all threads."""
+def in_one_piece(given: Mapping[str, Any]) -> dict[str, Tensor | None]:
+    """Arguments for keys and values ``[B, R, C]`` of the whole map, the recorded ones renewed by those of active rows."""
+    names = ("key", "value", "recorded_key", "recorded_value", "table")
+    key, value = gather_keys(*(given[name] for name in names))
+    return dict(zip(names, (key, value, None, None, None), strict=True))
+
+
+def _cudnn(given: Mapping[str, Any]) -> Tensor:
+    """By its own op, since to allow only this library in ``scaled_dot_product_attention`` would be a setting of all
+    threads."""
     query = given["query"]
-    whole = gather_keys(*(given[name] for name in ("key", "value", "recorded_key", "recorded_value", "table")))
     if current() is not None:
         return query.new_empty(query.shape)  # nothing to compile
-    split = [rows.unflatten(2, (given["heads"], -1)).transpose(1, 2) for rows in (query, *whole)]  # [B, h, N or R, d]
-    if way == FLASH:
-        out = torch.ops.aten._scaled_dot_product_flash_attention(*split, scale=given["scale"])[0]
-    else:
-        out = torch.ops.aten._scaled_dot_product_cudnn_attention(*split, None, False, scale=given["scale"])[0]
+    split = [given[name].unflatten(2, (given["heads"], -1)).transpose(1, 2) for name in ("query", "key", "value")]
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(*split, None, False, scale=given["scale"])[0]
     return out.transpose(1, 2).flatten(2)  # laid out as the query was: no copy
 
 
@@ -203,7 +185,7 @@ class Stopwatch:
         runs = [
             partial(run, way, {**given, "recorded_key": key, "recorded_value": value}) for key, value in self.recorded
         ]
-        if way in (FLASH, CUDNN):
+        if way == CUDNN:
             try:
                 runs[0]()
             except RuntimeError:  # not for these shapes, this GPU or this build of PyTorch
@@ -222,8 +204,8 @@ class Stopwatch:
         masks, positions = self.given["table"].shape
         query, key, value = _random(self.given["query"], batch, number, 3 * width).chunk(3, -1)
         place = torch.arange(positions, device=self.given["table"].device, dtype=torch.int32)
-        table = place.where(place < number, place + number).repeat(masks, 1)  # [M, R]
-        count = torch.full_like(self.given["count"], number)
+        table = place.where(place < typical(number), place + number).repeat(masks, 1)  # [M, R]
+        count = torch.full_like(self.given["count"], typical(number))
         return {**self.given, "query": query, "key": key, "value": value, "table": table, "count": count}
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import atexit
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
 
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fisedit.runtime.calibration import Measure, Shape, Timings, points, time_on_gpu
+from fisedit.runtime.calibration import Measure, Shape, Timings, time_on_gpu
 from fisedit.runtime.kernels.launch import current, for_real
-from fisedit.runtime.row_plan import SMALLEST, bucket
 
 RULE = "rule"
 """The way of an op's own kernel, by its own rule: taken where nothing is known."""
-LARGEST_SHARE = 0.9
-"""Of a level's positions: with more active rows, a call is expected to run dense."""
 
 
 class Call(Protocol):
@@ -27,11 +24,11 @@ class Call(Protocol):
     Attributes:
         shape: all but the number of rows.
         number: rows of each sample, padding included.
-        positions: of its level.
+        numbers: all that it can be in a sparse edit, for which the ways are timed together.
     """
 
     number: int
-    positions: int
+    numbers: list[int]
 
     @property
     def shape(self) -> Shape: ...
@@ -78,7 +75,7 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     with for_real():
         way = choose_way(call, timings, measure)
     if rehearsal is not None and rehearsal.decide:  # no other mask will wait
-        call.prepare({way, *(fastest(timings.expect(call.shape, number)) for number in sizes(call))})
+        call.prepare({way, *(fastest(timings.expect(call.shape, number)) for number in call.numbers)})
     return call.run(way)
 
 
@@ -94,7 +91,7 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> 
     if settled is not None:
         return settled
     if unknown_ways(call, timings):
-        timings.fill(call.shape, measured_rows(call), measure or call.stopwatch())
+        timings.fill(call.shape, call.numbers, measure or call.stopwatch())
         timings.save()  # a process that is killed keeps them
     expected = timings.expect(call.shape, call.number)
     way = fastest(expected)
@@ -111,25 +108,13 @@ def fastest(expected: Mapping[Hashable, float]) -> Hashable:
 def unknown_ways(call: Call, timings: Timings) -> dict[int, list[Hashable]]:
     """What is to be timed before a call is computed: ways by numbers of rows; nothing if they are known.
 
-    All powers of two that its level can have are among them, so that no other mask meets anything new.
+    All numbers that its level can be padded to are among them, so that no other mask meets anything new.
     """
     if timings.settled(call.shape, call.number) is not None:
         return {}
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return {}
-    return timings.unknown(call.shape, measured_rows(call))
-
-
-def measured_rows(call: Call) -> list[int]:
-    return points(call.positions, SMALLEST)
-
-
-def sizes(call: Call) -> Iterator[int]:
-    """The padded numbers of rows that a sparse edit can have at the call's level."""
-    number = SMALLEST
-    while number <= LARGEST_SHARE * call.positions:
-        yield number
-        number = bucket(number + 1, call.positions)
+    return timings.unknown(call.shape, call.numbers)
 
 
 def time_way(runs: Sequence[Callable[[], object]]) -> float:

@@ -17,6 +17,7 @@ from fisedit.runtime.kernels.gather_patches.triton import gather_patches
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from fisedit.runtime.row_plan import bucket, buckets, typical
 from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way
 
@@ -61,7 +62,9 @@ class Call:
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.shape = given, Product.of(given)
-        self.number, self.positions = rows_of(given), int(given["positions"])
+        rows, positions = rows_of(given), int(given["positions"])
+        self.number = rows if given["full"] else bucket(rows, max(rows, positions))
+        self.numbers = [rows] if given["full"] else buckets(max(rows, positions))
 
     def run(self, way: Any) -> Any:
         return run(way, self.given)
@@ -183,8 +186,9 @@ class Stopwatch:
         return time_way(runs)
 
     def with_rows(self, number: int) -> dict[str, Any]:
-        """The arguments for ``number`` rows: the real ones over and over."""
+        """The arguments for ``number`` rows, the last ones padding: the real ones over and over."""
+        active = number if self.given["full"] else typical(number)
         place = torch.arange(number, device=self.given["rows"].device) % self.real
         names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
         changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
-        return {**self.given, **changes, "count": torch.full_like(self.given["count"], number)}
+        return {**self.given, **changes, "count": torch.full_like(self.given["count"], active)}

@@ -13,7 +13,7 @@ import torch
 from fisedit.runtime.kernels.launch import cdiv, starts_early
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
-from fisedit.runtime.row_plan import LOCKS, active_counts
+from fisedit.runtime.row_plan import LOCKS, typical
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -38,7 +38,7 @@ SHARED_MEMORY = 227 * 1024
 MULTIPROCESSORS = 132
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-TIMED = 4
+TIMED = 5
 """Tiles that are timed: those that the model takes for the fastest."""
 
 
@@ -80,15 +80,6 @@ class Product:
     def ways(self, rows: int) -> list[Way]:
         """The tiles that the model takes for the fastest, and PyTorch's product; see :class:`Shape`."""
         return ways(self, rows)
-
-    def refits(self, way: Any, rows: int) -> list[Way]:
-        return [fit(way, self, rows)] if isinstance(way, Config) else [way]
-
-    def estimate(self, way: Any, rows: int) -> float:
-        return estimate(way, self, rows, rows) if isinstance(way, Config) else 1.0
-
-    def average(self, way: Any, rows: int) -> float:
-        return average(way, self, rows) if isinstance(way, Config) else 1.0
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives."""
@@ -147,22 +138,23 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile."""
-    tiles = sorted(candidates(product, rows), key=lambda way: average(way, product, rows))[:TIMED]
+    tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))[:TIMED]
     return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
 
 
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
-    tiles = _tiles(tile, product, rows, active_counts(rows)[0])
+    tiles = _tiles(tile, product, rows)
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
     split = (replace(tile, split=split) for split in range(1, most + 1))
-    best = min(split, key=lambda way: average(way, product, rows))
+    best = min(split, key=lambda way: estimate(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))
 
 
-def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
+def _tiles(way: Config, product: Product, rows: int) -> int:
     """How many tiles have work to do: those of padding alone have none, see ``which_rows`` of the kernel."""
+    active = rows if "full" in product.fused.split() else typical(rows)
     if product.taps:
         down = cdiv(product.batch * active, way.m)
     else:
@@ -206,21 +198,12 @@ FINISH, PART, PARTS = 0.09, 0.19, 0.044
 
 
 @cache
-def average(way: Config, product: Product, rows: int) -> float:
-    """See :meth:`Product.average`."""
-    return sum(estimate(way, product, rows, active) for active in active_counts(rows)) / 2
-
-
-@cache
-def estimate(way: Config, product: Product, rows: int, active: int) -> float:
+def estimate(way: Config, product: Product, rows: int) -> float:
     """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
-
-    Args:
-        active: how many of a sample's ``rows`` are no padding.
     """
-    tiles = _tiles(way, product, rows, active)
+    tiles = _tiles(way, product, rows)
     wide = way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)

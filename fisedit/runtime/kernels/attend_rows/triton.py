@@ -1,7 +1,8 @@
 """Attention of few queries over many keys, which are read where they lie: among the active rows or in the recorded map.
 
 Attention does not ask for the order of its keys, but a merged loop over positions reads each key once, so every key
-position looks up its row: one offset that reaches either memory. Where tiles of queries do not fill the GPU evenly,
+position looks up its row: one offset that reaches either memory. Keys and values that lie in one piece come by
+descriptor, which takes no instructions of the threads that multiply. Where tiles of queries do not fill the GPU evenly,
 programs take equal shares of all their keys, one tile after the other (Stream-K, Osama et al. 2023); those that had a
 part of one tile combine what they found.
 """
@@ -14,8 +15,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, next_power_of_2, overlaps, starts_early
+from fisedit.runtime.kernels.launch import (
+    cdiv,
+    has_descriptors,
+    is_aligned,
+    launch,
+    multiprocessors,
+    next_power_of_2,
+    overlaps,
+    starts_early,
+)
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
 
 LOG2_E = 1.4426950408889634
@@ -33,7 +44,7 @@ SHARED_MEMORY = 226 * 1024
 @dataclass(frozen=True)
 class Config:
     """Tile sizes of a launch: queries and keys; how many programs share the work, 0: each does a tile; a thread's
-    registers at most."""
+    registers at most; whether keys and values are put in one piece each before it."""
 
     m: int
     n: int
@@ -41,10 +52,11 @@ class Config:
     stages: int
     programs: int = 0
     registers: int | None = None
+    whole: bool = False
 
     def __str__(self) -> str:
-        limit = f" r{self.registers}" if self.registers else ""
-        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} p{self.programs}"
+        limit, whole = f" r{self.registers}" if self.registers else "", " whole" if self.whole else ""
+        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} p{self.programs}{whole}"
 
 
 def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: int, gathered: bool) -> Config:
@@ -81,9 +93,9 @@ def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
         return tile
     each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
     row = 2 * max(16, next_power_of_2(head_dim))  # bytes in half precision
-    own, block = tile.m * row, tile.n * (2 * row + 4)  # queries; keys, values and their table
+    own, block = tile.m * row, tile.n * 2 * row + (0 if tile.whole else tile.n * 4)  # queries; keys, values, table
     blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
-    stages = 2 * blocks - 1  # a block is loaded two stages after its table
+    stages = blocks if tile.whole else 2 * blocks - 1  # a block is loaded two stages after its table
     fits = each <= 2 and stages <= DEEPEST and own + blocks * block <= SHARED_MEMORY // each
     return replace(tile, stages=max(tile.stages, stages)) if fits else tile
 
@@ -147,11 +159,12 @@ def _load(
 @triton.jit
 def _attend_keys(
     queries, key, value, table, recorded_key, recorded_value, key_row, value_row, recorded_key_row, recorded_value_row,
-    number, first, last, keys, scale,
+    place, channel, number, first, last, keys, scale,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
-    EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of values, row maxima in units of log2, and row sums, over keys ``first`` to ``last``."""
+    """Weighted sum of values, row maxima in units of log2, and row sums, over keys ``first`` to ``last``; by descriptor,
+    from row ``place`` and ``channel`` on."""
     column = tl.arange(0, D)
     # Finite, so that rows without keys do not subtract infinities.
     top = tl.full((BM,), -1.0e30, tl.float32)
@@ -169,10 +182,13 @@ def _attend_keys(
             key_first, key_step = tl.where(active, key, recorded_key), tl.where(active, key_row, recorded_key_row)
             value_first = tl.where(active, value, recorded_value)
             value_step = tl.where(active, value_row, recorded_value_row)
-        else:
+        elif not TMA:
             index = position
             key_first, key_step, value_first, value_step = key, key_row, value, value_row
-        k = _load(key_first, index, key_step, column, inside, HEAD_DIM, D, EVEN, ALIGN)  # [BN, D]
+        if TMA:
+            k = key.load([place + start, channel])  # in the padding of a head, queries are zeros
+        else:
+            k = _load(key_first, index, key_step, column, inside, HEAD_DIM, D, EVEN, ALIGN)  # [BN, D]
         logits = tl.dot(queries, tl.trans(k), input_precision=PRECISION)  # [BM, BN]
         if not EVEN:
             logits = tl.where(inside[None, :], logits, float("-inf"))
@@ -181,7 +197,10 @@ def _attend_keys(
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 1)
         top = higher
-        v = _load(value_first, index, value_step, column, inside, HEAD_DIM, D, EVEN, ALIGN)  # [BN, D]
+        if TMA:
+            v = value.load([place + start, channel])
+        else:
+            v = _load(value_first, index, value_step, column, inside, HEAD_DIM, D, EVEN, ALIGN)  # [BN, D]
         sums = tl.dot(weights.to(v.dtype), v, sums * fade[:, None], input_precision=PRECISION)
     return sums, top, total
 
@@ -285,8 +304,8 @@ def _attend(
     value_batch, value_head, value_row, recorded_key_batch, recorded_key_row, recorded_value_batch,
     recorded_value_row, table_batch,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
-    ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    TMA: tl.constexpr, ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -311,8 +330,10 @@ def _attend(
         row, column = row0 + tl.arange(0, BM), tl.arange(0, D)
         own_query = query + tl.multiple_of(wide * query_batch + head * HEAD_DIM, ALIGN)
         queries = _load(own_query, row, query_row, column, row < number, HEAD_DIM, D, False, ALIGN)  # [BM, D]
-        own_key = key + tl.multiple_of(wide * key_batch + head * key_head, ALIGN)
-        own_value = value + tl.multiple_of(wide * value_batch + head * value_head, ALIGN)
+        own_key, own_value = key, value
+        if not TMA:
+            own_key += tl.multiple_of(wide * key_batch + head * key_head, ALIGN)
+            own_value += tl.multiple_of(wide * value_batch + head * value_head, ALIGN)
         there_key, there_value, own_table, own_keys = recorded_key, recorded_value, table, keys
         if TABLE:
             own_table = table + sample * table_batch
@@ -326,8 +347,8 @@ def _attend(
             own_keys = tl.minimum(keys, tl.load(key_count + sample))
         sums, top, total = _attend_keys(
             queries, own_key, own_value, own_table, there_key, there_value, key_row, value_row, recorded_key_row,
-            recorded_value_row, number, begin * BN, tl.minimum(stop * BN, own_keys), own_keys, scale,
-            HEAD_DIM, D, BM, BN, TABLE, EVEN, ALIGN, PRECISION)  # fmt: skip
+            recorded_value_row, sample * keys, head * HEAD_DIM, number, begin * BN, tl.minimum(stop * BN, own_keys),
+            own_keys, scale, HEAD_DIM, D, BM, BN, TABLE, TMA, EVEN, ALIGN, PRECISION)  # fmt: skip
         width = heads * HEAD_DIM
         place = wide * number * width + head * HEAD_DIM
         whole = True
@@ -372,21 +393,34 @@ def attend_rows(
     size = partial_bytes(config, number, pairs, head_dim, locks.numel()) // 4
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
+    flat = [_in_rows(rows, heads, head_dim) for rows in (key, value)]
+    tma = table is None and key_count is None and has_descriptors(query) and all(rows is not None for rows in flat)
+    read = [TensorDescriptor.from_tensor(rows, [config.n, padded]) for rows in flat] if tma else [key, value]
     pdl = {"launch_pdl": True} if overlaps(query) else {}
     launch(_attend, (*grid, 1),
-        out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
+        out, query, *read, recorded_key, recorded_value, table, count, key_count, partial, locks,
         number, keys, pairs, POLLS if grid[0] <= most else 0, heads,
         (head_dim**-0.5 if scale is None else scale) * LOG2_E,
         query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
         *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),
         table.stride(0) if table is not None and table.shape[0] > 1 else 0,
-        HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, ADDRESSES=addresses,
+        HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, TMA=tma, ADDRESSES=addresses,
         COUNTED=key_count is not None, SHARED=shared, EVEN=key_count is None and keys % config.n == 0,
         ALIGN=_alignment(head_dim, query, key, value, recorded_key, recorded_value),
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(pdl),
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **pdl,
     )  # fmt: skip
     return out
+
+
+def _in_rows(tensor: Tensor, heads: int, head_dim: int) -> Tensor | None:
+    """Keys or values as the rows ``[B*L, h*d]`` of all samples, if they lie like that and a descriptor can read them."""
+    batch, length = tensor.shape[0], tensor.shape[-2]
+    of_batch, of_head, of_row = _strides(tensor, head_dim)
+    if of_head != head_dim or (batch > 1 and of_batch != length * of_row):
+        return None
+    rows = tensor.as_strided((batch * length, heads * head_dim), (of_row, 1))
+    return rows if is_aligned(rows) else None
 
 
 def _strides(tensor: Tensor, head_dim: int) -> tuple[int, int, int]:

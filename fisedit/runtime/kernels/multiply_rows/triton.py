@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS
-from fisedit.runtime.kernels.launch import cdiv, launch, multiprocessors, overlaps
+from fisedit.runtime.kernels.launch import cdiv, has_descriptors, is_aligned, launch, multiprocessors, overlaps
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
     finish_tile,
@@ -211,7 +211,7 @@ def _launch(
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
     read = [weight, *(more for more in (rows, rows2, rows3) if more is not None and not gathers)]
-    tma = TMA and _has_descriptors(rows) and all(_is_aligned(tensor) for tensor in read)
+    tma = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read)
     given = [rows, _or(rows2, rows), _or(rows3, rows)]
     if tma and not gathers:
         given = [TensorDescriptor.from_tensor(each.flatten(0, 1), [config.m, config.k]) for each in given]
@@ -245,16 +245,6 @@ def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
 def piece_of(rows: int, splits: int) -> int:
     """The rows that each program of a tile has room to finish, a power of two; 0 where there is one program."""
     return max(8, rows >> (splits.bit_length() - 1)) if splits > 1 else 0
-
-
-def _has_descriptors(tensor: Tensor) -> bool:
-    """Whether tiles of tensors can be read by descriptor: TMA, or the interpreter's stand-in."""
-    return overlaps(tensor) or not tensor.is_cuda
-
-
-def _is_aligned(tensor: Tensor) -> bool:
-    """Whether a descriptor can be made of it."""
-    return tensor.stride(-2) * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
