@@ -3,8 +3,8 @@
     python bench/tile_model.py                       the timings of this machine's GPU
     python bench/tile_model.py --timings file.json   those of another one
 
-*Proposed*: the best of the tiles that the model would have timed, over the best of all that were. *Carried over*: what
-would be chosen for a number of rows from timings at half and twice as many alone, over the best that was timed there.
+*Proposed*: the best of the tiles that the model would time today, over the best of all that were timed. *A bucket
+further*: what was the fastest for the next smaller number of rows, over the best that was timed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, quantiles, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from fisedit.runtime.calibration import Machine, Timings
+from fisedit.runtime.calibration import Timings
 from fisedit.runtime.kernels.multiply_rows.triton import Config
-from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, TIMED, WEIGHTS, Product
+from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, TIMED, WEIGHTS, Product, estimate
 
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
@@ -66,7 +67,7 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
 def errors(measured: list[Measured]) -> list[float]:
     """Logarithms of what the model takes over what was measured."""
     return [
-        math.log(one.product.estimate(tile, one.rows) / time) for one in measured for tile, time in one.tiles.items()
+        math.log(estimate(tile, one.product, one.rows) / time) for one in measured for tile, time in one.tiles.items()
     ]
 
 
@@ -74,62 +75,23 @@ def proposed(measured: list[Measured]) -> list[float]:
     """The best of the proposed tiles over the best of all, where more were timed."""
     found = []
     for one in measured:
-        order = sorted(one.tiles, key=lambda tile: one.product.estimate(tile, one.rows))
+        order = sorted(one.tiles, key=lambda tile: estimate(tile, one.product, one.rows))
         if len(order) > TIMED:
             found.append(min(one.tiles[tile] for tile in order[:TIMED]) / min(one.tiles.values()))
     return found
 
 
-def carried_over(measured: list[Measured]) -> list[float]:
-    """What the neighbors choose over the best that was timed, where their choice was timed as well."""
+def a_bucket_further(measured: list[Measured]) -> list[float]:
+    """What is the fastest for a number of rows, over the best for the next number, where it was timed as well."""
     found = []
     for product in {one.product for one in measured}:
-        points = {one.rows: one for one in measured if one.product == product}
-        for rows, one in points.items():
-            around = [points[n] for n in (rows // 2, rows * 2) if n in points]
-            if len(around) < 2:
-                continue
-            timings, expected = Timings(Machine.of("cpu"), calibrate="off"), dict[Any, float]()
-            for near in around:
-                times = {**near.tiles, LIBRARY: near.pytorch}
-                shape = Everything(product, tuple(times))
-                for way, time in times.items():
-                    timings.put(shape, near.rows, way, time)
-                for way, time in timings.carried(shape, near.rows, rows).items():
-                    expected[way] = math.sqrt(expected[way] * time) if way in expected else time
-            timed = {**one.tiles, LIBRARY: one.pytorch}
-            expected = {way: time for way, time in expected.items() if way in timed}
-            if expected:
-                found.append(timed[min(expected, key=expected.__getitem__)] / one.best)
+        points = sorted((one for one in measured if one.product == product), key=lambda one: one.rows)
+        for one, following in pairwise(points):
+            before, times = ({**each.tiles, LIBRARY: each.pytorch} for each in (one, following))
+            fastest = min(before, key=before.__getitem__)
+            if fastest in times:
+                found.append(times[fastest] / following.best)
     return found
-
-
-@dataclass(frozen=True)
-class Everything:
-    """A product whose ways are all that were timed."""
-
-    product: Product
-    timed: tuple[Any, ...]
-
-    @property
-    def kind(self) -> str:
-        return self.product.kind
-
-    @property
-    def key(self) -> tuple[str, ...]:
-        return self.product.key
-
-    def ways(self, rows: int) -> list[Any]:
-        return list(self.timed)
-
-    def refits(self, way: Any, rows: int) -> list[Any]:
-        return self.product.refits(way, rows)
-
-    def estimate(self, way: Any, rows: int) -> float:
-        return self.product.estimate(way, rows)
-
-    def average(self, way: Any, rows: int) -> float:
-        return self.product.estimate(way, rows)  # timed without padding
 
 
 def line(name: str, ratios: list[float]) -> str:
@@ -150,7 +112,7 @@ def main(
           f"{math.exp(mean(off)) - 1:+.0%} of them on average, off by {math.exp(stdev(off)) - 1:.0%}\n")  # fmt: skip
     print("| choice | cases | mean regret | 95th percentile | largest |\n| --- | ---: | ---: | ---: | ---: |")
     print(line(f"proposed: the best of {TIMED}", proposed(measured)))
-    print(line("carried over from half and twice the rows", carried_over(measured)))
+    print(line("a bucket further", a_bucket_further(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
           f"and of weights in {WEIGHTS}")  # fmt: skip
     machine = kept["machine"]

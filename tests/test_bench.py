@@ -30,7 +30,7 @@ from fisedit.capture import bind_call
 from fisedit.runtime.calibration import Timings
 from fisedit.runtime.executor import Memo
 from fisedit.runtime.tuning import choose
-from fisedit.runtime.tuning.product import LIBRARY, Product, candidates
+from fisedit.runtime.tuning.product import LIBRARY, Product, candidates, estimate
 
 BENCH = Path(__file__).parent.parent / "bench"
 
@@ -195,21 +195,23 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A GPU that is just as the model says; and one that is not."""
     product = Product(9, 2, (320, 0, 0), 320, torch.float16, "bias")
     timings = Timings.load("cpu", tmp_path)
+    tile = candidates(product, 256)[0]
     for rows in (64, 128, 256):
-        for tile in candidates(product, rows):
-            timings.put(product, rows, tile, product.estimate(tile, rows))
+        for way in {tile, *candidates(product, rows)}:
+            timings.put(product, rows, way, estimate(way, product, rows))
         timings.put(product, rows, LIBRARY, 1e3)
     timings.save()
     assert timings.path is not None
     tile_model.main(timings.path)
-    head, _, _, _, proposed, carried, *_ = capsys.readouterr().out.splitlines()
+    head, _, _, _, proposed, further, *_ = capsys.readouterr().out.splitlines()
     assert head.startswith("3 products at a number of rows") and head.endswith(
         "takes +0% of them on average, off by 0%"
     )
-    assert proposed.endswith("| 3 | 0.0% | 0.0% | 0.0% |") and carried.endswith("| 1 | 0.0% | 0.0% | 0.0% |")
-    timings.put(product, 128, max(candidates(product, 128), key=lambda tile: product.estimate(tile, 128)), 1.0)
-    (regret,) = tile_model.carried_over(list(tile_model.read(timings.table)))
-    assert regret == pytest.approx(min(product.estimate(tile, 128) for tile in candidates(product, 128)))
+    assert proposed.endswith("| 3 | 0.0% | 0.0% | 0.0% |") and further.startswith("| a bucket further | ")
+    timings.put(product, 128, tile, 0.5)  # the fastest there, and not at 256
+    timings.put(product, 256, LIBRARY, 1.0)
+    ratios = tile_model.a_bucket_further(list(tile_model.read(timings.table)))
+    assert max(ratios) == pytest.approx(estimate(tile, product, 256))
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")

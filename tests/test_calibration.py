@@ -20,7 +20,6 @@ from fisedit.runtime.calibration import (
     Machine,
     Timings,
     copies_beyond_l2,
-    points,
     time_on_gpu,
 )
 
@@ -29,25 +28,14 @@ KEY = (320, 320, 9, "float16", True)
 
 @dataclass(frozen=True)
 class Layer:
-    """A shape whose candidates are the same for all numbers of rows, or have the number in their name."""
+    """A shape whose candidates are the same for all numbers of rows."""
 
     names: tuple[Candidate, ...] = ("rows", "tile")
     kind: str = "conv"
     key: tuple[Any, ...] = KEY
-    numbered: bool = False
-    padding: int = 0
 
     def ways(self, rows: int) -> Sequence[Candidate]:
-        return [f"{name} /{rows}" for name in self.names] if self.numbered else self.names
-
-    def refits(self, way: Candidate, rows: int) -> Sequence[Candidate]:
-        return [f"{str(way).partition(' /')[0]} /{rows}"] if self.numbered else [way]
-
-    def estimate(self, way: Candidate, rows: int) -> float:
-        return math.ceil(rows / 48) if str(way).startswith("tile") else float(rows)  # a tile has 48 rows
-
-    def average(self, way: Candidate, rows: int) -> float:
-        return self.estimate(way, rows - self.padding)
+        return self.names
 
 
 LAYER = Layer()
@@ -62,12 +50,7 @@ class Stopwatch:
 
     def __call__(self, candidate: Candidate, rows: int) -> float:
         self.asked.append((candidate, rows))
-        return self.microseconds[str(candidate).partition(" /")[0]] * rows
-
-
-def test_powers_of_two_are_measured() -> None:
-    assert points(8294, 8) == [8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192]
-    assert points(5, 8) == [8] and points(8, 8) == [8] and points(3) == [1, 2]
+        return self.microseconds[str(candidate)] * rows
 
 
 def test_each_candidate_is_measured_once(tmp_path: Path) -> None:
@@ -84,53 +67,12 @@ def test_each_candidate_is_measured_once(tmp_path: Path) -> None:
     assert watch.asked[2:] == [("dense", 512), ("rows", 512), ("rows", 512)]
 
 
-def test_times_are_carried_over_by_the_model(tmp_path: Path) -> None:
-    """From the powers of two around a number, in the model's proportion; the nearer one weighs more."""
+def test_what_was_measured_is_expected(tmp_path: Path) -> None:
     timings = Timings.load("cpu", tmp_path)
-    assert timings.expect(LAYER, 100) == {}
     timings.put(LAYER, 64, "rows", 6.4)
-    timings.put(LAYER, 64, "tile", 20.0)  # two tiles
-    assert timings.expect(LAYER, 64) == {"rows": 6.4, "tile": 20.0}
-    assert timings.expect(LAYER, 97) == pytest.approx({"rows": 9.7, "tile": 30.0})
-    timings.put(LAYER, 128, "tile", 36.0)  # three, 12 µs each
-    share = math.log2(97 / 64)
-    assert timings.expect(LAYER, 97)["tile"] == pytest.approx(30.0 ** (1 - share) * 36.0**share)
-    assert timings.expect(LAYER, 128) == {"tile": 36.0}
-    assert timings.expect(LAYER, 200)["tile"] == pytest.approx(60.0)
-    assert timings.expect(LAYER, 300) == {}  # too far
-
-
-def test_padding_need_not_be_computed(tmp_path: Path) -> None:
-    """Timings have none; what is asked for has."""
-    timings, padded = Timings.load("cpu", tmp_path), Layer(padding=6)
-    timings.put(padded, 64, "rows", 64.0)
-    timings.put(padded, 64, "tile", 20.0)
-    assert timings.expect(padded, 64) == {"rows": 58.0, "tile": 20.0}
-    assert timings.expect(padded, 54)["tile"] == pytest.approx(10.0)  # 48 of them, one tile
-
-
-def test_what_a_candidate_becomes_for_other_rows(tmp_path: Path) -> None:
-    layer, timings = Layer(numbered=True), Timings.load("cpu", tmp_path)
-    timings.fill(layer, [64, 128], Stopwatch(rows=1.0, tile=2.0))
-    assert timings.times(layer, 64) == {"rows /64": 64.0, "tile /64": 128.0}
-    expected = timings.expect(layer, 96)
-    assert expected == pytest.approx(
-        {"rows /96": 96.0, "tile /96": 128.0 ** (2 - math.log2(3)) * 170.67 ** (math.log2(1.5))}, rel=1e-3
-    )
-
-
-def test_what_is_measured_twice_is_carried_over_from_what_is_most_like_it(tmp_path: Path) -> None:
-    class Split(Layer):
-        def refits(self, way: Candidate, rows: int) -> Sequence[Candidate]:
-            return ["a"]
-
-        def estimate(self, way: Candidate, rows: int) -> float:
-            return {"a": 10.0, "b": 40.0}[str(way)]
-
-    layer, timings = Split(("a", "b")), Timings.load("cpu", tmp_path)
-    timings.put(layer, 64, "a", 5.0)
-    timings.put(layer, 64, "b", 8.0)
-    assert timings.expect(layer, 64) == {"a": 5.0}
+    timings.put(LAYER, 64, "an older candidate", 0.1)
+    assert timings.expect(LAYER, 64) == {"rows": 6.4}
+    assert timings.expect(LAYER, 96) == {}
 
 
 def test_what_cannot_run_is_not_expected_to(tmp_path: Path) -> None:
@@ -233,7 +175,7 @@ def test_machines_are_told_apart() -> None:
     here = Machine.of("cpu")
     assert here.pytorch == torch.__version__ and here.fisedit != "none"
     other = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "0.1.0")
-    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-5.json"
+    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-6.json"
     assert other.file_name != here.file_name
 
 

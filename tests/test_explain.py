@@ -113,17 +113,17 @@ def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, t
     assert product_of(node, torch.float32, True).fused == "bias residual"  # its norm needs it first
     node = next(node for node in products if "norm_weight" in node.kwargs)
     assert product_of(node, torch.float32, True).fused == "bias layer_norm"
-    timings.put(product, 8, "rule", 7.0)
-    timings.put(product, 8, "library", 4.0)
+    timings.put(product, 12, "rule", 7.0)
+    timings.put(product, 12, "library", 4.0)
     text = explain(program, MASK, CostModel(), timings)
     assert "convolution of 9 taps 2 x 16 to 16 float32 bias residual normalize" in text
     assert ": library 4 µs; against rule 7" in text
 
     attention = attention_of(attentions[0], torch.float32)
     assert attention == Attention(2, 8, 2, 64, torch.float32)
-    slower, way, *_ = attention.ways(8)
-    timings.put(attention, 8, slower, 9.0)
-    timings.put(attention, 8, way, 3.0)
+    slower, way, *_ = attention.ways(12)
+    timings.put(attention, 12, slower, 9.0)
+    timings.put(attention, 12, way, 3.0)
     text = explain(program, MASK, CostModel(), timings)
     assert "self-attention 2 x 8 heads of 2, 64 keys float32" in text
     assert f": {way} " in text and f"against {slower} 9" in text

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fisedit.runtime.executor import Executable, Input, Keep, Memo, SlotSource
+from fisedit.runtime.kernels.compilers import Compilers
 from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import Buckets, Halos, LevelMasks, RowPlan
@@ -120,11 +121,12 @@ class Replay:
 
     def _capture(self) -> None:
         with CAPTURING:
-            with rehearse() as rehearsal:
-                self._call()
-            if rehearsal.news:
-                with rehearse(decide=True):
+            with Compilers() as compilers:
+                with rehearse(compilers) as rehearsal:
                     self._call()
+                if rehearsal.news:
+                    with rehearse(compilers, decide=True):
+                        self._call()
             self._call()  # libraries load their kernels
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()

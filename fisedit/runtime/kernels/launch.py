@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -13,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from fisedit.runtime.kernels.compilers import Compilers
 
 
 @dataclass
@@ -82,14 +82,14 @@ def current() -> Rehearsal | None:
 
 
 @contextmanager
-def rehearse(decide: bool = False) -> Iterator[Rehearsal]:
+def rehearse(compilers: Compilers, decide: bool = False) -> Iterator[Rehearsal]:
     """Launches inside compile on all processors at once and run nothing; done when the block ends."""
     from triton import AsyncCompileMode
 
     rehearsal = Rehearsal(decide)
     token = _rehearsal.set(rehearsal)
     try:
-        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool) as mode:
+        with AsyncCompileMode(compilers) as mode:
             yield rehearsal
             rehearsal.news |= bool(mode.raw_futures)
     finally:

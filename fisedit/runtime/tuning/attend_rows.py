@@ -150,7 +150,7 @@ def run(way: Way, given: Mapping[str, Any]) -> Tensor:
 
 
 def in_one_piece(given: Mapping[str, Any]) -> dict[str, Tensor | None]:
-    """Arguments for keys and values ``[B, R, C]`` of the whole map, the recorded ones renewed by those of active rows."""
+    """Arguments for keys and values ``[B, R, C]`` of whole maps, which are made of the recorded and the active rows."""
     names = ("key", "value", "recorded_key", "recorded_value", "table")
     key, value = gather_keys(*(given[name] for name in names))
     return dict(zip(names, (key, value, None, None, None), strict=True))

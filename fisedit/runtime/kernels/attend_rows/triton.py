@@ -163,8 +163,8 @@ def _attend_keys(
     HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TABLE: tl.constexpr,
     TMA: tl.constexpr, EVEN: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of values, row maxima in units of log2, and row sums, over keys ``first`` to ``last``; by descriptor,
-    from row ``place`` and ``channel`` on."""
+    """Weighted sum of values, row maxima in units of log2, and row sums, over keys ``first`` to ``last``; by
+    descriptor, from row ``place`` and ``channel`` on."""
     column = tl.arange(0, D)
     # Finite, so that rows without keys do not subtract infinities.
     top = tl.full((BM,), -1.0e30, tl.float32)
@@ -414,7 +414,7 @@ def attend_rows(
 
 
 def _in_rows(tensor: Tensor, heads: int, head_dim: int) -> Tensor | None:
-    """Keys or values as the rows ``[B*L, h*d]`` of all samples, if they lie like that and a descriptor can read them."""
+    """Keys or values as rows ``[B*L, h*d]`` of all samples, if they lie like that and a descriptor can read them."""
     batch, length = tensor.shape[0], tensor.shape[-2]
     of_batch, of_head, of_row = _strides(tensor, head_dim)
     if of_head != head_dim or (batch > 1 and of_batch != length * of_row):

@@ -179,25 +179,22 @@ def finish_tile(
 
 @triton.jit
 def finish_piece(
-    part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
+    part, splits, start, end, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
     made_moments, c1, input_eps, parts, row0, lowest, highest, per, n_out, batch, column, within, tile_n, co, plane,
     affine_plane, affine_batch, norm_plane, norm_batch, CENTER: tl.constexpr, BIAS: tl.constexpr, AFFINE: tl.constexpr,
     RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
     GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """:func:`finish_tile` for the share of a tile's rows of number ``piece``, at most ``PIECE``, whose sums lie in
-    parts."""
-    AHEAD: tl.constexpr = 2 if 2 * PIECE >= BM else 4
-    each = tl.cdiv(BM, splits)
-    row = piece * each + tl.arange(0, PIECE)
-    there = (tl.arange(0, PIECE) < each) & (row < BM)
-    place, sample, _, valid = which_rows(row0 + piece * each, per, n_out, batch, PIECE, GATHER, PAIR)
+    """:func:`finish_tile` for rows ``start`` to ``end`` of a tile, at most ``PIECE``, whose sums lie in parts."""
+    row = start + tl.arange(0, PIECE)
+    there = row < end
+    place, sample, _, valid = which_rows(row0 + start, per, n_out, batch, PIECE, GATHER, PAIR)
     valid &= there
     extra = load_residual(residual, residual_stride, place, valid, column, within, RESIDUAL)
     inside = row[:, None] * BN + tl.arange(0, BN)[None, :]
-    sums = add_parts(part, splits, inside, there, SIZE, AHEAD)
-    gates = add_parts(part + BM * BN, splits, inside, there, SIZE, AHEAD) if GATED else sums
+    sums = add_parts(part, splits, inside, there, SIZE, 4)
+    gates = add_parts(part + BM * BN, splits, inside, there, SIZE, 4) if GATED else sums
     mean, rstd = sample, sample
     if CENTER:
         mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps, PARTS)
@@ -225,11 +222,14 @@ def finish_shares(
     inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     mine = part + tl.program_id(2) * SIZE
     shares = share_part(mine, locks + tile, sums, gates, inside, splits, polls, GATED, BM * BN)
-    for piece in tl.range(0, splits, num_stages=1):
-        if (shares >> piece) & 1:
-            finish_piece(
-                part, splits, piece, columns, out, affine, residual, residual_stride, norm_affine, normalized, moments,
-                made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch, column, within,
-                tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE, RESIDUAL,
-                GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
-            )  # fmt: skip
+    each = tl.cdiv(BM, splits)
+    for number in tl.range(0, splits, num_stages=1):
+        if (shares >> number) & 1:
+            end = min(number * each + each, BM)
+            for start in tl.range(number * each, end, PIECE, num_stages=1):
+                finish_piece(
+                    part, splits, start, end, columns, out, affine, residual, residual_stride, norm_affine, normalized,
+                    moments, made_moments, c1, input_eps, parts, tile_m * BM, lowest, highest, per, n_out, batch,
+                    column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS,
+                    AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE, BM, BN, SIZE,
+                )  # fmt: skip

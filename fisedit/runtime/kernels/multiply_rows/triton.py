@@ -230,8 +230,8 @@ def _launch(
         ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
         EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        PIECE=piece_of(config.m, splits), EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma, PDL=pdl,
-        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        PIECE=max(8, config.m // 4) if splits > 1 else 0, EARLY=config.m * config.n <= 8192 and config.warps == 4,
+        TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
@@ -240,11 +240,6 @@ def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share a tile: none without work, and none without a lock."""
     splits = min(wanted, MOST_PARTS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
-
-
-def piece_of(rows: int, splits: int) -> int:
-    """The rows that each program of a tile has room to finish, a power of two; 0 where there is one program."""
-    return max(8, rows >> (splits.bit_length() - 1)) if splits > 1 else 0
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
