@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from fisedit.runtime.plan import Table
 from fisedit.runtime.row_plan import Buckets, Halos, LevelMasks, RowPlan
 from fisedit.runtime.timetable import Row, counted, same
 
+logger = logging.getLogger("fisedit")
 CAPTURING = threading.Lock()
 """Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
 KEPT = 12
@@ -119,14 +123,23 @@ class Replay:
             return self.plan.table(wanted.key)
         return self._buffers[wanted]
 
+    def _compile(self) -> None:
+        """Have all kernels compiled that a call needs, and all ways timed that are not known yet."""
+        moments = [time.monotonic()]
+        with Compilers() as compilers:
+            with rehearse(compilers) as rehearsal:
+                self._call()
+            moments.append(time.monotonic())
+            if rehearsal.news:
+                with rehearse(compilers, decide=True):
+                    self._call()
+        seconds = [after - before for before, after in pairwise([*moments, time.monotonic()])]
+        if rehearsal.news:
+            logger.info("compiled kernels in %.1f s, timed and compiled those that were chosen in %.1f s", *seconds)
+
     def _capture(self) -> None:
         with CAPTURING:
-            with Compilers() as compilers:
-                with rehearse(compilers) as rehearsal:
-                    self._call()
-                if rehearsal.news:
-                    with rehearse(compilers, decide=True):
-                        self._call()
+            self._compile()
             self._call()  # libraries load their kernels
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,10 +22,18 @@ class Rehearsal:
     Attributes:
         decide: whether what can be done in several ways is timed now; else the ways to time are compiled.
         news: whether anything was compiled, or is left to be decided.
+        seen: what was prepared already, of the ops that are alike.
     """
 
     decide: bool
     news: bool = False
+    seen: set[Hashable] = field(default_factory=set)
+
+    def first(self, form: Hashable) -> bool:
+        """Whether ``form`` was not seen before; it is now."""
+        known = form in self.seen
+        self.seen.add(form)
+        return not known
 
 
 _rehearsal: ContextVar[Rehearsal | None] = ContextVar("fisedit_rehearsal", default=None)

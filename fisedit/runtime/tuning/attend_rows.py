@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from fisedit.runtime.kernels.attend_rows import triton as kernel
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
 from fisedit.runtime.kernels.launch import current
 from fisedit.runtime.row_plan import LOCKS, bucket, buckets, typical
-from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
 
 CUDNN = "cudnn"
 Way = str | kernel.Config
@@ -127,6 +127,13 @@ class Call:
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.shape = given, Attention.of(given)
         self.number, self.numbers = bucket(given["query"].shape[1], self.shape.keys), buckets(self.shape.keys)
+
+    @property
+    def form(self) -> Hashable:
+        return self.shape, form_of(self.given)
+
+    def variant(self, way: Any) -> Any:
+        return replace(way, programs=min(way.programs, 1)) if isinstance(way, kernel.Config) else way
 
     def run(self, way: Any) -> Tensor:
         return run(way, self.given)

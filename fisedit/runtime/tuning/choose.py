@@ -33,6 +33,15 @@ class Call(Protocol):
     @property
     def shape(self) -> Shape: ...
 
+    @property
+    def form(self) -> Hashable:
+        """What compiled kernels depend on, and the numbers of rows."""
+        ...
+
+    def variant(self, way: Hashable) -> Hashable:
+        """Of the ways that the same compiled kernels run, always the same one."""
+        ...
+
     def run(self, way: Hashable) -> Any: ...
 
     def rehearse(self, way: Hashable) -> Any:
@@ -70,12 +79,13 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     rehearsal = current()
     if rehearsal is not None and not rehearsal.decide and (unknown := unknown_ways(call, timings)):
         rehearsal.news = True
-        made = [call.rehearse(way) for way in dict.fromkeys(way for ways in unknown.values() for way in ways)]
+        variants = list(dict.fromkeys(call.variant(way) for ways in unknown.values() for way in ways))
+        made = [call.rehearse(way) for way in (variants if rehearsal.first(call.form) else variants[:1])]
         return made[0]
     with for_real():
         way = choose_way(call, timings, measure)
-    if rehearsal is not None and rehearsal.decide:  # no other mask will wait
-        call.prepare({way, *(fastest(timings.expect(call.shape, number)) for number in call.numbers)})
+    if rehearsal is not None and rehearsal.decide and rehearsal.first(call.form):  # no other mask will wait
+        call.prepare({call.variant(fastest(timings.expect(call.shape, number))) for number in call.numbers})
     return call.run(way)
 
 
@@ -115,6 +125,17 @@ def unknown_ways(call: Call, timings: Timings) -> dict[int, list[Hashable]]:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return {}
     return timings.unknown(call.shape, call.numbers)
+
+
+def form_of(given: Mapping[str, Any]) -> Hashable:
+    """Arguments without what is in their tensors."""
+
+    def form(value: Any) -> Hashable:
+        if isinstance(value, Mapping):
+            return form_of(value)
+        return value.dtype if isinstance(value, torch.Tensor) else value
+
+    return tuple((name, form(value)) for name, value in given.items())
 
 
 def time_way(runs: Sequence[Callable[[], object]]) -> float:

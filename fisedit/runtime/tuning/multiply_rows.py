@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.row_plan import bucket, buckets, typical
-from fisedit.runtime.tuning.choose import RULE, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
@@ -65,6 +66,13 @@ class Call:
         rows, positions = rows_of(given), int(given["positions"])
         self.number = rows if given["full"] else bucket(rows, max(rows, positions))
         self.numbers = [rows] if given["full"] else buckets(max(rows, positions))
+
+    @property
+    def form(self) -> Hashable:
+        return self.shape, form_of(self.given)
+
+    def variant(self, way: Any) -> Any:
+        return replace(way, split=min(way.split, 2)) if isinstance(way, kernel.Config) else way
 
     def run(self, way: Any) -> Any:
         return run(way, self.given)
