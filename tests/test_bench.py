@@ -203,9 +203,9 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timings.save()
     assert timings.path is not None
     tile_model.main(timings.path)
-    head, _, _, _, proposed, further, *_ = capsys.readouterr().out.splitlines()
+    head, _, _, _, first, _, _, further, *_ = capsys.readouterr().out.splitlines()
     assert head.startswith("3 products at a number of rows") and "of them on average, off by" in head
-    assert proposed.startswith("| proposed") and further.endswith("| 2 | 0.0% | 0.0% | 0.0% |")
+    assert first.startswith("| of the model, the best of 1 | 3 |") and further.endswith("| 2 | 0.0% | 0.0% | 0.0% |")
     timings.put(product, 256, tile, 3.0)
     timings.put(product, 256, LIBRARY, 0.5)
     assert sorted(tile_model.a_bucket_further(list(tile_model.read(timings.table)))) == [1.0, 6.0]

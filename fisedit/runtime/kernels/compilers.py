@@ -20,6 +20,8 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 Job = dict[str, Any]
 """A call of ``triton.compile``, its kernel by module and name."""
+MOST = 16
+"""Threads: a container may have fewer processors than it sees."""
 SLOW = 0.3
 """Seconds: a kernel that took longer did not lie in the cache."""
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
@@ -33,7 +35,7 @@ class Compilers(ThreadPoolExecutor):
     """
 
     def __init__(self, threads: int | None = None, many: int = 2) -> None:
-        self.threads = threads or os.cpu_count() or 1
+        self.threads = threads or min(MOST, os.cpu_count() or 1)
         super().__init__(self.threads)
         self.many, self.waiting, self.helpers = many, 0, list[Helper]()
         self._free, self._lock = SimpleQueue[Helper](), threading.Lock()
