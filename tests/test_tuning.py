@@ -262,6 +262,27 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
     assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 
+def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else they fuse is another kernel; how often a product is split is none."""
+    timings, conv = Timings.load(DEVICE, tmp_path), arguments(9)
+    ran: list[tuning.Way] = []
+
+    def run(way: tuning.Way, given: dict[str, Any]) -> torch.Tensor:
+        ran.append(way)
+        return given["rows"]
+
+    monkeypatch.setattr(tuning, "run", run)
+    with Compilers() as compilers, rehearse(compilers):
+        counts = []
+        for given in (conv, {**conv, "residual": None}, conv):
+            run_fastest(tuning.Call(given), timings)
+            counts.append(len(ran))
+    assert counts[1] == 2 * counts[0] > 2 and counts[2] == counts[1] + 1
+    call = tuning.Call(conv)
+    assert len({call.variant(Config(64, 64, 64, 4, 7, split)) for split in (1, 2, 3, 9)}) == 2
+    assert call.variant(tuning.LIBRARY) == tuning.LIBRARY
+
+
 @pytest.mark.parametrize("given", [arguments(1), arguments(9), with_more(True)], ids=["linear", "conv", "with more"])
 def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) -> None:
     """What one program computes for rows of its own, it computes for their repetitions."""

@@ -33,7 +33,7 @@ Measure = Callable[[Candidate, int], float]
 Calibrate = Literal["lazy", "off"]
 
 
-class Shape(Protocol):
+class Shape(Hashable, Protocol):
     """A kind of layer, all but its number of rows.
 
     Attributes:
@@ -111,6 +111,7 @@ class Timings:
     table: dict[str, dict[str, float]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock, repr=False)
     _settled: dict[tuple[str, tuple[Any, ...], int], Candidate] = field(default_factory=dict, repr=False)
+    _known: set[tuple[Shape, tuple[int, ...]]] = field(default_factory=set, repr=False)
     _unsaved: bool = False
     _collected: list[Choice] | None = None
 
@@ -133,11 +134,15 @@ class Timings:
 
     def unknown(self, shape: Shape, rows: Sequence[int]) -> dict[int, list[Candidate]]:
         """The candidates that were not measured yet, by numbers of rows; nothing if measuring is off."""
-        if self.calibrate == "off":
+        asked = (shape, tuple(rows))
+        if self.calibrate == "off" or asked in self._known:
             return {}
         known = {n: self.times(shape, n) for n in rows}
         ways = {n: [way for way in shape.ways(n) if str(way) not in times] for n, times in known.items()}
-        return {n: each for n, each in ways.items() if each}
+        unknown = {n: each for n, each in ways.items() if each}
+        if not unknown:
+            self._known.add(asked)
+        return unknown
 
     def fill(self, shape: Shape, rows: Sequence[int], measure: Measure) -> None:
         """Measure what is not known yet of the candidates for each number of rows; nothing if measuring is off."""

@@ -22,7 +22,7 @@ Job = dict[str, Any]
 """A call of ``triton.compile``, its kernel by module and name."""
 MOST = 16
 """Threads: a container may have fewer processors than it sees."""
-SLOW = 0.3
+SLOW = 0.1
 """Seconds: a kernel that took longer did not lie in the cache."""
 START = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import serve; serve()"
 
@@ -110,15 +110,15 @@ class Helper:
 
 def job_of(fn: Callable[..., Any]) -> Job | None:
     """The call that Triton submitted as a closure; ``None`` if this Triton does it otherwise."""
-    given = inspect.getclosurevars(fn).nonlocals if inspect.isfunction(fn) else {}
-    if not {"src", "target", "options", "env_vars"} <= given.keys():
+    try:
+        given = inspect.getclosurevars(fn).nonlocals
+        src, target, options, env = (given[name] for name in ("src", "target", "options", "env_vars"))
+        return {
+            "kernel": (src.fn.__module__, src.fn.__name__), "signature": src.signature, "constants": src.constants,
+            "attrs": src.attrs, "target": target, "options": options.__dict__, "env": env,
+        }  # fmt: skip
+    except (TypeError, ValueError, KeyError, AttributeError):
         return None
-    src = given["src"]
-    constants = {path if len(path) > 1 else src.fn.arg_names[path[0]]: value for path, value in src.constants.items()}
-    return {
-        "kernel": (src.fn.__module__, src.fn.__name__), "signature": src.signature, "constants": constants,
-        "attrs": src.attrs, "target": given["target"], "options": given["options"].__dict__, "env": given["env_vars"],
-    }  # fmt: skip
 
 
 def serve() -> None:

@@ -1,0 +1,94 @@
+"""Kernels are compiled by processes where many wait; whatever these cannot do is done by the thread itself."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fisedit.runtime.kernels import compilers
+from fisedit.runtime.kernels.compilers import Compilers, Helper, job_of
+
+BENCH = Path(__file__).parent.parent / "bench"
+SCRIPT = """
+from unittest import mock
+import kernel_code
+from fisedit.runtime.kernels.compilers import Compilers
+from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from triton import AsyncCompileMode
+from triton.runtime import driver
+
+def launch(kernel, grid, *args, **kwargs):
+    kernel.run(*args, grid=tuple(grid), warmup=True, **kwargs)
+
+given = kernel_code.products(64, 320)["linear"]
+with mock.patch.object(driver, "_active", kernel_code.Absent()), mock.patch.object(kernel, "launch", launch):
+    for _ in range(2):
+        with Compilers(threads=1, many=1) as compilers, AsyncCompileMode(compilers) as mode:
+            for stages in (2, 3, 4, 5):
+                kernel.multiply_rows(**given, config=kernel.Config(64, 64, 64, 4, stages))
+        made = [future.result().metadata.num_stages for future in mode.raw_futures]
+        print(made, [helper.compiled for helper in compilers.helpers])
+        kernel._multiply.device_caches.clear()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
+def test_a_process_compiles_for_a_thread(tmp_path: Path) -> None:
+    """The first kernel is slow and others wait: a process has the others ready. Then all lie in Triton's cache."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(BENCH), *sys.path])}
+    command = [sys.executable, "-c", SCRIPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[2, 3, 4, 5] [3]", "[2, 3, 4, 5] []"]
+
+
+def closure(result: int) -> Callable[[], int]:
+    """Like the one that Triton submits, of a call that no process can make."""
+    src, target, options, env_vars = int, "sm_0", int, {}
+
+    def compile() -> int:
+        return result if (src, target, options, env_vars) else 0
+
+    return compile
+
+
+@pytest.mark.parametrize("program", ["/bin/false", "/no/such/program", "python"])
+def test_a_process_that_fails_is_not_missed(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "job_of", lambda fn: {"kernel": ("fisedit", "nothing")})
+    monkeypatch.setattr(compilers, "SLOW", -1.0)
+    if program != "python":
+        monkeypatch.setattr(sys, "executable", program)
+    with Compilers(threads=1, many=1) as pool:
+        futures = [pool.submit(closure(number)) for number in range(4)]
+    assert [future.result() for future in futures] == [0, 1, 2, 3]
+    (helper,) = pool.helpers
+    assert helper.compiled == 0 and helper.process is None
+
+
+def test_few_kernels_start_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compilers, "SLOW", -1.0)
+    with Compilers(threads=2, many=3) as pool:
+        assert pool.submit(closure(5)).result() == 5
+    assert pool.helpers == []
+
+
+def test_an_error_of_the_compiler_is_the_callers() -> None:
+    def broken() -> None:
+        raise ValueError("no such instruction")
+
+    with Compilers(threads=1) as pool, pytest.raises(ValueError, match="no such instruction"):
+        pool.submit(broken).result()
+
+
+def test_what_is_no_call_of_triton_is_no_job() -> None:
+    assert job_of(print) is None and job_of(lambda: None) is None
+    helper = Helper()
+    helper.close()
+    helper.compile({})  # nothing to ask any more
+    assert helper.compiled == 0
