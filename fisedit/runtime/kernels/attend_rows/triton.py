@@ -377,7 +377,8 @@ def attend_rows(
     """The reference's contract, for float32, float16 and bfloat16 and heads of up to 256 channels.
 
     Args:
-        config: tile sizes; ``None`` chooses them. Each program does a tile where ``locks`` are too few for more.
+        config: tile sizes; ``None`` chooses them. Each program does a tile where ``locks`` are too few for more. With
+            ``whole``, keys and values are contiguous ``[B, R, h*d]``, and there is no table.
     """
     query, key, value = (rows if rows.stride(-1) == 1 else rows.contiguous() for rows in (query, key, value))
     batch, number, width = query.shape
@@ -393,9 +394,11 @@ def attend_rows(
     size = partial_bytes(config, number, pairs, head_dim, locks.numel()) // 4
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
-    flat = [_in_rows(rows, heads, head_dim) for rows in (key, value)]
-    tma = table is None and key_count is None and has_descriptors(query) and all(rows is not None for rows in flat)
-    read = [TensorDescriptor.from_tensor(rows, [config.n, padded]) for rows in flat] if tma else [key, value]
+    # The few keys of a text are there sooner by their addresses.
+    tma = config.whole and has_descriptors(query) and is_aligned(key) and is_aligned(value)
+    read = [key, value]
+    if tma:
+        read = [TensorDescriptor.from_tensor(rows.flatten(0, 1), [config.n, padded]) for rows in read]  # [B*R, h*d]
     pdl = {"launch_pdl": True} if overlaps(query) else {}
     launch(_attend, (*grid, 1),
         out, query, *read, recorded_key, recorded_value, table, count, key_count, partial, locks,
@@ -411,16 +414,6 @@ def attend_rows(
         num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **pdl,
     )  # fmt: skip
     return out
-
-
-def _in_rows(tensor: Tensor, heads: int, head_dim: int) -> Tensor | None:
-    """Keys or values as rows ``[B*L, h*d]`` of all samples, if they lie like that and a descriptor can read them."""
-    batch, length = tensor.shape[0], tensor.shape[-2]
-    of_batch, of_head, of_row = _strides(tensor, head_dim)
-    if of_head != head_dim or (batch > 1 and of_batch != length * of_row):
-        return None
-    rows = tensor.as_strided((batch * length, heads * head_dim), (of_row, 1))
-    return rows if is_aligned(rows) else None
 
 
 def _strides(tensor: Tensor, head_dim: int) -> tuple[int, int, int]:
