@@ -337,7 +337,7 @@ def with_best(timed: Timed, case: Case, device: torch.device) -> Timed:
 def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
     """``timed``, if it is of a tuned op, with the times of the way that is chosen for it and of the fastest one.
 
-    Timings are kept for powers of two; here all ways are timed for the case's own number of rows.
+    Timings are kept for padded numbers of rows; here all ways are timed for the case's own number.
     """
     from fisedit.runtime.tuning.choose import RULE, choose_way, time_way, timings_of
 
