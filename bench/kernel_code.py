@@ -140,7 +140,7 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
             name = f"heads of {attention.head_dim}, {way}"
             if isinstance(way, Config) and re.search(only, name):
                 with compiling() as made:
-                    attend_rows(**self_attention(attention, 512), config=way)
+                    attend_rows(**self_attention(attention, 512, way.whole), config=way)
                 yield from ((name, code) for code in made)
     for tile in TILES:
         for kind, given in products(512, 640).items():
@@ -151,16 +151,21 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
 
 
-def self_attention(attention: Attention, rows: int) -> dict[str, Any]:
-    """Its arguments: rows are slices of one product's, recorded maps are given by their addresses."""
+def self_attention(attention: Attention, rows: int, whole: bool) -> dict[str, Any]:
+    """Its arguments: rows are slices of one product's, recorded maps are given by their addresses; ``whole``: keys and
+    values are in one piece each."""
     width = attention.heads * attention.head_dim
     query, key, value = torch.zeros(2, rows, 3 * width, dtype=attention.dtype).chunk(3, -1)
     addresses = torch.zeros(2, dtype=torch.int64)
-    return {
+    given = {
         "query": query, "key": key, "value": value, "recorded_key": addresses, "recorded_value": addresses,
         "table": torch.zeros(1, attention.keys, dtype=torch.int32), "count": torch.zeros(1, dtype=torch.int32),
         "key_count": None, "locks": torch.zeros(1 << 14, dtype=torch.int32), "heads": attention.heads, "scale": None,
     }  # fmt: skip
+    if whole:
+        key, value = (torch.zeros(2, attention.keys, width, dtype=attention.dtype) for _ in range(2))
+        given |= {"key": key, "value": value, "recorded_key": None, "recorded_value": None, "table": None}
+    return given
 
 
 def products(rows: int, c: int) -> dict[str, dict[str, Any]]:

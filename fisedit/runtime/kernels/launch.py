@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -11,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from fisedit.runtime.kernels.compilers import Compilers
 
 
 @dataclass
@@ -90,7 +89,7 @@ def current() -> Rehearsal | None:
 
 
 @contextmanager
-def rehearse(compilers: Compilers, decide: bool = False) -> Iterator[Rehearsal]:
+def rehearse(compilers: Executor, decide: bool = False) -> Iterator[Rehearsal]:
     """Launches inside compile on all processors at once and run nothing; done when the block ends."""
     from triton import AsyncCompileMode
 

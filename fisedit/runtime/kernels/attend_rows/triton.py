@@ -394,6 +394,7 @@ def attend_rows(
     size = partial_bytes(config, number, pairs, head_dim, locks.numel()) // 4
     partial = query.new_empty(size, dtype=torch.float32)
     addresses = recorded_key is not None and recorded_key.dtype == torch.int64
+    assert table is None or not config.whole, "keys in one piece need no table"
     # The few keys of a text are there sooner by their addresses.
     tma = config.whole and has_descriptors(query) and is_aligned(key) and is_aligned(value)
     read = [key, value]
