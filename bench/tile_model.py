@@ -95,6 +95,8 @@ def a_bucket_further(measured: list[Measured]) -> list[float]:
 
 
 def line(name: str, ratios: list[float]) -> str:
+    if not ratios:
+        return f"| {name} | 0 | | | |"
     high = quantiles(ratios, n=20, method="inclusive")[-1] if len(ratios) > 1 else max(ratios)
     return f"| {name} | {len(ratios)} | {mean(ratios) - 1:.1%} | {high - 1:.1%} | {max(ratios) - 1:.1%} |"
 

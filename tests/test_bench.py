@@ -192,23 +192,28 @@ def test_regret_of_kernels() -> None:
 
 
 def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One tile is the fastest for all numbers of rows; then for all but the last."""
+    """A GPU that is just as the model says; and one where a tile is the fastest for all rows but the last."""
     product = Product(9, 2, (320, 0, 0), 320, torch.float16, "bias")
     timings = Timings.load("cpu", tmp_path)
     tile = candidates(product, 256)[0]
     for rows in (64, 128, 256):
         for way in {tile, *candidates(product, rows)}:
-            timings.put(product, rows, way, 1.0 if way == tile else estimate(way, product, rows))
+            timings.put(product, rows, way, estimate(way, product, rows))
         timings.put(product, rows, LIBRARY, 1e3)
     timings.save()
     assert timings.path is not None
     tile_model.main(timings.path)
-    head, _, _, _, first, _, _, further, *_ = capsys.readouterr().out.splitlines()
-    assert head.startswith("3 products at a number of rows") and "of them on average, off by" in head
-    assert first.startswith("| of the model, the best of 1 | 3 |") and further.endswith("| 2 | 0.0% | 0.0% | 0.0% |")
-    timings.put(product, 256, tile, 3.0)
-    timings.put(product, 256, LIBRARY, 0.5)
+    head, _, _, _, *ratios, further, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert head.startswith("3 products at a number of rows") and head.endswith(
+        "takes +0% of them on average, off by 0%"
+    )
+    assert len(ratios) == 3 and all(line.endswith("| 3 | 0.0% | 0.0% | 0.0% |") for line in ratios)
+    assert further.startswith("| a bucket further | ")
+    for rows, time, library in ((64, 1.0, 1e3), (128, 1.0, 1e3), (256, 3.0, 0.5)):
+        timings.put(product, rows, tile, time)
+        timings.put(product, rows, LIBRARY, library)
     assert sorted(tile_model.a_bucket_further(list(tile_model.read(timings.table)))) == [1.0, 6.0]
+    assert tile_model.line("nothing", []) == "| nothing | 0 | | | |"
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")

@@ -361,8 +361,8 @@ def test_work_is_split_where_tiles_are_few() -> None:
 def test_rows_are_timed_with_the_padding_that_is_typical_of_them() -> None:
     for rows in (8, 12, 64, 80, 512, 640, 3072):
         assert bucket(typical(rows), 10_000) == rows and typical(rows) < rows
-    assert buckets(144) == [8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144]
-    assert buckets(5) == [5] and buckets(9) == [8, 9]
+    assert buckets(144) == (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144)
+    assert buckets(5) == (5,) and buckets(9) == (8, 9)
 
 
 def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:

@@ -7,7 +7,6 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,16 +124,16 @@ class Replay:
 
     def _compile(self) -> None:
         """Have all kernels compiled that a call needs, and all ways timed that are not known yet."""
-        moments = [time.monotonic()]
+        start = time.monotonic()
         with Compilers() as compilers:
             with rehearse(compilers) as rehearsal:
                 self._call()
-            moments.append(time.monotonic())
+            compiled = time.monotonic()
             if rehearsal.news:
                 with rehearse(compilers, decide=True):
                     self._call()
-        seconds = [after - before for before, after in pairwise([*moments, time.monotonic()])]
         if rehearsal.news:
+            seconds = compiled - start, time.monotonic() - compiled
             logger.info("compiled kernels in %.1f s, timed and compiled those that were chosen in %.1f s", *seconds)
 
     def _capture(self) -> None:

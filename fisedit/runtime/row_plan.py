@@ -29,12 +29,13 @@ def bucket(rows: int, positions: int) -> int:
     return min(size, positions)
 
 
-def buckets(positions: int) -> list[int]:
+@lru_cache(maxsize=64)
+def buckets(positions: int) -> tuple[int, ...]:
     """All numbers of rows that a level of so many positions can be padded to."""
     found = [bucket(1, positions)]
     while found[-1] < positions:
         found.append(bucket(found[-1] + 1, positions))
-    return found
+    return tuple(found)
 
 
 def typical(padded: int) -> int:

@@ -28,7 +28,7 @@ class Call(Protocol):
     """
 
     number: int
-    numbers: list[int]
+    numbers: tuple[int, ...]
 
     @property
     def shape(self) -> Shape: ...

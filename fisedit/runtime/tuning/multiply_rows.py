@@ -65,7 +65,7 @@ class Call:
         self.given, self.shape = given, Product.of(given)
         rows, positions = rows_of(given), int(given["positions"])
         self.number = rows if given["full"] else bucket(rows, max(rows, positions))
-        self.numbers = [rows] if given["full"] else buckets(max(rows, positions))
+        self.numbers = (rows,) if given["full"] else buckets(max(rows, positions))
 
     @property
     def form(self) -> Hashable:
