@@ -100,6 +100,22 @@ def test_recorded_map_with_its_active_rows_renewed(dtype, dim, masks, number, po
         assert not locks.any()
 
 
+@pytest.mark.parametrize("dim", [16, 40, 80])
+@pytest.mark.parametrize("programs", [0, 5])
+def test_keys_in_one_piece(dim: int, programs: int) -> None:
+    """By descriptor: what is loaded of a padded head belongs to the next one, or lies behind the last."""
+    query = random(2, 20, HEADS * dim, seed=0, dtype=torch.float16)
+    key, value = (random(2, 50, HEADS * dim, seed=seed, dtype=torch.float16) for seed in (1, 2))
+    given = (query, key, value, None, None, None, int32([20]), None, locks := int32([0] * 64), HEADS, None)
+    wanted = {
+        (s, h): softmax_attention(head(query[s], h), head(key[s], h), head(value[s], h), dim**-0.5)
+        for s in range(2)
+        for h in range(HEADS)
+    }
+    check(attend_rows(*given, config=Config(16, 16, 4, 2, programs, whole=True)), wanted, torch.float16)
+    assert not locks.any()
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", [Config(16, 64, 4, 1), Config(32, 16, 4, 2, 3), None], ids=str)
 def test_text(dtype, config) -> None:
