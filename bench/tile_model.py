@@ -29,7 +29,7 @@ from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, WEIGH
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
 KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
-TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)$")
+TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) p(\d+)$")
 
 
 @dataclass(frozen=True)

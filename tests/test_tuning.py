@@ -28,7 +28,7 @@ from fisedit.runtime.row_plan import bucket, buckets, typical  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning import product as product_module  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
-from fisedit.runtime.tuning.product import candidates, estimate  # noqa: E402
+from fisedit.runtime.tuning.product import actives, candidates, estimate  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 
@@ -256,14 +256,14 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
     assert first.news and not timed and len(ran) == len(set(ran)) > 2
     with Compilers() as compilers, rehearse(compilers, decide=True):
         run_fastest(tuning.Call(given), timings, measure)
-    assert set(timed) == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
+    assert {tuning.Call(given).variant(way) for way in timed} == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
     with Compilers() as compilers, rehearse(compilers) as again:
         run_fastest(tuning.Call(given), timings, measure)
     assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 
 def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else they fuse is another kernel; how often a product is split is none."""
+    """What else they fuse is another kernel; how many programs share its tiles is none."""
     timings, conv = Timings.load(DEVICE, tmp_path), arguments(9)
     ran: list[tuning.Way] = []
 
@@ -279,7 +279,7 @@ def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytes
             counts.append(len(ran))
     assert counts[1] == 2 * counts[0] > 2 and counts[2] == counts[1] + 1
     call = tuning.Call(conv)
-    assert len({call.variant(Config(64, 64, 64, 4, 7, split)) for split in (1, 2, 3, 9)}) == 2
+    assert len({call.variant(Config(64, 64, 64, 4, 7, programs)) for programs in (0, 2, 9, 132)}) == 2
     assert call.variant(tuning.LIBRARY) == tuning.LIBRARY
 
 
@@ -288,14 +288,18 @@ def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) ->
     """What one program computes for rows of its own, it computes for their repetitions."""
     given["count"].fill_(ACTIVE - 1)  # the last row is padding
     wanted = reference.multiply_rows(**given)
-    sized = tuning.Stopwatch(given).with_rows(12)
-    assert int(sized["count"]) == 10  # and two are padding
-    out = reference.multiply_rows(**sized)
-    for row in range(10):
+    out = reference.multiply_rows(**tuning.Stopwatch(given).with_rows(12))
+    for row in range(12):
         torch.testing.assert_close(out[:, row], wanted[:, row % (ACTIVE - 1)], atol=1e-2, rtol=0)
 
 
-WAYS = [tuning.LIBRARY, tuning.RULE, Config(16, 32, 64, 4, 2, 2), Config(16, 64, 64, 4, 2)]
+WAYS = [
+    tuning.LIBRARY,
+    tuning.RULE,
+    Config(16, 32, 64, 4, 2, 3),
+    Config(16, 32, 64, 4, 2, 132),
+    Config(16, 64, 64, 4, 2),
+]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -345,17 +349,12 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
     assert 256 in {n for _, n, _ in tiles(product(0, (1280, 0), 10240), 3000)}
 
 
-def test_work_is_split_where_tiles_are_few() -> None:
-    """So far that each program still has a multiprocessor to itself."""
+def test_work_is_shared_where_tiles_are_few() -> None:
     shape = product(9, (1280, 0), 1280)
     for rows in (8, 38, 96, 130, 224):
         way = shape.ways(rows)[0]
-        assert isinstance(way, Config) and way.split > 1
-        active = typical(rows)
-        assert 40 <= -(-2 * active // way.m) * -(-1280 // way.n) * way.split <= 132
-    assert {way.split for way in candidates(product(0, (320, 0), 320), 8)} == {1}
-    way = product(0, (5120, 0), 1280).ways(3000)[0]
-    assert isinstance(way, Config) and way.split == 1
+        assert isinstance(way, Config) and way.programs == 132
+    assert {way.programs for way in candidates(product(0, (320, 0), 320), 8)} == {0}  # five steps
 
 
 def test_rows_are_timed_with_the_padding_that_is_typical_of_them() -> None:
@@ -370,7 +369,7 @@ def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:
     for shape, rows in ((product(9, (320, 0), 320), 512), (product(0, (1280, 0), 1280), 48),
                         (product(9, (1280, 0), 1280), 16), (product(0, (640, 0), 640), 1024)):  # fmt: skip
         for way in candidates(shape, rows):
-            programs = -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
+            programs = way.programs or -(-2 * rows // way.m) * -(-shape.columns // way.n)
             memory = (way.stages - (way.m < 64)) * (way.m + way.n) * way.k * 2
             assert programs > 132 or memory > 113 * 1024
 
@@ -379,17 +378,20 @@ def test_two_programs_may_share_where_none_starts_early(monkeypatch: pytest.Monk
     """As before Hopper: one starts or ends while the other multiplies."""
     monkeypatch.setattr(product_module, "starts_early", lambda: False)
     shape = product(9, (640, 0), 640, "bias only here")
-    (way,) = [way for way in candidates(shape, 160) if (way.m, way.n, way.k) == (64, 128, 64)]
+    way = next(way for way in candidates(shape, 160) if (way.m, way.n, way.k) == (64, 128, 64))
     assert 2 * way.stages * (64 + 128) * 64 * 2 <= 227 * 1024
 
 
-def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:
-    """Two tiles of rows by ten share 132 multiprocessors in six; three, in four."""
-    shape = product(9, (1280, 0), 1280)
-    for rows, split in ((128, 6), (192, 4)):
-        (way,) = [way for way in candidates(shape, rows) if (way.m, way.n, way.k) == (128, 128, 64)]
-        assert way.split == split
-        assert estimate(replace(way, split=2), shape, rows) > 1.3 * estimate(way, shape, rows)
+def test_a_way_is_timed_where_a_round_more_begins() -> None:
+    """1281 to 1536 rows of two samples: 11 or 12 tiles of rows by 12 of columns, on 132 multiprocessors."""
+    shape, tile = product(9, (1280, 0), 1536), Config(128, 128, 64, 8, 4)
+    assert actives(tile, shape, 768) == (641, 768)
+    assert actives(replace(tile, programs=132), shape, 768) == actives(tuning.LIBRARY, shape, 768) == (typical(768),)
+    assert actives(tile, product(9, (1280, 0), 1280), 768) == (typical(768),)  # by 10: one round for any of them
+    full = product(9, (1280, 0), 1536, "bias full")
+    assert actives(tile, full, 768) == (768,)
+    first, last = (estimate(tile, product(9, (1280, 0), 1536, "bias full"), rows) for rows in (640, 768))
+    assert first < estimate(tile, shape, 768) < last
 
 
 def test_the_model_knows_what_is_slower() -> None:

@@ -51,7 +51,7 @@ class Shape(Hashable, Protocol):
         ...
 
 
-SCHEMA = 6
+SCHEMA = 7
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 

@@ -38,6 +38,11 @@ def buckets(positions: int) -> tuple[int, ...]:
     return tuple(found)
 
 
+def smallest(padded: int) -> int:
+    """Of the numbers that :func:`bucket` pads to this one."""
+    return max(padded - _step(padded) + 1, 1)
+
+
 def typical(padded: int) -> int:
     """The number in the middle of those that :func:`bucket` pads to this one."""
     return padded - _step(padded) // 2

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -18,9 +19,9 @@ from fisedit.runtime.kernels.gather_patches.triton import gather_patches
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
-from fisedit.runtime.row_plan import bucket, buckets, typical
+from fisedit.runtime.row_plan import bucket, buckets
 from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
-from fisedit.runtime.tuning.product import LIBRARY, Product, Way
+from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
 
@@ -72,7 +73,7 @@ class Call:
         return self.shape, form_of(self.given)
 
     def variant(self, way: Any) -> Any:
-        return replace(way, split=min(way.split, 2)) if isinstance(way, kernel.Config) else way
+        return replace(way, programs=min(way.programs, 1)) if isinstance(way, kernel.Config) else way
 
     def run(self, way: Any) -> Any:
         return run(way, self.given)
@@ -189,14 +190,16 @@ class Stopwatch:
         """µs for ``number`` rows of each sample; infinite where the GPU has too little for it."""
         if self.sized[0] != number:
             self.sized = (number, self.with_rows(number))
-        given = bare(self.sized[1], way)
-        runs = [partial(run, way, {**given, "weight": weight}) for (weight,) in self.weights]
-        return time_way(runs)
+        times = []
+        for active in actives(way, Product.of(self.given), number):
+            count = torch.full_like(self.given["count"], active)
+            given = bare({**self.sized[1], "count": count}, way)
+            times.append(time_way([partial(run, way, {**given, "weight": weight}) for (weight,) in self.weights]))
+        return mean(times)
 
     def with_rows(self, number: int) -> dict[str, Any]:
-        """The arguments for ``number`` rows, the last ones padding: the real ones over and over."""
-        active = number if self.given["full"] else typical(number)
+        """The arguments for ``number`` rows: the real ones over and over."""
         place = torch.arange(number, device=self.given["rows"].device) % self.real
         names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
         changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
-        return {**self.given, **changes, "count": torch.full_like(self.given["count"], active)}
+        return {**self.given, **changes}

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv, starts_early
-from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
+from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, shared_programs
 from fisedit.runtime.kernels.share_out import MOST_PARTS
-from fisedit.runtime.row_plan import LOCKS, typical
+from fisedit.runtime.row_plan import LOCKS, smallest, typical
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -36,8 +36,8 @@ TILES = (
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
-LEAST_STEPS = 4
-"""Of the inner dimension, for a program of a split product."""
+LEAST_STEPS = 8
+"""Of the inner dimension, for a product whose tiles are shared."""
 TIMED = 4
 """Tiles that are timed: those that the model takes for the fastest."""
 
@@ -115,10 +115,13 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
 
 @cache
 def candidates(product: Product, rows: int) -> list[Config]:
-    """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
+    """All ways to compute a product of so many rows of each sample in tiles: each by a program, or all of them shared
+    by as many programs as there are multiprocessors."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
-    return [fit(tile, product, rows) for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
+    tiles = [tile for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
+    return [fit(replace(tile, programs=programs), product, rows) for tile in tiles
+            for programs in (0, MULTIPROCESSORS) if programs == 0 or product.steps(tile.k) >= LEAST_STEPS]  # fmt: skip
 
 
 def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
@@ -142,19 +145,13 @@ def ways(product: Product, rows: int) -> list[Way]:
     return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
 
 
-@cache
-def fit(tile: Config, product: Product, rows: int) -> Config:
-    """A tile with its work split as the model likes best."""
-    tiles = _tiles(tile, product, rows)
-    most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
-    split = (replace(tile, split=split) for split in range(1, most + 1))
-    best = min(split, key=lambda way: estimate(way, product, rows))
-    return replace(best, stages=_stages(best, product, tiles * best.split))
+def fit(way: Config, product: Product, rows: int) -> Config:
+    """A way with a pipeline as deep as suits it."""
+    return replace(way, stages=_stages(way, product, way.programs or _tiles(way, product, rows, typical(rows))))
 
 
-def _tiles(way: Config, product: Product, rows: int) -> int:
-    """How many tiles have work to do: those of padding alone have none, see ``which_rows`` of the kernel."""
-    active = rows if "full" in product.fused.split() else typical(rows)
+def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
+    """How many tiles have work to do: those of padding alone have none, see ``tiles_of_rows`` of the kernel."""
     if product.taps:
         down = cdiv(product.batch * active, way.m)
     else:
@@ -162,6 +159,20 @@ def _tiles(way: Config, product: Product, rows: int) -> int:
         shared = sum(before == after for before, after in zip(last, first[1:], strict=False))
         down = sum(last) - sum(first) + product.batch - shared
     return down * cdiv(product.columns, way.n)
+
+
+@cache
+def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
+    """With how many of its rows active a padded number is timed: typically many, or the fewest and the most, if among
+    those between a further round of tiles begins."""
+    if "full" in product.fused.split():
+        return (rows,)
+    if isinstance(way, Config) and way.programs == 0:
+        ends = smallest(rows), rows
+        rounds = {cdiv(_tiles(way, product, rows, active), MULTIPROCESSORS) for active in ends}
+        if len(rounds) > 1:
+            return ends
+    return (typical(rows),)
 
 
 def _stages(tile: Config, product: Product, programs: int) -> int:
@@ -185,37 +196,49 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return memory // (rows + weights) + (tile.m < 64)
 
 
-START, SPLIT = 1.9, 2.1
-"""µs of an H100: of any program, and more of one that shares its sums."""
-ROWS, GATHERED, WEIGHTS = 0.0085, 0.0166, 0.018
+START, SHARE = 1.7, 3.7
+"""µs of an H100: of any program, and more of one that has a part of a tile."""
+ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""
-STEP = 0.18
+STEP = 0.08
 """µs of a step at least."""
-MEMORY, FULL = 0.31, 120
+MEMORY, FULL = 0.41, 63
 """µs for each MB of weights, if so many programs ask for them."""
-FINISH, PART, PARTS = 0.09, 0.19, 0.044
-"""µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
+FINISH, PART = 0.083, 0.21
+"""µs for 1024 numbers of a tile: to finish them, or to write a part and to add up a share of all."""
 
 
 @cache
 def estimate(way: Config, product: Product, rows: int) -> float:
-    """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
+    """µs of a product in a way, about: what was fitted to some thousand timings on an H100.
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
     """
-    tiles = _tiles(way, product, rows)
-    wide = way.n * (2 if product.gated else 1)
+    numbers = actives(way, product, rows)
+    return sum(_estimate(way, product, _tiles(way, product, rows, active)) for active in numbers) / len(numbers)
+
+
+def _estimate(way: Config, product: Product, tiles: int) -> float:
+    steps, wide = product.steps(way.k), way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
-    load = cdiv(tiles * way.split, MULTIPROCESSORS)
-    loop = cdiv(product.steps(way.k), way.split) * load * step
+    walked, parts = busiest(tiles, steps, way.programs)
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
-    memory *= max(1.0, FULL / (tiles * way.split))
-    area, parts = way.m * wide / 1024, 0.0
-    if way.split > 1:
-        together = tiles * way.split <= MULTIPROCESSORS
-        parts = SPLIT + area * (PART if together else PARTS * way.split * load)
-    return START + max(loop, memory) + area * FINISH * load + parts
+    memory *= max(1.0, FULL / (way.programs or tiles))
+    area = way.m * wide / 1024
+    finished = area * FINISH * walked / steps
+    return START + max(walked * step, memory) + finished + (SHARE + area * PART * parts if parts else 0.0)
+
+
+def busiest(tiles: int, steps: int, programs: int) -> tuple[int, int]:
+    """How many steps the busiest multiprocessor walks, and how many parts of tiles a program has, at most; see
+    :func:`fisedit.runtime.kernels.share_out.divide`."""
+    if programs == 0:
+        return cdiv(tiles, MULTIPROCESSORS) * steps, 0
+    if 3 * tiles <= programs:
+        return cdiv(steps, min(programs // tiles, MOST_PARTS)), 1
+    share = cdiv(tiles * steps, programs)
+    return share, 2 if share % steps else 0
 
 
 def workspace(way: Way, product: Product, rows: int) -> int:
@@ -227,8 +250,8 @@ def workspace(way: Way, product: Product, rows: int) -> int:
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
     tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
-    splits = split_of(config.split, product.steps(config.k), tiles, LOCKS)
-    return tiles * splits * config.m * config.n * (2 if product.gated else 1) * 4 if splits > 1 else 0
+    programs = shared_programs(config, tiles, product.steps(config.k), LOCKS)
+    return 2 * programs * config.m * config.n * (2 if product.gated else 1) * 4
 
 
 def rule(product: Product, rows: int) -> Config:

@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.launch import (
     overlaps,
     starts_early,
 )
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, arrive, collect, divide, part_of
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
@@ -36,7 +36,6 @@ DEEPEST = 15
 """Stages: before its first product, a program runs through all but one."""
 PIECE: tl.constexpr = tl.constexpr(16)
 """Rows of a tile that a program combines at a time."""
-MOST: tl.constexpr = tl.constexpr(MOST_PARTS)
 SHARED_MEMORY = 226 * 1024
 """Bytes that the programs of a multiprocessor can have together."""
 
@@ -214,24 +213,6 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def _shares(tiles, blocks, programs, polls):
-    """How many blocks of keys each program walks, how many a tile counts, and how long to wait for its other parts:
-    where programs are three times as many as tiles, each has a part of one; else they go on to the next, and do not
-    wait."""
-    share, length = tl.cdiv(tiles * blocks, programs), blocks
-    if 3 * tiles <= programs:
-        share = tl.cdiv(blocks, tl.minimum(programs // tiles, MOST))
-        length = tl.cdiv(blocks, share) * share
-    return share, length, tl.where(3 * tiles <= programs, polls, 0)
-
-
-@triton.jit
-def _part_of(program, tile, length, share):
-    """Where a program's part of a tile lies: its first or its last tile."""
-    return 2 * program + (program * share // length != tile).to(tl.int32)
-
-
-@triton.jit
 def _combine(
     partial, first, last, tile, length, share, row, PIECE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
@@ -242,7 +223,7 @@ def _combine(
     sums = tl.zeros((PIECE, D), tl.float32)
     for program in range(first, last + 1, 4):
         for more in tl.static_range(4):  # so many loads of each kind are under way
-            part = partial + _part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
+            part = partial + part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
             there, inside = program + more <= last, part + row[:, None] * D + tl.arange(0, D)[None, :]
             other_sums = tl.load(inside, mask=there, other=0.0, cache_modifier=".cg")
             other = tl.load(part + BM * D + row, mask=there, other=-1.0e30, cache_modifier=".cg")
@@ -285,10 +266,11 @@ def _finish_shared(
     """Whether a program had all of a tile; if not, write its part, and the rows of the result that it is to combine."""
     first, last = tile * length // share, (tile * length + length - 1) // share
     if first < last:
-        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
+        part = partial + part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
         _store_part(part, sums, top, total, BM, D)
         tl.debug_barrier()
-        shares = share_out(locks + tile, program - first, last - first + 1, polls)
+        lock = locks + tile
+        shares = collect(lock, arrive(lock), program - first, last - first + 1, polls)
         for piece in tl.range(0, BM // PIECE, num_stages=1):
             if (shares >> (piece % (last - first + 1))) & 1:
                 some = piece * PIECE + tl.arange(0, PIECE)
@@ -312,7 +294,8 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
     down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if SHARED:
-        share, length, polls = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
+        share, length = divide(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0))
+        polls = tl.where(3 * down * pairs <= tl.num_programs(0), polls, 0)  # none waits before its next tile
         unit = program * share
         end = tl.minimum(unit + share, down * pairs * length)
         first_tile, last_tile = unit // length, tl.cdiv(end, length)

@@ -1,4 +1,14 @@
-"""What the steps of a product multiply: rows, as they lie or gathered, and weights."""
+"""What the steps of a product multiply: rows, as they lie or gathered, and weights.
+
+Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py`` makes them:
+
+- ``given``: the three sources of rows, their strides, and their channels;
+- ``patches``: of gathered rows the recorded map, the table, their strides, the input's rows and the taps; or nothing;
+- ``matrix``: the weights, their rows' length, their rows (of one half, if gated), and in this tile which rows they are,
+  by number of the tile and of each column, and which of them there are;
+- ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
+  last sample.
+"""
 
 from __future__ import annotations
 
@@ -13,35 +23,67 @@ def sample_of(row, per, PAIR: tl.constexpr):
 
 
 @triton.jit
-def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
-    """The output rows from ``first`` on: where each lies in the result, its sample, its number there, and whether there
-    is one. Gathered rows follow one another without the padding of samples; others keep it, to be read in one piece.
-    """
-    row = first + tl.arange(0, SIZE)
+def tiles_of_rows(number, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
+    """How many tiles of rows have work to do, and which one is the ``number``-th of them: those that hold the padding
+    of a sample and nothing else have none."""
     if GATHER:
-        valid = row < per * batch
-        row = tl.where(valid, row, 0)
-        sample = sample_of(row, per, PAIR)
-        row -= sample * per
+        tiles, found = tl.cdiv(per * batch, SIZE), number
+    elif PAIR:
+        of_first = tl.cdiv(per, SIZE)
+        between = tl.maximum(n_out // SIZE - of_first, 0)
+        tiles = tl.where(batch == 1, of_first, tl.cdiv(n_out + per, SIZE) - between)
+        found = tl.where(number >= of_first, number + between, number)
     else:
-        valid = row < n_out * batch
-        row = tl.where(valid, row, 0)
-        sample = sample_of(row, n_out, PAIR)
-        row -= sample * n_out
-        valid &= row < per
-    return sample * n_out + row, sample, row, valid
+        tiles, beyond, found = 0, 0, number
+        for sample in range(batch):
+            first = tl.maximum(sample * n_out // SIZE, beyond)
+            beyond = (sample * n_out + per - 1) // SIZE + 1
+            found = tl.where(number >= tiles, first + number - tiles, found)
+            tiles += beyond - first
+    return tiles, found
 
 
 @triton.jit
-def load_weight(
-    weight, first, at, column, step, inner, kept, within,
-    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
+    """The output rows from ``first`` on: ``where``, and the number of each in its sample.
+
+    Gathered rows follow one another without the padding of samples; others keep it, to be read in one piece.
+    """
+    own_per = per if GATHER else n_out  # rows from one sample to the next
+    row = first + tl.arange(0, SIZE)
+    valid = row < own_per * batch
+    row = tl.where(valid, row, 0)
+    sample = sample_of(row, own_per, PAIR)
+    row -= sample * own_per
+    valid &= row < per
+    end = tl.minimum(first + SIZE, own_per * batch)
+    lowest, highest = sample_of(first, own_per, PAIR), sample_of(end - 1, own_per, PAIR)
+    return (sample * n_out + row, sample, valid, lowest, highest), row
+
+
+@triton.jit
+def find_tile(
+    tile, wide, per, n_out, batch, weight, inner, co,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The tile ``[BK, BN]``."""
-    if TMA:
-        tile = weight.load([first, at]).T  # past the channels of a tap it has the next one's, which meet zeros
+    """The first row of a tile, ``where`` its rows are, their numbers in their samples, and its ``matrix``; ``wide``
+    tiles have the same rows."""
+    down = tile // wide
+    tile_n = tile - down * wide
+    tile_m = tiles_of_rows(down, per, n_out, batch, BM, GATHER, PAIR)[1]
+    where, row = which_rows(tile_m * BM, per, n_out, batch, BM, GATHER, PAIR)
+    column = tile_n * BN + tl.arange(0, BN)
+    return tile_m * BM, where, row, (weight, inner, co, tile_n, column, column < co)
+
+
+@triton.jit
+def load_weight(matrix, half, at, step, within, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr):
+    """The tile ``[BK, BN]`` from channel ``at`` on; of a gate if ``half`` is how many rows come before its own."""
+    weight, inner, _, tile_n, column, kept = matrix
+    if TMA:  # past the channels of a tap it has the next one's, which meet zeros
+        tile = weight.load([half + tile_n * column.shape[0], at]).T
     else:
-        where = weight + column[None, :].to(tl.int64) * inner + (at + step)[:, None]
+        where = weight + (half + column)[None, :].to(tl.int64) * inner + (at + step)[:, None]
         if EVEN_C and EVEN_N:
             tile = tl.load(where)
         elif EVEN_C:
@@ -53,42 +95,39 @@ def load_weight(
 
 @triton.jit
 def add_products(
-    sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, within,
+    sums, gates, a, matrix, at, step, within,
     GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add those of the rows ``a`` ``[BM, BK]`` and the weights from channel ``at`` on; of a gate, with its own."""
-    first = tile_n * column.shape[0]
-    w = load_weight(weight, first, at, column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+    w = load_weight(matrix, 0, at, step, within, TMA, EVEN_C, EVEN_N)
     sums = tl.dot(a, w, sums, input_precision=PRECISION)
     if GATED:
-        w = load_weight(weight, co + first, at, co + column, step, inner, kept, within, TMA, EVEN_C, EVEN_N)
+        w = load_weight(matrix, matrix[2], at, step, within, TMA, EVEN_C, EVEN_N)
         gates = tl.dot(a, w, gates, input_precision=PRECISION)
     return sums, gates
 
 
 @triton.jit
 def add_rows(
-    sums, gates, rows, stride, channels, before, skipped, weight, tile_m, tile_n, place, valid, column, kept, first,
-    last, step, co, inner, GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    sums, gates, rows, stride, channels, before, skipped, matrix, row0, where, first, last, step,
+    GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps ``first`` to ``last`` of a product, as far as they are of ``rows``, whose ``channels`` come behind
     ``before`` others, which are ``skipped`` steps."""
-    BM: tl.constexpr = place.shape[0]
     BK: tl.constexpr = step.shape[0]
+    place, _, valid, _, _ = where
     if not TMA:
         start = rows + place.to(tl.int64) * stride
     for number in tl.range(tl.maximum(first - skipped, 0), tl.minimum(last - skipped, tl.cdiv(channels, BK))):
         begin = number * BK
         within = begin + step < channels
         if TMA:
-            a = rows.load([tile_m * BM, begin])
+            a = rows.load([row0, begin])
         else:
             a = tl.load(start[:, None] + (begin + step)[None, :], mask=valid[:, None] & within[None, :], other=0.0)
         sums, gates = add_products(
-            sums, gates, a, weight, tile_n, co, before + begin, column, step, inner, kept, within,
-            GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-        )  # fmt: skip
+            sums, gates, a, matrix, before + begin, step, within, GATED, TMA, EVEN_C, EVEN_N, PRECISION
+        )
     return sums, gates
 
 
@@ -111,21 +150,26 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def find_patches(
-    rows, rows2, rows3, recorded, sources, sample, row, place, valid, first, n_in, c1, c2, taps, rows2_stride,
-    rows3_stride, recorded_stride, table_stride, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
+def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SHARED: tl.constexpr, BK: tl.constexpr):
     """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
     the packed and the recorded rows lie, and the outputs' own in the other sources."""
+    rows, rows2, rows3, _, rows2_stride, rows3_stride, c1, c2, _ = given
+    recorded, sources, recorded_stride, table_stride, n_in, taps = patches
+    place, sample, valid, _, _ = where
     tap, begin = 0, 0
-    if SPLIT:
+    if SHARED:
         tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
     table = sources + sample * table_stride + row * taps
     index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     own = rows + (sample * n_in).to(tl.int64) * c1
-    there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
-    own2 = rows2 + place.to(tl.int64) * rows2_stride
-    own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
+    there = own
+    if recorded is not None:
+        there = recorded_rows(rows, recorded, sample, recorded_stride, ADDRESSES) - n_in.to(tl.int64) * c1
+    own2, own3 = own, own
+    if rows2 is not None:
+        own2 = rows2 + place.to(tl.int64) * rows2_stride
+    if rows3 is not None:
+        own3 = rows3 + place.to(tl.int64) * rows3_stride - c2
     return tap, begin, table, index, own, there, own2, own3
 
 
@@ -137,19 +181,18 @@ def next_step(tap, begin, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def load_patches(
-    own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps,
-    TWO: tl.constexpr, THREE: tl.constexpr, EVEN_C: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def load_patches(given, found, index, valid, tap, begin, step, n_in, taps, EVEN_C: tl.constexpr, WIDE: tl.constexpr):
     """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
+    _, rows2, rows3, _, _, _, c1, c2, _ = given
+    own, there, own2, own3 = found
     start, wanted = tl.where(index < n_in, own, there), index >= 0
     inside = (index.to(tl.int64) if WIDE else index) * c1
-    if TWO:
+    if rows2 is not None:
         behind = tap == taps
         wanted = tl.where(behind, valid, wanted)
         inside = tl.where(behind, 0, inside)
         start = tl.where(behind, own2, start)
-        if THREE:
+        if rows3 is not None:
             start = tl.where(behind & (begin >= c2), own3, start)
     wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
     return tl.load(start[:, None] + (inside[:, None] + (begin + step)[None, :]), mask=wanted, other=0.0)
@@ -157,22 +200,21 @@ def load_patches(
 
 @triton.jit
 def add_patches(
-    sums, gates, own, there, own2, own3, table, index, valid, tap, begin, weight, tile_n, column, kept, first, last,
-    step, n_in, c1, c2, taps, co, inner, TWO: tl.constexpr, THREE: tl.constexpr, WIDE: tl.constexpr,
+    sums, gates, given, patches, starts, matrix, where, first, last, step, WIDE: tl.constexpr,
     GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Steps ``first`` to ``last`` of a product of gathered rows; ``index``: those that the first step's tap reads."""
+    """Steps ``first`` to ``last`` of a product of gathered rows; ``starts``: from :func:`find_patches`."""
     BK: tl.constexpr = step.shape[0]
+    c1, n_in, taps, valid = given[6], patches[4], patches[5], where[2]
+    tap, begin, table, index, own, there, own2, own3 = starts
     width = tl.cdiv(c1, BK) * BK
     for number in tl.range(first, last):
-        a = load_patches(
-            own, there, own2, own3, index, valid, tap, begin, step, n_in, c1, c2, taps, TWO, THREE, EVEN_C, WIDE
-        )
+        found = (own, there, own2, own3)
+        a = load_patches(given, found, index, valid, tap, begin, step, n_in, taps, EVEN_C, WIDE)
         at = number * BK if EVEN_C else tap * c1 + begin
         sums, gates = add_products(
-            sums, gates, a, weight, tile_n, co, at, column, step, inner, kept, begin + step < c1,
-            GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-        )  # fmt: skip
+            sums, gates, a, matrix, at, step, begin + step < c1, GATED, TMA, EVEN_C, EVEN_N, PRECISION
+        )
         tap, begin = next_step(tap, begin, width, taps, BK)
         # One step ahead: a load whose address waits for another is hardly pipelined.
         index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
@@ -181,24 +223,24 @@ def add_patches(
 
 @triton.jit
 def add_sources(
-    sums, gates, rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3, weight, tile_m, tile_n, place,
-    valid, column, kept, first, last, step, co, inner, TWO: tl.constexpr, THREE: tl.constexpr, GATED: tl.constexpr,
-    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
+    sums, gates, given, matrix, row0, where, first, last, step,
+    GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Steps ``first`` to ``last`` of a product of rows as they lie, one source after the other."""
     BK: tl.constexpr = step.shape[0]
+    rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3 = given
     sums, gates = add_rows(
-        sums, gates, rows, rows_stride, c1, 0, 0, weight, tile_m, tile_n, place, valid, column, kept, first, last, step,
-        co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+        sums, gates, rows, rows_stride, c1, 0, 0, matrix, row0, where, first, last, step,
+        GATED, TMA, EVEN_C, EVEN_N, PRECISION,
     )  # fmt: skip
-    if TWO:
+    if rows2 is not None:
         sums, gates = add_rows(
-            sums, gates, rows2, rows2_stride, c2, c1, tl.cdiv(c1, BK), weight, tile_m, tile_n, place, valid, column,
-            kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+            sums, gates, rows2, rows2_stride, c2, c1, tl.cdiv(c1, BK), matrix, row0, where, first, last, step,
+            GATED, TMA, EVEN_C, EVEN_N, PRECISION,
         )  # fmt: skip
-    if THREE:
+    if rows3 is not None:
         sums, gates = add_rows(
-            sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), weight, tile_m, tile_n,
-            place, valid, column, kept, first, last, step, co, inner, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
+            sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), matrix, row0, where,
+            first, last, step, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
         )  # fmt: skip
     return sums, gates

@@ -22,17 +22,13 @@ from fisedit.runtime.kernels.launch import cdiv, has_descriptors, is_aligned, la
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
     finish_tile,
+    leave_part,
+    load_columns,
     load_deviation,
-    load_operands,
+    load_residual,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import (
-    add_patches,
-    add_sources,
-    find_patches,
-    sample_of,
-    which_rows,
-)
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
+from fisedit.runtime.kernels.multiply_rows.steps import add_patches, add_sources, find_patches, find_tile, tiles_of_rows
+from fisedit.runtime.kernels.share_out import POLLS, collect, divide, part_of
 
 TMA = True
 NARROWEST, MOST_MOMENTS = 32, 48
@@ -41,103 +37,104 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
+    """Tile sizes of a launch: output rows, output channels, inner; how many programs share all tiles, 0: each does
+    one."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
-    split: int = 1
+    programs: int = 0
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} p{self.programs}"
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "parts", "polls"])
 def _multiply(
-    out, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, normalized, norm_affine, moments,
-    center, made_moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
+    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, each, parts, polls, input_eps,
-    GATHER: tl.constexpr, ADDRESSES: tl.constexpr, TWO: tl.constexpr, THREE: tl.constexpr, BIAS: tl.constexpr,
-    AFFINE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
-    EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
-    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    taps, steps, parts, polls, input_eps,
+    ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
+    PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    CENTER: tl.constexpr = moments is not None
-    SPLIT: tl.constexpr = PIECE > 0
-    ROW: tl.constexpr = RESIDUAL and not SPLIT
-    per = tl.load(count)
-    tile_n, tile_m = tl.program_id(0), tl.program_id(1)
-    row0 = tile_m * BM
-    own_per = per if GATHER else n_out  # rows from one sample to the next
-    end = min(row0 + BM, own_per * batch)
-    lowest = sample_of(row0, own_per, PAIR)
-    highest = sample_of(end - 1, own_per, PAIR)
-    if (row0 >= end) | ((row0 - lowest * own_per >= per) & (lowest == highest)):
-        return
-    place, sample, row, valid = which_rows(row0, per, n_out, batch, BM, GATHER, PAIR)
-    column = tile_n * BN + tl.arange(0, BN)
-    kept = column < co
-    within = None if EVEN_N else kept
-    step = tl.arange(0, BK)
-    first, last = 0, steps
-    if SPLIT:
-        first = tl.program_id(2) * each
-        last = min(first + each, steps)
-
-    # Tables and addresses are no kernel's work: they need not be waited for.
-    if GATHER:
-        tap, begin, table, index, own, there, own2, own3 = find_patches(
-            rows, rows2, rows3, recorded, sources, sample, row, place, valid, first, n_in, c1, c2, taps, rows2_stride,
-            rows3_stride, recorded_stride, table_stride, ADDRESSES, SPLIT, BK,
-        )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
+    GATHER: tl.constexpr = sources is not None
+    SHARED: tl.constexpr = PIECE > 0
+    given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
+    before = (moments, parts, c1, input_eps)
+    after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
+    made = (out, normalized, made_moments)
+    per, program, wide = tl.load(count), tl.program_id(0), tl.cdiv(co, BN)
     plane = batch.to(tl.int64) * n_out
-    if EARLY:
-        columns, extra = load_operands(
-            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual,
-            residual_stride, lowest, highest, place, valid, column, co, within, BIAS, AFFINE, GATED, ROW,
-        )  # fmt: skip
-    mean, rstd = sample, sample
-    if CENTER and not SPLIT:
-        mean, rstd = load_deviation(moments, place, valid, parts, plane, c1, input_eps, PARTS)
-    sums = tl.zeros((BM, BN), tl.float32)
-    gates = tl.zeros((BM, BN), tl.float32)
-    if GATHER:
-        sums, gates = add_patches(
-            sums, gates, own, there, own2, own3, table, index, valid, tap, begin, weight, tile_n, column, kept, first,
-            last, step, n_in, c1, c2, taps, co, inner, TWO, THREE, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
-        )  # fmt: skip
-    else:
-        sums, gates = add_sources(
-            sums, gates, rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3, weight, tile_m,
-            tile_n, place, valid, column, kept, first, last, step, co, inner, TWO, THREE, GATED, TMA, EVEN_C, EVEN_N,
-            PRECISION,
-        )  # fmt: skip
-    if not EARLY:
-        columns, extra = load_operands(
-            bias, center, affine, affine_plane, affine_batch, norm_affine, norm_plane, norm_batch, residual,
-            residual_stride, lowest, highest, place, valid, column, co, within, BIAS, AFFINE, GATED, ROW,
-        )  # fmt: skip
-    if SPLIT:
-        finish_shares(
-            partial, locks, sums, gates, polls, columns, out, affine, residual, residual_stride, norm_affine,
-            normalized, moments, made_moments, c1, input_eps, parts, tile_m, lowest, highest, per, n_out, batch, column,
-            within, tile_n, co, plane, affine_plane, affine_batch, norm_plane, norm_batch, CENTER, BIAS, AFFINE,
-            RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION, GATHER, PAIR, PARTS, PIECE,
-        )  # fmt: skip
-    else:
-        finish_tile(
-            sums, gates, columns, extra, mean, rstd, out, affine, norm_affine, normalized, made_moments, sample, lowest,
-            highest, place, valid, column, within, tile_n, co, plane, affine_plane, affine_batch, norm_plane,
-            norm_batch, CENTER, BIAS, AFFINE, RESIDUAL, GATED, ACTIVATION, NORM_ACTIVATION,
-        )  # fmt: skip
+    down = tiles_of_rows(0, per, n_out, batch, BM, GATHER, PAIR)[0]
+    share, length = 1, 1
+    if SHARED:
+        share, length = divide(down * wide, steps, tl.num_programs(0))
+    unit = program * share
+    end = tl.minimum(unit + share, down * wide * length)
+    first_tile, last_tile = unit // length, tl.cdiv(end, length)
+    early, late = 0, 0
+    for tile in tl.range(first_tile, last_tile, num_stages=1):
+        first, last, whole = 0, steps, True
+        if SHARED:
+            first, last = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, steps)
+        row0, where, row, matrix = find_tile(tile, wide, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN)
+        step = tl.arange(0, BK)
+        if GATHER:  # tables and addresses are no kernel's work: they need not be waited for
+            starts = find_patches(given, patches, where, row, first, ADDRESSES, SHARED, BK)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            tl.extra.cuda.gdc_launch_dependents()
+        if EARLY:
+            columns = load_columns(after, where, matrix, GATED, EVEN_N)
+            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+        if not SHARED:
+            deviation = load_deviation(before, where, plane, PARTS)
+        sums, gates = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
+        if GATHER:
+            sums, gates = add_patches(
+                sums, gates, given, patches, starts, matrix, where, first, last, step, WIDE, GATED, TMA, EVEN_C, EVEN_N,
+                PRECISION,
+            )  # fmt: skip
+        else:
+            sums, gates = add_sources(
+                sums, gates, given, matrix, row0, where, first, last, step, GATED, TMA, EVEN_C, EVEN_N, PRECISION
+            )
+        if SHARED:
+            whole = last - first == steps
+            if not whole:
+                late = leave_part(partial, part_of(program, tile, length, share), locks + tile, sums, gates, GATED)
+                early = tl.where(tile == first_tile, late, early)
+        if whole:
+            if SHARED:
+                deviation = load_deviation(before, where, plane, PARTS)
+            if not EARLY:
+                columns = load_columns(after, where, matrix, GATED, EVEN_N)
+                extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+            finish_tile(
+                sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
+                ACTIVATION, NORM_ACTIVATION, EVEN_N,
+            )  # fmt: skip
+    if SHARED:  # the first and the last tile may be of others, too
+        for tile in tl.range(first_tile, last_tile, tl.maximum(last_tile - first_tile - 1, 1), num_stages=1):
+            begins, ends = tile * length // share, (tile * length + length - 1) // share
+            if begins < ends:
+                row0, where, row, matrix = find_tile(
+                    tile, wide, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN
+                )
+                columns = load_columns(after, where, matrix, GATED, EVEN_N)
+                state = tl.where(tile == first_tile, early, late)
+                shares = collect(locks + tile, state, program - begins, ends - begins + 1, polls)
+                finish_shares(
+                    partial, (tile, begins, ends, share, length), shares, columns, made, after, before, residual,
+                    residual_stride, row0, where, matrix, plane, (per, n_out, batch), GATED, ACTIVATION,
+                    NORM_ACTIVATION, EVEN_N, GATHER, PAIR, PARTS, PIECE, BM, BN,
+                )  # fmt: skip
 
 
 def multiply_rows(
@@ -197,53 +194,44 @@ def _launch(
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
-    tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
+    tiles = cdiv(co, config.n) * cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
-    size = config.m * config.n * (2 if gated else 1)
-    partial = torch.empty(
-        tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
-    )
+    programs = shared_programs(config, tiles, steps, locks.numel())
+    size = 2 * programs * config.m * config.n * (2 if gated else 1)  # two parts of each
+    partial = torch.empty(max(size, 1), dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
-    parts = 0 if moments is None else moments.shape[1]
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
-    read = [weight, *(more for more in (rows, rows2, rows3) if more is not None and not gathers)]
+    sources_of_rows = (rows, rows2, rows3)
+    read = [weight, *(more for more in sources_of_rows if more is not None and not gathers)]
     tma = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read)
-    given = [rows, _or(rows2, rows), _or(rows3, rows)]
+    given = [*sources_of_rows]
     if tma and not gathers:
-        given = [TensorDescriptor.from_tensor(each.flatten(0, 1), [config.m, config.k]) for each in given]
+        given = [more if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
+                 for more in sources_of_rows]  # fmt: skip
     packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
-    launch(_multiply, (tiles_n, tiles_m, splits),
-        out, *given, _or(recorded, rows), _or(sources, locks), packed, _or(bias, rows), _or(affine, rows),
-        _or(residual, rows), normalized, norm_affine, moments, center, made, count, partial, locks,
-        n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
+    launch(_multiply, (programs or tiles, 1, 1),
+        out, normalized, made, *given, recorded, sources, packed, bias, center, affine, residual, norm_affine, moments,
+        count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        cdiv(steps, splits), parts, POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0,
-        input_eps,
-        GATHER=gathers, ADDRESSES=addresses, TWO=rows2 is not None, THREE=rows3 is not None,
-        BIAS=bias is not None, AFFINE=affine is not None, RESIDUAL=residual is not None, GATED=gated,
-        ACTIVATION=ACTIVATIONS[activation], NORM_ACTIVATION=ACTIVATIONS[norm_activation], PAIR=batch <= 2,
+        0 if moments is None else moments.shape[1], POLLS if programs <= multiprocessors(rows.device) else 0, input_eps,
+        ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
+        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if programs else 0, EVEN_C=even_c,
+        EVEN_N=co % config.n == 0, EARLY=not programs and config.m * config.n <= 8192 and config.warps == 4, TMA=tma,
+        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl, PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
-        EVEN_C=even_c, EVEN_N=co % config.n == 0, PRECISION="ieee" if rows.dtype == torch.float32 else "tf32",
-        PIECE=max(8, config.m // 4) if splits > 1 else 0, EARLY=config.m * config.n <= 8192 and config.warps == 4,
-        TMA=tma, PDL=pdl, BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
+        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
-def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
-    """How many programs share a tile: none without work, and none without a lock."""
-    splits = min(wanted, MOST_PARTS, steps, locks // tiles if tiles > locks else wanted)
-    return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
-
-
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
+def shared_programs(config: Config, tiles: int, steps: int, locks: int) -> int:
+    """How many programs share all tiles; 0 if each does one, or if there are too few locks."""
+    return min(config.programs, tiles * steps) if tiles <= locks else 0
 
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:
@@ -283,5 +271,4 @@ def choose(rows: int, columns: int, inner: int, chunk: int, gated: bool, gathere
     else:
         tile = Config(128, 128, 64, 8, 4)
     tiles = -(-rows // tile.m) * -(-columns // tile.n)
-    splits = PROCESSORS // tiles if tiles <= PROCESSORS // 2 else 2 * PROCESSORS // tiles if tiles < 100 else 1
-    return replace(tile, split=max(1, min(splits, inner // tile.k // 6)))
+    return replace(tile, programs=PROCESSORS) if tiles < 100 and inner // tile.k >= 12 else tile
