@@ -133,7 +133,7 @@ def chosen(only: str) -> Iterator[tuple[str, Code]]:
 
 
 def tiles(only: str) -> Iterator[tuple[str, Code]]:
-    """Products with what follows them, in every tile that fits a multiprocessor, each a program's own or shared, and
+    """Products with what follows them, in every tile that fits a multiprocessor, each a program's own, split or shared, and
     self-attentions; of names that match ``only``."""
     for attention in (Attention(2, 5, 64, 9216, torch.float16), Attention(2, 8, 40, 4096, torch.float16)):
         for way in attention.ways(512):
@@ -142,7 +142,8 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 with compiling() as made:
                     attend_rows(**self_attention(attention, 512, way.whole), config=way)
                 yield from ((name, code) for code in made)
-    ways = [replace(tile, programs=programs) for tile in TILES for programs in (0, MULTIPROCESSORS)]
+    shares = {"split": 1, "programs": 0}, {"split": 2}, {"programs": MULTIPROCESSORS}
+    ways = [replace(tile, **share) for tile in TILES for share in shares]
     for way in ways:
         for kind, given in products(512, 640).items():
             name = f"{kind}, {way}"

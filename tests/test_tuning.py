@@ -279,7 +279,9 @@ def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytes
             counts.append(len(ran))
     assert counts[1] == 2 * counts[0] > 2 and counts[2] == counts[1] + 1
     call = tuning.Call(conv)
-    assert len({call.variant(Config(64, 64, 64, 4, 7, programs)) for programs in (0, 2, 9, 132)}) == 2
+    alike = [*(Config(64, 64, 64, 4, 7, split) for split in (1, 2, 9)), Config(64, 64, 64, 4, 7, programs=132),
+             Config(64, 64, 64, 4, 7, programs=264)]  # fmt: skip
+    assert len(set(map(call.variant, alike))) == 3
     assert call.variant(tuning.LIBRARY) == tuning.LIBRARY
 
 
@@ -296,8 +298,8 @@ def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) ->
 WAYS = [
     tuning.LIBRARY,
     tuning.RULE,
-    Config(16, 32, 64, 4, 2, 3),
-    Config(16, 32, 64, 4, 2, 132),
+    Config(16, 32, 64, 4, 2, 2),
+    Config(16, 32, 64, 4, 2, programs=132),
     Config(16, 64, 64, 4, 2),
 ]
 
@@ -349,12 +351,17 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
     assert 256 in {n for _, n, _ in tiles(product(0, (1280, 0), 10240), 3000)}
 
 
-def test_work_is_shared_where_tiles_are_few() -> None:
+def test_work_is_split_where_tiles_are_few() -> None:
+    """So far that each program still has a multiprocessor to itself."""
     shape = product(9, (1280, 0), 1280)
     for rows in (8, 38, 96, 130, 224):
         way = shape.ways(rows)[0]
-        assert isinstance(way, Config) and way.programs == 132
-    assert {way.programs for way in candidates(product(0, (320, 0), 320), 8)} == {0}  # five steps
+        assert isinstance(way, Config) and way.split > 1
+        active = typical(rows)
+        assert 40 <= -(-2 * active // way.m) * -(-1280 // way.n) * way.split <= 132
+    assert {way.split for way in candidates(product(0, (320, 0), 320), 8)} == {1}
+    way = product(0, (5120, 0), 1280).ways(3000)[0]
+    assert isinstance(way, Config) and way.split == 1
 
 
 def test_rows_are_timed_with_the_padding_that_is_typical_of_them() -> None:
@@ -369,7 +376,7 @@ def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:
     for shape, rows in ((product(9, (320, 0), 320), 512), (product(0, (1280, 0), 1280), 48),
                         (product(9, (1280, 0), 1280), 16), (product(0, (640, 0), 640), 1024)):  # fmt: skip
         for way in candidates(shape, rows):
-            programs = way.programs or -(-2 * rows // way.m) * -(-shape.columns // way.n)
+            programs = way.programs or -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
             memory = (way.stages - (way.m < 64)) * (way.m + way.n) * way.k * 2
             assert programs > 132 or memory > 113 * 1024
 
@@ -392,6 +399,15 @@ def test_a_way_is_timed_where_a_round_more_begins() -> None:
     assert actives(tile, full, 768) == (768,)
     first, last = (estimate(tile, product(9, (1280, 0), 1536, "bias full"), rows) for rows in (640, 768))
     assert first < estimate(tile, shape, 768) < last
+
+
+def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:
+    """Two tiles of rows by ten share 132 multiprocessors in six; three, in four."""
+    shape = product(9, (1280, 0), 1280)
+    for rows, split in ((128, 6), (192, 4)):
+        (way,) = [way for way in candidates(shape, rows) if (way.m, way.n, way.k) == (128, 128, 64)]
+        assert way.split == split
+        assert estimate(replace(way, split=2), shape, rows) > 1.3 * estimate(way, shape, rows)
 
 
 def test_the_model_knows_what_is_slower() -> None:

@@ -27,12 +27,6 @@ def divide(tiles, steps, programs):
 
 
 @triton.jit
-def part_of(program, tile, length, share):
-    """Where a program's part of a tile lies: its first or its last tile."""
-    return 2 * program + (program * share // length != tile).to(tl.int32)
-
-
-@triton.jit
 def arrive(lock):
     """Say that a part of a tile lies in memory; for :func:`collect`."""
     return tl.atomic_add(lock, 1, sem="acq_rel") + 1

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv, starts_early
-from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, shared_programs
+from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, part_numbers, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, smallest, typical
 from fisedit.runtime.tuning.choose import RULE
@@ -36,8 +36,8 @@ TILES = (
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
-LEAST_STEPS = 8
-"""Of the inner dimension, for a product whose tiles are shared."""
+LEAST_STEPS = 4
+"""Of the inner dimension, for a program of a split product."""
 TIMED = 4
 """Tiles that are timed: those that the model takes for the fastest."""
 
@@ -115,13 +115,12 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
 
 @cache
 def candidates(product: Product, rows: int) -> list[Config]:
-    """All ways to compute a product of so many rows of each sample in tiles: each by a program, or all of them shared
-    by as many programs as there are multiprocessors."""
+    """All ways to compute a product of so many rows of each sample in tiles: each split as the model likes best, and
+    where tiles are many, all of them shared."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
     tiles = [tile for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
-    return [fit(replace(tile, programs=programs), product, rows) for tile in tiles
-            for programs in (0, MULTIPROCESSORS) if programs == 0 or product.steps(tile.k) >= LEAST_STEPS]  # fmt: skip
+    return [way for tile in tiles for way in (fit(tile, product, rows), *shared_by_all(tile, product, rows))]
 
 
 def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
@@ -145,13 +144,28 @@ def ways(product: Product, rows: int) -> list[Way]:
     return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
 
 
-def fit(way: Config, product: Product, rows: int) -> Config:
-    """A way with a pipeline as deep as suits it."""
-    return replace(way, stages=_stages(way, product, way.programs or _tiles(way, product, rows, typical(rows))))
+@cache
+def fit(tile: Config, product: Product, rows: int) -> Config:
+    """A tile with its work split as the model likes best."""
+    tiles = _tiles(tile, product, rows, rows if "full" in product.fused.split() else typical(rows))
+    most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    split = (replace(tile, split=split) for split in range(1, most + 1))
+    best = min(split, key=lambda way: estimate(way, product, rows))
+    return replace(best, stages=_stages(best, product, tiles * best.split))
+
+
+def shared_by_all(tile: Config, product: Product, rows: int) -> list[Config]:
+    """A tile with all its work shared by one program for each multiprocessor, or two. Few tiles are rather split."""
+    tiles = _tiles(tile, product, rows, rows if "full" in product.fused.split() else typical(rows))
+    if 3 * tiles <= MULTIPROCESSORS or product.steps(tile.k) < 2 * LEAST_STEPS:
+        return []
+    numbers = (1,) if _is_alone(tile, product) else (1, 2)
+    ways = [replace(tile, programs=number * MULTIPROCESSORS) for number in numbers]
+    return [replace(way, stages=_stages(way, product, way.programs)) for way in ways]
 
 
 def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
-    """How many tiles have work to do: those of padding alone have none, see ``tiles_of_rows`` of the kernel."""
+    """How many tiles have work to do: those of padding alone have none, see ``has_work`` of the kernel."""
     if product.taps:
         down = cdiv(product.batch * active, way.m)
     else:
@@ -167,9 +181,9 @@ def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
     those between a further round of tiles begins."""
     if "full" in product.fused.split():
         return (rows,)
-    if isinstance(way, Config) and way.programs == 0:
+    if isinstance(way, Config) and not way.programs:
         ends = smallest(rows), rows
-        rounds = {cdiv(_tiles(way, product, rows, active), MULTIPROCESSORS) for active in ends}
+        rounds = {cdiv(_tiles(way, product, rows, active) * way.split, MULTIPROCESSORS) for active in ends}
         if len(rounds) > 1:
             return ends
     return (typical(rows),)
@@ -186,8 +200,12 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     if programs <= MULTIPROCESSORS and starts_early():
         return min(max(wanted, shared + 1), deep)
-    alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
-    return min(wanted, shared if shared >= 3 and not alone else deep)
+    return min(wanted, shared if shared >= 3 and not _is_alone(tile, product) else deep)
+
+
+def _is_alone(tile: Config, product: Product) -> bool:
+    """Whether a program takes too many registers to share a multiprocessor."""
+    return tile.warps == 8 and (product.taps > 1 or tile.n > 128)
 
 
 def _deepest(tile: Config, product: Product, memory: int) -> int:
@@ -196,16 +214,16 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return memory // (rows + weights) + (tile.m < 64)
 
 
-START, SHARE = 1.7, 3.7
-"""µs of an H100: of any program, and more of one that has a part of a tile."""
+START, SPLIT = 1.7, 3.7
+"""µs of an H100: of any program, and more of one that shares its sums."""
 ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""
 STEP = 0.08
 """µs of a step at least."""
 MEMORY, FULL = 0.41, 63
 """µs for each MB of weights, if so many programs ask for them."""
-FINISH, PART = 0.083, 0.21
-"""µs for 1024 numbers of a tile: to finish them, or to write a part and to add up a share of all."""
+FINISH, PART, PARTS = 0.083, 0.21, 0.09
+"""µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
 
 
 @cache
@@ -222,23 +240,27 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     steps, wide = product.steps(way.k), way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
-    walked, parts = busiest(tiles, steps, way.programs)
-    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
-    memory *= max(1.0, FULL / (way.programs or tiles))
-    area = way.m * wide / 1024
-    finished = area * FINISH * walked / steps
-    return START + max(walked * step, memory) + finished + (SHARE + area * PART * parts if parts else 0.0)
+    area, parts, programs = way.m * wide / 1024, 0.0, way.programs or tiles * way.split
+    load = cdiv(programs, MULTIPROCESSORS)
+    walked = cdiv(steps, way.split) * load
+    if way.programs:
+        whole, rest = divmod(tiles, programs)
+        share, of_each = share_of(rest, steps, programs)
+        walked = (whole * steps + share) * load
+        parts = (SPLIT + area * PART * of_each) if of_each else 0.0
+    elif way.split > 1:
+        parts = SPLIT + area * (PART if programs <= MULTIPROCESSORS else PARTS * way.split * load)
+    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6 * max(1.0, FULL / programs)
+    return START + max(walked * step, memory) + area * FINISH * load * max(1, tiles // programs) + parts
 
 
-def busiest(tiles: int, steps: int, programs: int) -> tuple[int, int]:
-    """How many steps the busiest multiprocessor walks, and how many parts of tiles a program has, at most; see
+def share_of(tiles: int, steps: int, programs: int) -> tuple[int, int]:
+    """How many steps of ``tiles`` each program takes, and how many parts of tiles it has at most; see
     :func:`fisedit.runtime.kernels.share_out.divide`."""
-    if programs == 0:
-        return cdiv(tiles, MULTIPROCESSORS) * steps, 0
     if 3 * tiles <= programs:
-        return cdiv(steps, min(programs // tiles, MOST_PARTS)), 1
+        return (cdiv(steps, min(programs // tiles, MOST_PARTS)), 1) if tiles else (0, 0)
     share = cdiv(tiles * steps, programs)
-    return share, 2 if share % steps else 0
+    return share, 2 if share < steps else 0
 
 
 def workspace(way: Way, product: Product, rows: int) -> int:
@@ -250,8 +272,7 @@ def workspace(way: Way, product: Product, rows: int) -> int:
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
     tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
-    programs = shared_programs(config, tiles, product.steps(config.k), LOCKS)
-    return 2 * programs * config.m * config.n * (2 if product.gated else 1) * 4
+    return part_numbers(config, tiles, product.steps(config.k), product.gated, LOCKS) * 4
 
 
 def rule(product: Product, rows: int) -> Config:

@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.launch import (
     overlaps,
     starts_early,
 )
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, arrive, collect, divide, part_of
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, arrive, collect, divide
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
@@ -213,6 +213,12 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _part_of(program, tile, length, share):
+    """Where a program's part of a tile lies: its first or its last tile."""
+    return 2 * program + (program * share // length != tile).to(tl.int32)
+
+
+@triton.jit
 def _combine(
     partial, first, last, tile, length, share, row, PIECE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
@@ -223,7 +229,7 @@ def _combine(
     sums = tl.zeros((PIECE, D), tl.float32)
     for program in range(first, last + 1, 4):
         for more in tl.static_range(4):  # so many loads of each kind are under way
-            part = partial + part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
+            part = partial + _part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
             there, inside = program + more <= last, part + row[:, None] * D + tl.arange(0, D)[None, :]
             other_sums = tl.load(inside, mask=there, other=0.0, cache_modifier=".cg")
             other = tl.load(part + BM * D + row, mask=there, other=-1.0e30, cache_modifier=".cg")
@@ -266,7 +272,7 @@ def _finish_shared(
     """Whether a program had all of a tile; if not, write its part, and the rows of the result that it is to combine."""
     first, last = tile * length // share, (tile * length + length - 1) // share
     if first < last:
-        part = partial + part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
+        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
         _store_part(part, sums, top, total, BM, D)
         tl.debug_barrier()
         lock = locks + tile

@@ -11,16 +11,14 @@ import triton.language as tl
 
 from fisedit.runtime.kernels.activate import activate
 from fisedit.runtime.kernels.multiply_rows.steps import which_rows
-from fisedit.runtime.kernels.share_out import arrive, part_of
+from fisedit.runtime.kernels.share_out import arrive
 
 
 @triton.jit
-def leave_part(partial, slot, lock, sums, gates, GATED: tl.constexpr):
+def leave_part(part, lock, sums, gates, GATED: tl.constexpr):
     """Write a program's part of a tile's sums, and say so; what the lock said, see :func:`arrive`."""
     BM: tl.constexpr = sums.shape[0]
     BN: tl.constexpr = sums.shape[1]
-    SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-    part = partial + slot.to(tl.int64) * SIZE
     inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
     tl.store(part + inside, sums)
     if GATED:
@@ -30,20 +28,15 @@ def leave_part(partial, slot, lock, sums, gates, GATED: tl.constexpr):
 
 
 @triton.jit
-def add_parts(partial, shared, inside, there, SIZE: tl.constexpr, AHEAD: tl.constexpr):
-    """The sum of all parts of a tile in their order, so many loads under way. They come from L2: L1 may hold what stood
-    there before.
-
-    Args:
-        shared: which tile, the first and the last program that have parts of it, and how steps were divided.
-    """
-    tile, first, last, share, length = shared
+def add_parts(part, parts, inside, there, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    """The sum of all parts in their order, so many loads under way. They come from L2: L1 may hold what stood there
+    before."""
     sums = tl.zeros(inside.shape, tl.float32)
-    for begin in range(first, last + 1, AHEAD):
+    for first in range(0, parts, AHEAD):
         for more in tl.static_range(AHEAD):
-            program = begin + more
-            part = partial + part_of(program, tile, length, share).to(tl.int64) * SIZE
-            sums += tl.load(part + inside, mask=there[:, None] & (program <= last), other=0.0, cache_modifier=".cg")
+            wanted = there[:, None] & (first + more < parts)
+            sums += tl.load(part + inside, mask=wanted, other=0.0, cache_modifier=".cg")
+            part += SIZE
     return sums
 
 
@@ -184,7 +177,7 @@ def finish_tile(
 
 @triton.jit
 def finish_shares(
-    partial, shared, shares, columns, made, after, before, residual, residual_stride, row0, tile, matrix, plane, sizes,
+    part, parts, shares, columns, made, after, before, residual, residual_stride, row0, tile, matrix, plane, sizes,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
     GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr,
@@ -192,14 +185,13 @@ def finish_shares(
     """:func:`finish_tile` for some rows of a tile whose sums lie in parts, at most ``PIECE`` at a time.
 
     Args:
-        shared: see :func:`add_parts`. shares: of which of its programs, see :func:`collect`.
+        part: the first one; the others follow. shares: of which of their programs, see :func:`collect`.
         tile: ``where`` its rows are. sizes: rows of each sample, with padding, and samples.
     """
     SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
-    first, last = shared[1], shared[2]
     per, n_out, batch = sizes
-    each = tl.cdiv(BM, last + 1 - first)
-    for number in tl.range(0, last + 1 - first, num_stages=1):
+    each = tl.cdiv(BM, parts)
+    for number in tl.range(0, parts, num_stages=1):
         if (shares >> number) & 1:
             end = min(number * each + each, BM)
             for start in tl.range(number * each, end, PIECE, num_stages=1):
@@ -209,8 +201,8 @@ def finish_shares(
                 where = (found[0], found[1], found[2] & there, tile[3], tile[4])  # columns are of the tile's samples
                 extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
                 inside = row[:, None] * BN + tl.arange(0, BN)[None, :]
-                sums = add_parts(partial, shared, inside, there, SIZE, 4)
-                gates = add_parts(partial + BM * BN, shared, inside, there, SIZE, 4) if GATED else sums
+                sums = add_parts(part, parts, inside, there, SIZE, 4)
+                gates = add_parts(part + BM * BN, parts, inside, there, SIZE, 4) if GATED else sums
                 deviation = load_deviation(before, where, plane, PARTS)
                 finish_tile(
                     sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None,

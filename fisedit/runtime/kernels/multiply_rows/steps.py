@@ -62,18 +62,11 @@ def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexp
 
 
 @triton.jit
-def find_tile(
-    tile, wide, per, n_out, batch, weight, inner, co,
-    GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """The first row of a tile, ``where`` its rows are, their numbers in their samples, and its ``matrix``; ``wide``
-    tiles have the same rows."""
-    down = tile // wide
-    tile_n = tile - down * wide
-    tile_m = tiles_of_rows(down, per, n_out, batch, BM, GATHER, PAIR)[1]
-    where, row = which_rows(tile_m * BM, per, n_out, batch, BM, GATHER, PAIR)
-    column = tile_n * BN + tl.arange(0, BN)
-    return tile_m * BM, where, row, (weight, inner, co, tile_n, column, column < co)
+def has_work(first, where, per, n_out, batch, GATHER: tl.constexpr):
+    """Whether any row of a tile is more than padding; ``first``: its first one."""
+    own_per = per if GATHER else n_out
+    within_one = (first - where[3] * own_per >= per) & (where[3] == where[4])
+    return (first < own_per * batch) & (within_one == 0)
 
 
 @triton.jit
@@ -150,14 +143,14 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SHARED: tl.constexpr, BK: tl.constexpr):
+def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SOMEWHERE: tl.constexpr, BK: tl.constexpr):
     """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
     the packed and the recorded rows lie, and the outputs' own in the other sources."""
     rows, rows2, rows3, _, rows2_stride, rows3_stride, c1, c2, _ = given
     recorded, sources, recorded_stride, table_stride, n_in, taps = patches
     place, sample, valid, _, _ = where
     tap, begin = 0, 0
-    if SHARED:
+    if SOMEWHERE:
         tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
     table = sources + sample * table_stride + row * taps
     index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
@@ -243,4 +236,40 @@ def add_sources(
             sums, gates, rows3, rows3_stride, c3, c1 + c2, tl.cdiv(c1, BK) + tl.cdiv(c2, BK), matrix, row0, where,
             first, last, step, GATED, TMA, EVEN_C, EVEN_N, PRECISION,
         )  # fmt: skip
+    return sums, gates
+
+
+@triton.jit
+def begin_steps(
+    given, patches, where, row, first, ADDRESSES: tl.constexpr, SOMEWHERE: tl.constexpr, PDL: tl.constexpr,
+    BK: tl.constexpr,
+):  # fmt: skip
+    """What :func:`add_steps` starts with, from step ``first`` on, if ``SOMEWHERE``; and wait for the kernel before: only
+    tables and addresses are no kernel's work."""
+    starts = first
+    if patches[1] is not None:
+        starts = find_patches(given, patches, where, row, first, ADDRESSES, SOMEWHERE, BK)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    return starts
+
+
+@triton.jit
+def add_steps(
+    given, patches, starts, matrix, row0, where, first, last, WIDE: tl.constexpr, GATED: tl.constexpr,
+    TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The sums of a tile over steps ``first`` to ``last``, and those of its gates: ``[BM, BN]``."""
+    sums, gates, step = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32), tl.arange(0, BK)
+    if patches[1] is not None:
+        sums, gates = add_patches(
+            sums, gates, given, patches, starts, matrix, where, first, last, step, WIDE, GATED, TMA, EVEN_C, EVEN_N,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        sums, gates = add_sources(
+            sums, gates, given, matrix, row0, where, first, last, step, GATED, TMA, EVEN_C, EVEN_N, PRECISION
+        )
     return sums, gates

@@ -27,8 +27,8 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     load_deviation,
     load_residual,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import add_patches, add_sources, find_patches, find_tile, tiles_of_rows
-from fisedit.runtime.kernels.share_out import POLLS, collect, divide, part_of
+from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, tiles_of_rows, which_rows
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, collect, divide
 
 TMA = True
 NARROWEST, MOST_MOMENTS = 32, 48
@@ -37,104 +37,177 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; how many programs share all tiles, 0: each does
-    one."""
+    """Tile sizes of a launch: output rows, output channels, inner; how many programs share each tile; or, if not 0, how
+    many share all tiles."""
 
     m: int
     n: int
     k: int
     warps: int
     stages: int
+    split: int = 1
     programs: int = 0
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} p{self.programs}"
+        shared = f"p{self.programs}" if self.programs else f"/{self.split}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} {shared}"
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "parts", "polls"])
+@triton.jit
+def _multiply_tile(
+    given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0, where, row,
+    plane, sizes, steps, each, ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr,
+    EARLY: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr,
+    WIDE: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile, or the steps of it that are this program's, ``each`` of them."""
+    SPLIT: tl.constexpr = PIECE > 0
+    first, last = 0, steps
+    if SPLIT:
+        first = tl.program_id(2) * each
+        last = min(first + each, steps)
+    starts = begin_steps(given, patches, where, row, first, ADDRESSES, SPLIT, PDL, BK)
+    if EARLY:
+        columns = load_columns(after, where, matrix, GATED, EVEN_N)
+        if not SPLIT:
+            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+    if not SPLIT:
+        deviation = load_deviation(before, where, plane, PARTS)
+    sums, gates = add_steps(
+        given, patches, starts, matrix, row0, where, first, last, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION, BM, BN,
+        BK,
+    )  # fmt: skip
+    if not EARLY:
+        columns = load_columns(after, where, matrix, GATED, EVEN_N)
+    if SPLIT:
+        SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
+        number, parts = tl.program_id(2), tl.num_programs(2)
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        part = partial + (tile * parts).to(tl.int64) * SIZE
+        state = leave_part(part + number * SIZE, locks + tile, sums, gates, GATED)
+        shares = collect(locks + tile, state, number, parts, polls)
+        finish_shares(
+            part, parts, shares, columns, made, after, before, residual, residual_stride, row0, where, matrix, plane,
+            sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, PARTS, PIECE, BM, BN,
+        )  # fmt: skip
+    else:
+        if not EARLY:
+            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+        finish_tile(
+            sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
+            ACTIVATION, NORM_ACTIVATION, EVEN_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _find_tile(
+    tile, per, n_out, batch, weight, inner, co, GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
+):  # fmt: skip
+    """The first row of a tile, ``where`` its rows are, their numbers in their samples, and its ``matrix``."""
+    wide = tl.cdiv(co, BN)
+    tile_n, column = tile % wide, tile % wide * BN + tl.arange(0, BN)
+    row0 = tiles_of_rows(tile // wide, per, n_out, batch, BM, GATHER, PAIR)[1] * BM
+    where, row = which_rows(row0, per, n_out, batch, BM, GATHER, PAIR)
+    return row0, where, row, (weight, inner, co, tile_n, column, column < co)
+
+
+@triton.jit
+def _share_tiles(
+    given, patches, weight, inner, co, before, after, made, residual, residual_stride, partial, locks, polls, plane,
+    sizes, steps, ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
+    NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Tiles of a program's own, as many as each can have, and its share of the rest, which ends one and begins one."""
+    GATHER: tl.constexpr = patches[1] is not None
+    per, n_out, batch = sizes
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    tiles = tiles_of_rows(0, per, n_out, batch, BM, GATHER, PAIR)[0] * tl.cdiv(co, BN)
+    whole = tiles // programs
+    before_rest, rest = whole * programs, tiles % programs
+    share, length = divide(tl.maximum(rest, 1), steps, programs)
+    unit = program * share
+    end = tl.minimum(unit + share, rest * length)
+    first_tile, last_tile = unit // length, tl.cdiv(end, length)
+    early, late = 0, 0
+    for turn in tl.range(0, whole + tl.maximum(last_tile - first_tile, 0), num_stages=1):
+        number = first_tile + turn - whole  # of the rest
+        tile, first, last = turn * programs + program, 0, steps
+        if turn >= whole:
+            tile = before_rest + number
+            first, last = tl.maximum(unit - number * length, 0), tl.minimum(end - number * length, steps)
+        row0, where, row, matrix = _find_tile(tile, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN)
+        starts = begin_steps(given, patches, where, row, first, ADDRESSES, True, PDL, BK)
+        sums, gates = add_steps(
+            given, patches, starts, matrix, row0, where, first, last, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION, BM,
+            BN, BK,
+        )  # fmt: skip
+        if last - first < steps:
+            part = partial + (program + number).to(tl.int64) * (BM * BN * (2 if GATED else 1))
+            late = leave_part(part, locks + number, sums, gates, GATED)
+            early = tl.where(number == first_tile, late, early)
+        else:
+            columns = load_columns(after, where, matrix, GATED, EVEN_N)
+            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+            deviation = load_deviation(before, where, plane, PARTS)
+            finish_tile(
+                sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
+                ACTIVATION, NORM_ACTIVATION, EVEN_N,
+            )  # fmt: skip
+    for number in tl.range(first_tile, last_tile, tl.maximum(last_tile - first_tile - 1, 1), num_stages=1):
+        begins, ends = number * length // share, (number * length + length - 1) // share  # programs
+        if begins < ends:
+            row0, where, row, matrix = _find_tile(
+                before_rest + number, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN
+            )
+            columns = load_columns(after, where, matrix, GATED, EVEN_N)
+            state = tl.where(number == first_tile, early, late)
+            shares = collect(locks + number, state, program - begins, ends - begins + 1, polls)
+            part = partial + (begins + number).to(tl.int64) * (BM * BN * (2 if GATED else 1))
+            finish_shares(
+                part, ends - begins + 1, shares, columns, made, after, before, residual, residual_stride, row0, where,
+                matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, GATHER, PAIR, PARTS, PIECE, BM, BN,
+            )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
 def _multiply(
     out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
     norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, parts, polls, input_eps,
+    taps, steps, each, parts, polls, input_eps,
     ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
-    PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PIECE: tl.constexpr, SHARED: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
+    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    GATHER: tl.constexpr = sources is not None
-    SHARED: tl.constexpr = PIECE > 0
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
     before = (moments, parts, c1, input_eps)
     after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
     made = (out, normalized, made_moments)
-    per, program, wide = tl.load(count), tl.program_id(0), tl.cdiv(co, BN)
-    plane = batch.to(tl.int64) * n_out
-    down = tiles_of_rows(0, per, n_out, batch, BM, GATHER, PAIR)[0]
-    share, length = 1, 1
+    per = tl.load(count)
+    plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
     if SHARED:
-        share, length = divide(down * wide, steps, tl.num_programs(0))
-    unit = program * share
-    end = tl.minimum(unit + share, down * wide * length)
-    first_tile, last_tile = unit // length, tl.cdiv(end, length)
-    early, late = 0, 0
-    for tile in tl.range(first_tile, last_tile, num_stages=1):
-        first, last, whole = 0, steps, True
-        if SHARED:
-            first, last = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, steps)
-        row0, where, row, matrix = find_tile(tile, wide, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN)
-        step = tl.arange(0, BK)
-        if GATHER:  # tables and addresses are no kernel's work: they need not be waited for
-            starts = find_patches(given, patches, where, row, first, ADDRESSES, SHARED, BK)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
-            tl.extra.cuda.gdc_launch_dependents()
-        if EARLY:
-            columns = load_columns(after, where, matrix, GATED, EVEN_N)
-            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-        if not SHARED:
-            deviation = load_deviation(before, where, plane, PARTS)
-        sums, gates = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-        if GATHER:
-            sums, gates = add_patches(
-                sums, gates, given, patches, starts, matrix, where, first, last, step, WIDE, GATED, TMA, EVEN_C, EVEN_N,
-                PRECISION,
+        _share_tiles(
+            given, patches, weight, inner, co, before, after, made, residual, residual_stride, partial, locks, polls,
+            plane, sizes, steps, ADDRESSES, GATED, ACTIVATION, NORM_ACTIVATION, PIECE, EVEN_C, EVEN_N, TMA, PRECISION,
+            PDL, PAIR, WIDE, PARTS, BM, BN, BK,
+        )  # fmt: skip
+    else:
+        row0, tile_n = tl.program_id(1) * BM, tl.program_id(0)
+        where, row = which_rows(row0, per, n_out, batch, BM, sources is not None, PAIR)
+        column = tile_n * BN + tl.arange(0, BN)
+        matrix = (weight, inner, co, tile_n, column, column < co)
+        if has_work(row0, where, per, n_out, batch, sources is not None):
+            _multiply_tile(
+                given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0,
+                where, row, plane, sizes, steps, each, ADDRESSES, GATED, ACTIVATION, NORM_ACTIVATION, PIECE, EVEN_C,
+                EVEN_N, EARLY, TMA, PRECISION, PDL, PAIR, WIDE, PARTS, BM, BN, BK,
             )  # fmt: skip
-        else:
-            sums, gates = add_sources(
-                sums, gates, given, matrix, row0, where, first, last, step, GATED, TMA, EVEN_C, EVEN_N, PRECISION
-            )
-        if SHARED:
-            whole = last - first == steps
-            if not whole:
-                late = leave_part(partial, part_of(program, tile, length, share), locks + tile, sums, gates, GATED)
-                early = tl.where(tile == first_tile, late, early)
-        if whole:
-            if SHARED:
-                deviation = load_deviation(before, where, plane, PARTS)
-            if not EARLY:
-                columns = load_columns(after, where, matrix, GATED, EVEN_N)
-                extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-            finish_tile(
-                sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
-                ACTIVATION, NORM_ACTIVATION, EVEN_N,
-            )  # fmt: skip
-    if SHARED:  # the first and the last tile may be of others, too
-        for tile in tl.range(first_tile, last_tile, tl.maximum(last_tile - first_tile - 1, 1), num_stages=1):
-            begins, ends = tile * length // share, (tile * length + length - 1) // share
-            if begins < ends:
-                row0, where, row, matrix = find_tile(
-                    tile, wide, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN
-                )
-                columns = load_columns(after, where, matrix, GATED, EVEN_N)
-                state = tl.where(tile == first_tile, early, late)
-                shares = collect(locks + tile, state, program - begins, ends - begins + 1, polls)
-                finish_shares(
-                    partial, (tile, begins, ends, share, length), shares, columns, made, after, before, residual,
-                    residual_stride, row0, where, matrix, plane, (per, n_out, batch), GATED, ACTIVATION,
-                    NORM_ACTIVATION, EVEN_N, GATHER, PAIR, PARTS, PIECE, BM, BN,
-                )  # fmt: skip
 
 
 def multiply_rows(
@@ -194,11 +267,13 @@ def _launch(
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
-    tiles = cdiv(co, config.n) * cdiv(batch * n_out, config.m)
+    tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    programs = shared_programs(config, tiles, steps, locks.numel())
-    size = 2 * programs * config.m * config.n * (2 if gated else 1)  # two parts of each
-    partial = torch.empty(max(size, 1), dtype=torch.float32, device=rows.device)
+    splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
+    grid = (config.programs, 1, 1) if config.programs else (tiles_n, tiles_m, splits)
+    together = math.prod(grid) <= multiprocessors(rows.device)
+    numbers = part_numbers(config, tiles_n * tiles_m, steps, gated, locks.numel())
+    partial = torch.empty(max(numbers, 1), dtype=torch.float32, device=rows.device)
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
     pdl = overlaps(rows)
@@ -212,16 +287,16 @@ def _launch(
         given = [more if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
                  for more in sources_of_rows]  # fmt: skip
     packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
-    launch(_multiply, (programs or tiles, 1, 1),
+    launch(_multiply, grid,
         out, normalized, made, *given, recorded, sources, packed, bias, center, affine, residual, norm_affine, moments,
         count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        0 if moments is None else moments.shape[1], POLLS if programs <= multiprocessors(rows.device) else 0, input_eps,
+        cdiv(steps, splits), 0 if moments is None else moments.shape[1], POLLS if together else 0, input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
-        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if programs else 0, EVEN_C=even_c,
-        EVEN_N=co % config.n == 0, EARLY=not programs and config.m * config.n <= 8192 and config.warps == 4, TMA=tma,
+        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if numbers else 0, SHARED=config.programs > 0,
+        EVEN_C=even_c, EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl, PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
@@ -229,9 +304,17 @@ def _launch(
     )  # fmt: skip
 
 
-def shared_programs(config: Config, tiles: int, steps: int, locks: int) -> int:
-    """How many programs share all tiles; 0 if each does one, or if there are too few locks."""
-    return min(config.programs, tiles * steps) if tiles <= locks else 0
+def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
+    """How many programs share each tile: none without work, and none without a lock."""
+    splits = min(wanted, MOST_PARTS, steps, locks // tiles if tiles > locks else wanted)
+    return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
+
+
+def part_numbers(config: Config, tiles: int, steps: int, gated: bool, locks: int) -> int:
+    """How many numbers the parts of tiles take: all that each is split into, or two of each program."""
+    splits = split_of(config.split, steps, tiles, locks)
+    parts = 2 * config.programs or (tiles * splits if splits > 1 else 0)
+    return parts * config.m * config.n * (2 if gated else 1)
 
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:
@@ -271,4 +354,5 @@ def choose(rows: int, columns: int, inner: int, chunk: int, gated: bool, gathere
     else:
         tile = Config(128, 128, 64, 8, 4)
     tiles = -(-rows // tile.m) * -(-columns // tile.n)
-    return replace(tile, programs=PROCESSORS) if tiles < 100 and inner // tile.k >= 12 else tile
+    splits = PROCESSORS // tiles if tiles <= PROCESSORS // 2 else 2 * PROCESSORS // tiles if tiles < 100 else 1
+    return replace(tile, split=max(1, min(splits, inner // tile.k // 6)))
