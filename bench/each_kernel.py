@@ -50,12 +50,12 @@ class Level:
 
 
 TILES: dict[str, tuple[str, list[tuple[int, ...]]]] = {
-    "multiply_rows": ("m n k warps stages split programs", [
-        (*tile, *shared)
+    "multiply_rows": ("m n k warps stages split", [
+        (*tile, split)
         for tile in ((16, 64, 128, 4, 6), (32, 32, 128, 4, 8), (32, 64, 128, 4, 5), (64, 32, 128, 4, 6),
                      (64, 64, 128, 4, 3), (64, 64, 128, 4, 5), (64, 128, 64, 4, 4), (64, 128, 64, 4, 6),
                      (128, 64, 64, 4, 4), (128, 64, 64, 4, 6), (128, 128, 64, 8, 4), (128, 256, 64, 8, 3))
-        for shared in ((1, 0), (2, 0), (4, 0), (8, 0), (1, 132))
+        for split in (1, 2, 4, 8)
     ]),
     "attend_rows": ("m n warps stages programs", [
         (*tile, programs) for tile in ((64, 64, 4, 3), (64, 128, 4, 3), (128, 64, 8, 3)) for programs in (0, 132, 264)

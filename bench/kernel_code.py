@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -133,8 +133,8 @@ def chosen(only: str) -> Iterator[tuple[str, Code]]:
 
 
 def tiles(only: str) -> Iterator[tuple[str, Code]]:
-    """Products with what follows them, in every tile that fits a multiprocessor, each a program's own, split or shared, and
-    self-attentions; of names that match ``only``."""
+    """Products with what follows them, in every tile that fits a multiprocessor, and self-attentions; of names that
+    match ``only``."""
     for attention in (Attention(2, 5, 64, 9216, torch.float16), Attention(2, 8, 40, 4096, torch.float16)):
         for way in attention.ways(512):
             name = f"heads of {attention.head_dim}, {way}"
@@ -142,14 +142,12 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 with compiling() as made:
                     attend_rows(**self_attention(attention, 512, way.whole), config=way)
                 yield from ((name, code) for code in made)
-    shares = {"split": 1, "programs": 0}, {"split": 2}, {"programs": MULTIPROCESSORS}
-    ways = [replace(tile, **share) for tile in TILES for share in shares]
-    for way in ways:
+    for tile in TILES:
         for kind, given in products(512, 640).items():
-            name = f"{kind}, {way}"
+            name = f"{kind}, {tile}"
             if re.search(only, name):
                 with compiling() as made:
-                    multiply_rows(**given, config=way)
+                    multiply_rows(**given, config=tile)
                 yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
 
 

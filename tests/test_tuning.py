@@ -256,14 +256,14 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
     assert first.news and not timed and len(ran) == len(set(ran)) > 2
     with Compilers() as compilers, rehearse(compilers, decide=True):
         run_fastest(tuning.Call(given), timings, measure)
-    assert {tuning.Call(given).variant(way) for way in timed} == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
+    assert set(timed) == set(ran[:-1]) and ran[-1] == tuning.LIBRARY
     with Compilers() as compilers, rehearse(compilers) as again:
         run_fastest(tuning.Call(given), timings, measure)
     assert not again.news and ran[-2:] == [tuning.LIBRARY] * 2
 
 
 def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else they fuse is another kernel; how many programs share its tiles is none."""
+    """What else they fuse is another kernel; how often a product is split is none."""
     timings, conv = Timings.load(DEVICE, tmp_path), arguments(9)
     ran: list[tuning.Way] = []
 
@@ -279,9 +279,7 @@ def test_ops_that_are_alike_are_prepared_once(tmp_path: Path, monkeypatch: pytes
             counts.append(len(ran))
     assert counts[1] == 2 * counts[0] > 2 and counts[2] == counts[1] + 1
     call = tuning.Call(conv)
-    alike = [*(Config(64, 64, 64, 4, 7, split) for split in (1, 2, 9)), Config(64, 64, 64, 4, 7, programs=132),
-             Config(64, 64, 64, 4, 7, programs=264)]  # fmt: skip
-    assert len(set(map(call.variant, alike))) == 3
+    assert len({call.variant(Config(64, 64, 64, 4, 7, split)) for split in (1, 2, 3, 9)}) == 2
     assert call.variant(tuning.LIBRARY) == tuning.LIBRARY
 
 
@@ -295,13 +293,16 @@ def test_arguments_are_timed_for_other_numbers_of_rows(given: dict[str, Any]) ->
         torch.testing.assert_close(out[:, row], wanted[:, row % (ACTIVE - 1)], atol=1e-2, rtol=0)
 
 
-WAYS = [
-    tuning.LIBRARY,
-    tuning.RULE,
-    Config(16, 32, 64, 4, 2, 2),
-    Config(16, 32, 64, 4, 2, programs=132),
-    Config(16, 64, 64, 4, 2),
-]
+def test_a_way_is_timed_with_as_many_rows_active_as_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, counts = arguments(9), []
+    monkeypatch.setattr(tuning, "actives", lambda way, product, number: (number - 3, number))
+    monkeypatch.setattr(tuning, "run", lambda way, given: counts.append(int(given["count"])))
+    monkeypatch.setattr(tuning, "time_way", lambda runs: [1.0 + 2 * counts[-1] for run in runs[:1] if not run()][0])
+    assert tuning.Stopwatch(given)(Config(16, 32, 64, 4, 2), 16) == 1.0 + 13 + 16
+    assert counts == [13, 16]
+
+
+WAYS = [tuning.LIBRARY, tuning.RULE, Config(16, 32, 64, 4, 2, 2), Config(16, 64, 64, 4, 2)]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
@@ -376,7 +377,7 @@ def test_no_two_programs_share_a_multiprocessor_that_need_not() -> None:
     for shape, rows in ((product(9, (320, 0), 320), 512), (product(0, (1280, 0), 1280), 48),
                         (product(9, (1280, 0), 1280), 16), (product(0, (640, 0), 640), 1024)):  # fmt: skip
         for way in candidates(shape, rows):
-            programs = way.programs or -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
+            programs = -(-2 * rows // way.m) * -(-shape.columns // way.n) * way.split
             memory = (way.stages - (way.m < 64)) * (way.m + way.n) * way.k * 2
             assert programs > 132 or memory > 113 * 1024
 
@@ -385,20 +386,8 @@ def test_two_programs_may_share_where_none_starts_early(monkeypatch: pytest.Monk
     """As before Hopper: one starts or ends while the other multiplies."""
     monkeypatch.setattr(product_module, "starts_early", lambda: False)
     shape = product(9, (640, 0), 640, "bias only here")
-    way = next(way for way in candidates(shape, 160) if (way.m, way.n, way.k) == (64, 128, 64))
+    (way,) = [way for way in candidates(shape, 160) if (way.m, way.n, way.k) == (64, 128, 64)]
     assert 2 * way.stages * (64 + 128) * 64 * 2 <= 227 * 1024
-
-
-def test_a_way_is_timed_where_a_round_more_begins() -> None:
-    """1281 to 1536 rows of two samples: 11 or 12 tiles of rows by 12 of columns, on 132 multiprocessors."""
-    shape, tile = product(9, (1280, 0), 1536), Config(128, 128, 64, 8, 4)
-    assert actives(tile, shape, 768) == (641, 768)
-    assert actives(replace(tile, programs=132), shape, 768) == actives(tuning.LIBRARY, shape, 768) == (typical(768),)
-    assert actives(tile, product(9, (1280, 0), 1280), 768) == (typical(768),)  # by 10: one round for any of them
-    full = product(9, (1280, 0), 1536, "bias full")
-    assert actives(tile, full, 768) == (768,)
-    first, last = (estimate(tile, product(9, (1280, 0), 1536, "bias full"), rows) for rows in (640, 768))
-    assert first < estimate(tile, shape, 768) < last
 
 
 def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:
@@ -408,6 +397,17 @@ def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:
         (way,) = [way for way in candidates(shape, rows) if (way.m, way.n, way.k) == (128, 128, 64)]
         assert way.split == split
         assert estimate(replace(way, split=2), shape, rows) > 1.3 * estimate(way, shape, rows)
+
+
+def test_a_way_is_timed_where_a_round_more_begins() -> None:
+    """1281 to 1536 rows of two samples: 11 or 12 tiles of rows by 12 of columns, on 132 multiprocessors."""
+    shape, tile = product(9, (1280, 0), 1536), Config(128, 128, 64, 8, 4)
+    assert actives(tile, shape, 768) == (641, 768)
+    assert actives(replace(tile, split=2), product(9, (1280, 0), 640), 768) == (typical(768),)  # up to 120 programs
+    assert actives(tuning.LIBRARY, shape, 768) == (typical(768),)
+    full = product(9, (1280, 0), 1536, "bias full")
+    assert actives(tile, full, 768) == (768,)
+    assert estimate(tile, full, 640) < estimate(tile, shape, 768) < estimate(tile, full, 768)
 
 
 def test_the_model_knows_what_is_slower() -> None:

@@ -73,11 +73,7 @@ class Call:
         return self.shape, form_of(self.given)
 
     def variant(self, way: Any) -> Any:
-        return (
-            replace(way, split=min(way.split, 2), programs=min(way.programs, 1))
-            if isinstance(way, kernel.Config)
-            else way
-        )
+        return replace(way, split=min(way.split, 2)) if isinstance(way, kernel.Config) else way
 
     def run(self, way: Any) -> Any:
         return run(way, self.given)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv, starts_early
-from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, part_numbers, split_of
+from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, smallest, typical
 from fisedit.runtime.tuning.choose import RULE
@@ -27,6 +27,7 @@ TILES = (
     Config(64, 64, 64, 4, 7),
     Config(64, 128, 64, 4, 4),
     Config(64, 128, 128, 4, 4),
+    Config(64, 128, 128, 8, 4),
     Config(128, 64, 64, 4, 4),
     Config(128, 64, 64, 8, 4),
     Config(128, 64, 128, 4, 4),
@@ -115,24 +116,22 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
 
 @cache
 def candidates(product: Product, rows: int) -> list[Config]:
-    """All ways to compute a product of so many rows of each sample in tiles: each split as the model likes best, and
-    where tiles are many, all of them shared."""
+    """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
-    tiles = [tile for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
-    return [way for tile in tiles for way in (fit(tile, product, rows), *shared_by_all(tile, product, rows))]
+    return [fit(tile, product, rows) for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
 
 
 def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
     if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
-    if (tile.m, tile.n, tile.k) == (128, 64, 64) and (tile.warps == 8) != (product.taps > 1):
-        return False  # eight warps gather so many rows faster, and load none faster that lie side by side
-    if any(channels % tile.k for channels in product.channels):
-        alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
-        if product.channels[1] or any(not any(c % other.k for c in product.channels) for other in alike):
-            return False
+    alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
+    if len({other.warps for other in alike if other.k == tile.k}) > 1 and (tile.warps == 8) != (product.taps > 1):
+        return False  # eight warps gather rows faster, and load none faster that lie side by side
+    in_whole_chunks = [other for other in alike if not any(channels % other.k for channels in product.channels)]
+    if any(channels % tile.k for channels in product.channels) and (product.channels[1] or in_whole_chunks):
+        return False
     sums = tile.m * tile.n * (2 if product.gated else 1) // (32 * tile.warps)  # of each thread, in registers
     return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3
 
@@ -147,21 +146,11 @@ def ways(product: Product, rows: int) -> list[Way]:
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
-    tiles = _tiles(tile, product, rows, rows if "full" in product.fused.split() else typical(rows))
+    tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))
-
-
-def shared_by_all(tile: Config, product: Product, rows: int) -> list[Config]:
-    """A tile with all its work shared by one program for each multiprocessor, or two. Few tiles are rather split."""
-    tiles = _tiles(tile, product, rows, rows if "full" in product.fused.split() else typical(rows))
-    if 3 * tiles <= MULTIPROCESSORS or product.steps(tile.k) < 2 * LEAST_STEPS:
-        return []
-    numbers = (1,) if _is_alone(tile, product) else (1, 2)
-    ways = [replace(tile, programs=number * MULTIPROCESSORS) for number in numbers]
-    return [replace(way, stages=_stages(way, product, way.programs)) for way in ways]
 
 
 def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
@@ -177,16 +166,20 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
 
 @cache
 def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
-    """With how many of its rows active a padded number is timed: typically many, or the fewest and the most, if among
-    those between a further round of tiles begins."""
-    if "full" in product.fused.split():
+    """With how many rows active a way is timed for a padded number: typically many; or the fewest and the most, if
+    between them a further round of tiles begins."""
+    if _is_full(product):
         return (rows,)
-    if isinstance(way, Config) and not way.programs:
+    if isinstance(way, Config):
         ends = smallest(rows), rows
         rounds = {cdiv(_tiles(way, product, rows, active) * way.split, MULTIPROCESSORS) for active in ends}
         if len(rounds) > 1:
             return ends
     return (typical(rows),)
+
+
+def _is_full(product: Product) -> bool:
+    return "full" in product.fused.split()
 
 
 def _stages(tile: Config, product: Product, programs: int) -> int:
@@ -200,12 +193,8 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     if programs <= MULTIPROCESSORS and starts_early():
         return min(max(wanted, shared + 1), deep)
-    return min(wanted, shared if shared >= 3 and not _is_alone(tile, product) else deep)
-
-
-def _is_alone(tile: Config, product: Product) -> bool:
-    """Whether a program takes too many registers to share a multiprocessor."""
-    return tile.warps == 8 and (product.taps > 1 or tile.n > 128)
+    alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
+    return min(wanted, shared if shared >= 3 and not alone else deep)
 
 
 def _deepest(tile: Config, product: Product, memory: int) -> int:
@@ -228,7 +217,7 @@ FINISH, PART, PARTS = 0.083, 0.21, 0.09
 
 @cache
 def estimate(way: Config, product: Product, rows: int) -> float:
-    """µs of a product in a way, about: what was fitted to some thousand timings on an H100.
+    """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
     """
@@ -237,30 +226,18 @@ def estimate(way: Config, product: Product, rows: int) -> float:
 
 
 def _estimate(way: Config, product: Product, tiles: int) -> float:
-    steps, wide = product.steps(way.k), way.n * (2 if product.gated else 1)
+    wide = way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
-    area, parts, programs = way.m * wide / 1024, 0.0, way.programs or tiles * way.split
-    load = cdiv(programs, MULTIPROCESSORS)
-    walked = cdiv(steps, way.split) * load
-    if way.programs:
-        whole, rest = divmod(tiles, programs)
-        share, of_each = share_of(rest, steps, programs)
-        walked = (whole * steps + share) * load
-        parts = (SPLIT + area * PART * of_each) if of_each else 0.0
-    elif way.split > 1:
-        parts = SPLIT + area * (PART if programs <= MULTIPROCESSORS else PARTS * way.split * load)
-    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6 * max(1.0, FULL / programs)
-    return START + max(walked * step, memory) + area * FINISH * load * max(1, tiles // programs) + parts
-
-
-def share_of(tiles: int, steps: int, programs: int) -> tuple[int, int]:
-    """How many steps of ``tiles`` each program takes, and how many parts of tiles it has at most; see
-    :func:`fisedit.runtime.kernels.share_out.divide`."""
-    if 3 * tiles <= programs:
-        return (cdiv(steps, min(programs // tiles, MOST_PARTS)), 1) if tiles else (0, 0)
-    share = cdiv(tiles * steps, programs)
-    return share, 2 if share < steps else 0
+    load = cdiv(tiles * way.split, MULTIPROCESSORS)
+    loop = cdiv(product.steps(way.k), way.split) * load * step
+    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
+    memory *= max(1.0, FULL / (tiles * way.split))
+    area, parts = way.m * wide / 1024, 0.0
+    if way.split > 1:
+        together = tiles * way.split <= MULTIPROCESSORS
+        parts = SPLIT + area * (PART if together else PARTS * way.split * load)
+    return START + max(loop, memory) + area * FINISH * load + parts
 
 
 def workspace(way: Way, product: Product, rows: int) -> int:
@@ -272,7 +249,8 @@ def workspace(way: Way, product: Product, rows: int) -> int:
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
     tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
-    return part_numbers(config, tiles, product.steps(config.k), product.gated, LOCKS) * 4
+    splits = split_of(config.split, product.steps(config.k), tiles, LOCKS)
+    return tiles * splits * config.m * config.n * (2 if product.gated else 1) * 4 if splits > 1 else 0
 
 
 def rule(product: Product, rows: int) -> Config:

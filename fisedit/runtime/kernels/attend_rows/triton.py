@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.launch import (
     overlaps,
     starts_early,
 )
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, arrive, collect, divide
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
 
 LOG2_E = 1.4426950408889634
 MULTIPROCESSORS = 132
@@ -36,6 +36,7 @@ DEEPEST = 15
 """Stages: before its first product, a program runs through all but one."""
 PIECE: tl.constexpr = tl.constexpr(16)
 """Rows of a tile that a program combines at a time."""
+MOST: tl.constexpr = tl.constexpr(MOST_PARTS)
 SHARED_MEMORY = 226 * 1024
 """Bytes that the programs of a multiprocessor can have together."""
 
@@ -213,6 +214,18 @@ def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _shares(tiles, blocks, programs, polls):
+    """How many blocks of keys each program walks, how many a tile counts, and how long to wait for its other parts:
+    where programs are three times as many as tiles, each has a part of one; else they go on to the next, and do not
+    wait."""
+    share, length = tl.cdiv(tiles * blocks, programs), blocks
+    if 3 * tiles <= programs:
+        share = tl.cdiv(blocks, tl.minimum(programs // tiles, MOST))
+        length = tl.cdiv(blocks, share) * share
+    return share, length, tl.where(3 * tiles <= programs, polls, 0)
+
+
+@triton.jit
 def _part_of(program, tile, length, share):
     """Where a program's part of a tile lies: its first or its last tile."""
     return 2 * program + (program * share // length != tile).to(tl.int32)
@@ -275,8 +288,7 @@ def _finish_shared(
         part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
         _store_part(part, sums, top, total, BM, D)
         tl.debug_barrier()
-        lock = locks + tile
-        shares = collect(lock, arrive(lock), program - first, last - first + 1, polls)
+        shares = share_out(locks + tile, program - first, last - first + 1, polls)
         for piece in tl.range(0, BM // PIECE, num_stages=1):
             if (shares >> (piece % (last - first + 1))) & 1:
                 some = piece * PIECE + tl.arange(0, PIECE)
@@ -300,8 +312,7 @@ def _attend(
         tl.extra.cuda.gdc_launch_dependents()
     down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if SHARED:
-        share, length = divide(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0))
-        polls = tl.where(3 * down * pairs <= tl.num_programs(0), polls, 0)  # none waits before its next tile
+        share, length, polls = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
         unit = program * share
         end = tl.minimum(unit + share, down * pairs * length)
         first_tile, last_tile = unit // length, tl.cdiv(end, length)

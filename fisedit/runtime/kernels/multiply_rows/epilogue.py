@@ -11,12 +11,12 @@ import triton.language as tl
 
 from fisedit.runtime.kernels.activate import activate
 from fisedit.runtime.kernels.multiply_rows.steps import which_rows
-from fisedit.runtime.kernels.share_out import arrive
+from fisedit.runtime.kernels.share_out import share_out
 
 
 @triton.jit
-def leave_part(part, lock, sums, gates, GATED: tl.constexpr):
-    """Write a program's part of a tile's sums, and say so; what the lock said, see :func:`arrive`."""
+def share_part(part, lock, sums, gates, number, parts, polls, GATED: tl.constexpr):
+    """Write a program's part of a tile's sums; whose rows it is to add up, see :func:`share_out`."""
     BM: tl.constexpr = sums.shape[0]
     BN: tl.constexpr = sums.shape[1]
     inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
@@ -24,7 +24,7 @@ def leave_part(part, lock, sums, gates, GATED: tl.constexpr):
     if GATED:
         tl.store(part + BM * BN + inside, gates)
     tl.debug_barrier()
-    return arrive(lock)
+    return share_out(lock, number, parts, polls)
 
 
 @triton.jit
@@ -185,7 +185,7 @@ def finish_shares(
     """:func:`finish_tile` for some rows of a tile whose sums lie in parts, at most ``PIECE`` at a time.
 
     Args:
-        part: the first one; the others follow. shares: of which of their programs, see :func:`collect`.
+        part: the first one; the others follow. shares: of which of their programs, see :func:`share_out`.
         tile: ``where`` its rows are. sizes: rows of each sample, with padding, and samples.
     """
     SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)

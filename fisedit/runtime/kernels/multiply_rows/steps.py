@@ -23,27 +23,6 @@ def sample_of(row, per, PAIR: tl.constexpr):
 
 
 @triton.jit
-def tiles_of_rows(number, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
-    """How many tiles of rows have work to do, and which one is the ``number``-th of them: those that hold the padding
-    of a sample and nothing else have none."""
-    if GATHER:
-        tiles, found = tl.cdiv(per * batch, SIZE), number
-    elif PAIR:
-        of_first = tl.cdiv(per, SIZE)
-        between = tl.maximum(n_out // SIZE - of_first, 0)
-        tiles = tl.where(batch == 1, of_first, tl.cdiv(n_out + per, SIZE) - between)
-        found = tl.where(number >= of_first, number + between, number)
-    else:
-        tiles, beyond, found = 0, 0, number
-        for sample in range(batch):
-            first = tl.maximum(sample * n_out // SIZE, beyond)
-            beyond = (sample * n_out + per - 1) // SIZE + 1
-            found = tl.where(number >= tiles, first + number - tiles, found)
-            tiles += beyond - first
-    return tiles, found
-
-
-@triton.jit
 def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
     """The output rows from ``first`` on: ``where``, and the number of each in its sample.
 
@@ -143,14 +122,14 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SOMEWHERE: tl.constexpr, BK: tl.constexpr):
+def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr):
     """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
     the packed and the recorded rows lie, and the outputs' own in the other sources."""
     rows, rows2, rows3, _, rows2_stride, rows3_stride, c1, c2, _ = given
     recorded, sources, recorded_stride, table_stride, n_in, taps = patches
     place, sample, valid, _, _ = where
     tap, begin = 0, 0
-    if SOMEWHERE:
+    if SPLIT:
         tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
     table = sources + sample * table_stride + row * taps
     index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
@@ -241,14 +220,14 @@ def add_sources(
 
 @triton.jit
 def begin_steps(
-    given, patches, where, row, first, ADDRESSES: tl.constexpr, SOMEWHERE: tl.constexpr, PDL: tl.constexpr,
+    given, patches, where, row, first, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`add_steps` starts with, from step ``first`` on, if ``SOMEWHERE``; and wait for the kernel before: only
+    """What :func:`add_steps` starts with, from step ``first`` on; and wait for the kernel before: only
     tables and addresses are no kernel's work."""
     starts = first
     if patches[1] is not None:
-        starts = find_patches(given, patches, where, row, first, ADDRESSES, SOMEWHERE, BK)
+        starts = find_patches(given, patches, where, row, first, ADDRESSES, SPLIT, BK)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()

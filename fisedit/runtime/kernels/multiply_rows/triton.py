@@ -22,13 +22,13 @@ from fisedit.runtime.kernels.launch import cdiv, has_descriptors, is_aligned, la
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
     finish_tile,
-    leave_part,
     load_columns,
     load_deviation,
     load_residual,
+    share_part,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, tiles_of_rows, which_rows
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, collect, divide
+from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, which_rows
+from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
 NARROWEST, MOST_MOMENTS = 32, 48
@@ -37,8 +37,7 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; how many programs share each tile; or, if not 0, how
-    many share all tiles."""
+    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
 
     m: int
     n: int
@@ -46,11 +45,9 @@ class Config:
     warps: int
     stages: int
     split: int = 1
-    programs: int = 0
 
     def __str__(self) -> str:
-        shared = f"p{self.programs}" if self.programs else f"/{self.split}"
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} {shared}"
+        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
 
 
 @triton.jit
@@ -85,8 +82,7 @@ def _multiply_tile(
         number, parts = tl.program_id(2), tl.num_programs(2)
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part = partial + (tile * parts).to(tl.int64) * SIZE
-        state = leave_part(part + number * SIZE, locks + tile, sums, gates, GATED)
-        shares = collect(locks + tile, state, number, parts, polls)
+        shares = share_part(part + number * SIZE, locks + tile, sums, gates, number, parts, polls, GATED)
         finish_shares(
             part, parts, shares, columns, made, after, before, residual, residual_stride, row0, where, matrix, plane,
             sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, PARTS, PIECE, BM, BN,
@@ -100,79 +96,6 @@ def _multiply_tile(
         )  # fmt: skip
 
 
-@triton.jit
-def _find_tile(
-    tile, per, n_out, batch, weight, inner, co, GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
-):  # fmt: skip
-    """The first row of a tile, ``where`` its rows are, their numbers in their samples, and its ``matrix``."""
-    wide = tl.cdiv(co, BN)
-    tile_n, column = tile % wide, tile % wide * BN + tl.arange(0, BN)
-    row0 = tiles_of_rows(tile // wide, per, n_out, batch, BM, GATHER, PAIR)[1] * BM
-    where, row = which_rows(row0, per, n_out, batch, BM, GATHER, PAIR)
-    return row0, where, row, (weight, inner, co, tile_n, column, column < co)
-
-
-@triton.jit
-def _share_tiles(
-    given, patches, weight, inner, co, before, after, made, residual, residual_stride, partial, locks, polls, plane,
-    sizes, steps, ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr,
-    NORM_ACTIVATION: tl.constexpr, PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Tiles of a program's own, as many as each can have, and its share of the rest, which ends one and begins one."""
-    GATHER: tl.constexpr = patches[1] is not None
-    per, n_out, batch = sizes
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    tiles = tiles_of_rows(0, per, n_out, batch, BM, GATHER, PAIR)[0] * tl.cdiv(co, BN)
-    whole = tiles // programs
-    before_rest, rest = whole * programs, tiles % programs
-    share, length = divide(tl.maximum(rest, 1), steps, programs)
-    unit = program * share
-    end = tl.minimum(unit + share, rest * length)
-    first_tile, last_tile = unit // length, tl.cdiv(end, length)
-    early, late = 0, 0
-    for turn in tl.range(0, whole + tl.maximum(last_tile - first_tile, 0), num_stages=1):
-        number = first_tile + turn - whole  # of the rest
-        tile, first, last = turn * programs + program, 0, steps
-        if turn >= whole:
-            tile = before_rest + number
-            first, last = tl.maximum(unit - number * length, 0), tl.minimum(end - number * length, steps)
-        row0, where, row, matrix = _find_tile(tile, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN)
-        starts = begin_steps(given, patches, where, row, first, ADDRESSES, True, PDL, BK)
-        sums, gates = add_steps(
-            given, patches, starts, matrix, row0, where, first, last, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION, BM,
-            BN, BK,
-        )  # fmt: skip
-        if last - first < steps:
-            part = partial + (program + number).to(tl.int64) * (BM * BN * (2 if GATED else 1))
-            late = leave_part(part, locks + number, sums, gates, GATED)
-            early = tl.where(number == first_tile, late, early)
-        else:
-            columns = load_columns(after, where, matrix, GATED, EVEN_N)
-            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-            deviation = load_deviation(before, where, plane, PARTS)
-            finish_tile(
-                sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
-                ACTIVATION, NORM_ACTIVATION, EVEN_N,
-            )  # fmt: skip
-    for number in tl.range(first_tile, last_tile, tl.maximum(last_tile - first_tile - 1, 1), num_stages=1):
-        begins, ends = number * length // share, (number * length + length - 1) // share  # programs
-        if begins < ends:
-            row0, where, row, matrix = _find_tile(
-                before_rest + number, per, n_out, batch, weight, inner, co, GATHER, PAIR, BM, BN
-            )
-            columns = load_columns(after, where, matrix, GATED, EVEN_N)
-            state = tl.where(number == first_tile, early, late)
-            shares = collect(locks + number, state, program - begins, ends - begins + 1, polls)
-            part = partial + (begins + number).to(tl.int64) * (BM * BN * (2 if GATED else 1))
-            finish_shares(
-                part, ends - begins + 1, shares, columns, made, after, before, residual, residual_stride, row0, where,
-                matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, GATHER, PAIR, PARTS, PIECE, BM, BN,
-            )  # fmt: skip
-
-
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
 def _multiply(
     out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
@@ -180,9 +103,9 @@ def _multiply(
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
     taps, steps, each, parts, polls, input_eps,
     ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
-    PIECE: tl.constexpr, SHARED: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr,
-    PARTS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
@@ -191,23 +114,16 @@ def _multiply(
     made = (out, normalized, made_moments)
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
-    if SHARED:
-        _share_tiles(
-            given, patches, weight, inner, co, before, after, made, residual, residual_stride, partial, locks, polls,
-            plane, sizes, steps, ADDRESSES, GATED, ACTIVATION, NORM_ACTIVATION, PIECE, EVEN_C, EVEN_N, TMA, PRECISION,
-            PDL, PAIR, WIDE, PARTS, BM, BN, BK,
+    row0, tile_n = tl.program_id(1) * BM, tl.program_id(0)
+    where, row = which_rows(row0, per, n_out, batch, BM, sources is not None, PAIR)
+    column = tile_n * BN + tl.arange(0, BN)
+    matrix = (weight, inner, co, tile_n, column, column < co)
+    if has_work(row0, where, per, n_out, batch, sources is not None):
+        _multiply_tile(
+            given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0, where,
+            row, plane, sizes, steps, each, ADDRESSES, GATED, ACTIVATION, NORM_ACTIVATION, PIECE, EVEN_C, EVEN_N, EARLY,
+            TMA, PRECISION, PDL, PAIR, WIDE, PARTS, BM, BN, BK,
         )  # fmt: skip
-    else:
-        row0, tile_n = tl.program_id(1) * BM, tl.program_id(0)
-        where, row = which_rows(row0, per, n_out, batch, BM, sources is not None, PAIR)
-        column = tile_n * BN + tl.arange(0, BN)
-        matrix = (weight, inner, co, tile_n, column, column < co)
-        if has_work(row0, where, per, n_out, batch, sources is not None):
-            _multiply_tile(
-                given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0,
-                where, row, plane, sizes, steps, each, ADDRESSES, GATED, ACTIVATION, NORM_ACTIVATION, PIECE, EVEN_C,
-                EVEN_N, EARLY, TMA, PRECISION, PDL, PAIR, WIDE, PARTS, BM, BN, BK,
-            )  # fmt: skip
 
 
 def multiply_rows(
@@ -270,10 +186,10 @@ def _launch(
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
-    grid = (config.programs, 1, 1) if config.programs else (tiles_n, tiles_m, splits)
-    together = math.prod(grid) <= multiprocessors(rows.device)
-    numbers = part_numbers(config, tiles_n * tiles_m, steps, gated, locks.numel())
-    partial = torch.empty(max(numbers, 1), dtype=torch.float32, device=rows.device)
+    size = config.m * config.n * (2 if gated else 1)
+    partial = torch.empty(
+        tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
+    )
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
     pdl = overlaps(rows)
@@ -287,15 +203,16 @@ def _launch(
         given = [more if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
                  for more in sources_of_rows]  # fmt: skip
     packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
-    launch(_multiply, grid,
+    launch(_multiply, (tiles_n, tiles_m, splits),
         out, normalized, made, *given, recorded, sources, packed, bias, center, affine, residual, norm_affine, moments,
         count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
         _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
-        cdiv(steps, splits), 0 if moments is None else moments.shape[1], POLLS if together else 0, input_eps,
+        cdiv(steps, splits), 0 if moments is None else moments.shape[1],
+        POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
-        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if numbers else 0, SHARED=config.programs > 0,
+        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if splits > 1 else 0,
         EVEN_C=even_c, EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma,
         PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl, PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
@@ -308,13 +225,6 @@ def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
     """How many programs share each tile: none without work, and none without a lock."""
     splits = min(wanted, MOST_PARTS, steps, locks // tiles if tiles > locks else wanted)
     return cdiv(steps, cdiv(steps, splits)) if splits > 1 else 1
-
-
-def part_numbers(config: Config, tiles: int, steps: int, gated: bool, locks: int) -> int:
-    """How many numbers the parts of tiles take: all that each is split into, or two of each program."""
-    splits = split_of(config.split, steps, tiles, locks)
-    parts = 2 * config.programs or (tiles * splits if splits > 1 else 0)
-    return parts * config.m * config.n * (2 if gated else 1)
 
 
 def _stride(tensor: Tensor | None, dimension: int) -> int:
