@@ -207,8 +207,9 @@ START, SPLIT = 1.7, 3.7
 """µs of an H100: of any program, and more of one that shares its sums."""
 ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""
-STEP = 0.08
-"""µs of a step at least."""
+STEP, STEADY = 0.08, 0.6
+"""µs of a step at least, and what a step takes of the time that its bytes tell where eight warps gather 128 channels:
+half as many waits for as much."""
 MEMORY, FULL = 0.41, 63
 """µs for each MB of weights, if so many programs ask for them."""
 FINISH, PART, PARTS = 0.083, 0.21, 0.09
@@ -229,6 +230,7 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     wide = way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
+    step *= STEADY if product.taps > 1 and (way.warps, way.k) == (8, 128) else 1.0
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
