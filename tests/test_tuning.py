@@ -24,7 +24,7 @@ from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
 from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
-from fisedit.runtime.row_plan import bucket, buckets, typical  # noqa: E402
+from fisedit.runtime.row_plan import bucket, buckets, smallest, typical  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning import product as product_module  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
@@ -367,7 +367,8 @@ def test_work_is_split_where_tiles_are_few() -> None:
 
 def test_rows_are_timed_with_the_padding_that_is_typical_of_them() -> None:
     for rows in (8, 12, 64, 80, 512, 640, 3072):
-        assert bucket(typical(rows), 10_000) == rows and typical(rows) < rows
+        assert bucket(typical(rows), 10_000) == bucket(smallest(rows), 10_000) == rows and typical(rows) < rows
+        assert rows == 8 or bucket(smallest(rows) - 1, 10_000) < rows
     assert buckets(144) == (8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144)
     assert buckets(5) == (5,) and buckets(9) == (8, 9)
 

@@ -39,8 +39,8 @@ def buckets(positions: int) -> tuple[int, ...]:
 
 
 def smallest(padded: int) -> int:
-    """Of the numbers that :func:`bucket` pads to this one."""
-    return max(padded - _step(padded) + 1, 1)
+    """The smallest of the numbers that :func:`bucket` pads to this one."""
+    return padded - _step(padded) + 1 if padded > SMALLEST else 1
 
 
 def typical(padded: int) -> int:

@@ -1,7 +1,12 @@
 """What follows the sums of a product's tile: the parts of other programs, norms, bias, activation, residual.
 
 What it takes is loaded while other loads are under way, before the sums are there: each wait would be as long as some
-steps of the product.
+steps of the product. Besides the tuples of ``steps.py`` there are
+
+- ``before``: the moments of the rows, in how many parts, of how many channels, and what is added to their variance;
+- ``after``: the bias, the sums of the weights, and scale and offset of the result and of the one that is normalized,
+  each with its strides; ``None`` where there is none;
+- ``made``: the result, the normalized one, and the result's moments.
 """
 
 from __future__ import annotations
@@ -145,7 +150,6 @@ def finish_tile(
 
     Args:
         columns, extra, deviation: from :func:`load_columns`, :func:`load_residual` and :func:`load_deviation`.
-        made: the result, the one that is normalized, and its moments. after: bias, sums of weights, scales of both.
     """
     own, gate, of_own, of_gate, scales, norms = columns
     bias, center, scale, norm = after

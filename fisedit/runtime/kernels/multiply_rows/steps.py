@@ -223,8 +223,8 @@ def begin_steps(
     given, patches, where, row, first, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, PDL: tl.constexpr,
     BK: tl.constexpr,
 ):  # fmt: skip
-    """What :func:`add_steps` starts with, from step ``first`` on; and wait for the kernel before: only
-    tables and addresses are no kernel's work."""
+    """What :func:`add_steps` starts with, from step ``first`` on; and wait for the kernel before: only tables and
+    addresses are no kernel's work."""
     starts = first
     if patches[1] is not None:
         starts = find_patches(given, patches, where, row, first, ADDRESSES, SPLIT, BK)

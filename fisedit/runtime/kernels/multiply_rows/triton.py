@@ -195,13 +195,12 @@ def _launch(
     pdl = overlaps(rows)
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
     assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
-    sources_of_rows = (rows, rows2, rows3)
-    read = [weight, *(more for more in sources_of_rows if more is not None and not gathers)]
+    given: list[Any] = [rows, rows2, rows3]
+    read = [weight, *(more for more in given if more is not None and not gathers)]
     tma = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read)
-    given = [*sources_of_rows]
     if tma and not gathers:
-        given = [more if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
-                 for more in sources_of_rows]  # fmt: skip
+        given = [None if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
+                 for more in given]  # fmt: skip
     packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
     launch(_multiply, (tiles_n, tiles_m, splits),
         out, normalized, made, *given, recorded, sources, packed, bias, center, affine, residual, norm_affine, moments,
