@@ -171,6 +171,7 @@ def test_the_measured_way_beside_all_others(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(choose, "time_way", time_way)
     monkeypatch.setattr(choose, "choose_way", lambda call, timings: choose.RULE)
     linear, text = cases.linear(256, 1280), cases.text_attention()
+    assert all(len(set(each_kernel.configurations(op))) > 5 for op in each_kernel.TILES)
     spent = each_kernel.Timed(linear.op, linear.shape, 8, "blob", linear.rows, 50.0, None, None, 0.0, 0.0)
     one = each_kernel.with_best_way(spent, linear, active.device)
     assert (one.chosen, one.best, one.best_config) == (9.0, 10.0 - len(asked), "library") and len(asked) > 7
