@@ -3,7 +3,8 @@
 Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py`` makes them:
 
 - ``given``: the three sources of rows, their strides, and their channels;
-- ``patches``: of gathered rows the recorded map, the table, their strides, the input's rows and the taps; or nothing;
+- ``patches``: the recorded map, the table of gathered rows, ``None`` if they lie side by side, the strides of both, the
+  input's rows and the taps;
 - ``matrix``: the weights, their rows' length, their rows (of one half, if gated), and in this tile which rows they are,
   by number of the tile and of each column, and which of them there are;
 - ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
