@@ -29,7 +29,7 @@ from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, WEIGH
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
 KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
-TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)$")
+TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?$")
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
         product = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
                           json.loads(found["key"])[2])  # fmt: skip
         parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
-        tiles = {Config(*map(int, match.groups())): times[text] for text, match in parsed.items() if match}
+        tiles = {Config(*map(int, match.groups()[:6]), specialized=match[7] is not None): times[text]
+                 for text, match in parsed.items() if match}  # fmt: skip
         tiles = {tile: time for tile, time in tiles.items() if (tile.m, tile.n, tile.k) in KNOWN}
         if tiles:
             yield Measured(product, int(found["rows"]), tiles, times.get(LIBRARY, math.inf))

@@ -12,9 +12,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fisedit.runtime.kernels.launch import specializes  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference, triton  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
-from fisedit.runtime.tuning.product import TILES  # noqa: E402
+from fisedit.runtime.tuning.product import SPECIALIZED, TILES  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Half a unit in the last place of the result, and of what a layer norm rounds."""
@@ -150,10 +151,11 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("tile", [*TILES, *(SPECIALIZED if specializes() else ())], ids=str)
 @pytest.mark.parametrize("split", [1, 4])
 def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
-    """A convolution with what may follow it, and a gated product of rows that come with moments, and their own."""
+    """A convolution with what may follow it, a product of three sources, and a gated one of rows that come with
+    moments, and their own."""
     stages = min(tile.stages, 227 // ((tile.m + 2 * tile.n) * tile.k * 2 // 1024))  # a gate has weights of its own
     config, dtype = replace(tile, split=split, stages=stages), torch.float16
     rows, recorded = random(2, 300, 384, dtype=dtype), random(2, 350, 384, seed=1, dtype=dtype)
@@ -164,9 +166,12 @@ def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
     more = {"rows2": random(2, 300, 128, seed=6, dtype=dtype), "rows3": random(2, 300, 256, seed=7, dtype=dtype)}
     wide = random(192, 9 * 384 + 384, seed=8, dtype=dtype) / 50
     check(dtype, 290, config, **{**common, "weight": wide}, **more, residual=random(2, 300, 192, seed=9, dtype=dtype))
+    check(dtype, 290, config, rows=rows, **more, weight=wide[:, -768:].contiguous(), bias=bias)
     if tile.n == 256:
         return
-    first, second = random(320, 320, seed=10, dtype=dtype) / 18, random(384, 320, seed=11, dtype=dtype) / 18
+    inner = 384 if tile.specialized else 320  # whole steps, or not
+    first, second = random(inner, inner, seed=10, dtype=dtype) / 18, random(384, inner, seed=11, dtype=dtype) / 18
+    rows = rows[:, :, :inner].contiguous()
     tables = {"count": torch.tensor([290], dtype=torch.int32, device=DEVICE), "positions": 0, "full": False,
               "locks": torch.zeros(1024, dtype=torch.int32, device=DEVICE), "rows2": None, "recorded": None,
               "sources": None, "affine": None, "residual": None}  # fmt: skip
@@ -176,7 +181,7 @@ def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
     center = second.float().sum(1)
     made = multiply_rows(rows=out, weight=second, **read, **tables, config=config, moments=moments, center=center,
                          input_eps=1e-5)[:, :290]  # fmt: skip
-    exact = torch.nn.functional.layer_norm(out[:, :290].double(), [320], eps=1e-5)
+    exact = torch.nn.functional.layer_norm(out[:, :290].double(), [inner], eps=1e-5)
     value, gate = (exact @ second.double().T + read["bias"].double()).chunk(2, -1)
     wanted = value * torch.nn.functional.gelu(gate)
     assert (made.double() - wanted).abs().max() <= 2e-3 * wanted.abs().max()

@@ -127,6 +127,7 @@ def serve() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever is printed is no answer
     import triton
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     pickle.dump(None, answers)
     answers.flush()
@@ -138,7 +139,9 @@ def serve() -> None:
         answer = None
         try:
             module, name = job["kernel"]
-            source = ASTSource(getattr(import_module(module), name), job["signature"], job["constants"], job["attrs"])
+            kernel = getattr(import_module(module), name)
+            make = GluonASTSource if kernel.is_gluon() else ASTSource
+            source = make(kernel, job["signature"], job["constants"], job["attrs"])
             triton.compile(source, target=job["target"], options=job["options"], _env_vars=job["env"])
         except Exception as error:
             answer = repr(error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -75,6 +77,14 @@ def starts_early() -> bool:
     """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without
     one, on an H100."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+
+
+@cache
+def specializes() -> bool:
+    """Whether warps of a kernel can have tasks of their own on the current GPU, a Hopper; without one, as on an H100.
+    That is written in Gluon, which may change with each Triton: these are known to compile it."""
+    hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
+    return hopper and re.match(r"3\.[67]\.", version("triton")) is not None
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisedit.runtime.kernels.launch import cdiv, starts_early
+from fisedit.runtime.kernels.launch import cdiv, specializes, starts_early
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, smallest, typical
@@ -34,13 +34,26 @@ TILES = (
     Config(128, 128, 64, 8, 4),
     Config(128, 256, 64, 8, 3),
 )
+SPECIALIZED = (
+    Config(64, 32, 128, 4, 8, specialized=True),
+    Config(64, 64, 128, 4, 8, specialized=True),
+    Config(64, 64, 64, 4, 8, specialized=True),
+    Config(64, 128, 64, 4, 8, specialized=True),
+    Config(64, 128, 128, 4, 4, specialized=True),
+    Config(128, 64, 64, 4, 8, specialized=True),
+    Config(128, 64, 128, 4, 4, specialized=True),
+    Config(128, 128, 64, 8, 8, specialized=True),
+)
+"""Tiles whose warps have tasks of their own: some load, some multiply."""
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-TIMED = 4
-"""Tiles that are timed: those that the model takes for the fastest."""
+TIMED = 3
+"""Tiles of each kernel that are timed: those that the model takes for the fastest."""
+BARRIERS = 512
+"""Bytes of shared memory at most by which warps of different tasks wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -119,18 +132,22 @@ def candidates(product: Product, rows: int) -> list[Config]:
     """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
-    return [fit(tile, product, rows) for tile in TILES if _makes_sense(tile, product, product.batch * rows)]
+    tiles = TILES + SPECIALIZED if specializes() else TILES
+    return [fit(tile, product, rows) for tile in tiles if _makes_sense(tile, product, product.batch * rows)]
 
 
 def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
     if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
-    alike = [other for other in TILES if (other.m, other.n) == (tile.m, tile.n)]
+    of_kernel = SPECIALIZED if tile.specialized else TILES
+    alike = [other for other in of_kernel if (other.m, other.n) == (tile.m, tile.n)]
     if len({other.warps for other in alike if other.k == tile.k}) > 1 and (tile.warps == 8) != (product.taps > 1):
         return False  # eight warps gather rows faster, and load none faster that lie side by side
     in_whole_chunks = [other for other in alike if not any(channels % other.k for channels in product.channels)]
-    if any(channels % tile.k for channels in product.channels) and (product.channels[1] or in_whole_chunks):
+    if any(channels % tile.k for channels in product.channels) and (
+        tile.specialized or product.channels[1] or in_whole_chunks
+    ):
         return False
     sums = tile.m * tile.n * (2 if product.gated else 1) // (32 * tile.warps)  # of each thread, in registers
     return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3
@@ -139,8 +156,10 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile."""
-    tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))[:TIMED]
-    return [*tiles, LIBRARY] if tiles else [RULE, LIBRARY]
+    tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))
+    kernels = ([tile for tile in tiles if tile.specialized == special][:TIMED] for special in (False, True))
+    best = [tile for kernel in kernels for tile in kernel]
+    return [*best, LIBRARY] if best else [RULE, LIBRARY]
 
 
 @cache
@@ -189,27 +208,29 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     Where there is a multiprocessor for each program, deep enough that no two fit into one: while the kernel before them
     ends, programs start where there is room, and two in one place take twice as long as the rest.
     """
-    wanted = next(of.stages for of in TILES if (of.m, of.n, of.k, of.warps) == (tile.m, tile.n, tile.k, tile.warps))
+    wanted = next(of.stages for of in TILES + SPECIALIZED if replace(of, split=tile.split, stages=tile.stages) == tile)
     deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
     if programs <= MULTIPROCESSORS and starts_early():
         return min(max(wanted, shared + 1), deep)
     alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers
+    if tile.specialized:
+        alone = tile.warps == 8 or (product.taps > 1 and tile.n > 64)
     return min(wanted, shared if shared >= 3 and not alone else deep)
 
 
 def _deepest(tile: Config, product: Product, memory: int) -> int:
     """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
     rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
-    return memory // (rows + weights) + (tile.m < 64)
+    return (memory - (BARRIERS if tile.specialized else 0)) // (rows + weights) + (tile.m < 64)
 
 
-START, SPLIT = 1.7, 3.7
-"""µs of an H100: of any program, and more of one that shares its sums."""
+START, SPLIT, SPLIT_SPECIALIZED = 1.7, 3.7, 5.0
+"""µs of an H100: of any program, and more of one that shares its sums, by its kernel."""
 ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""
-STEP, STEADY = 0.08, 0.6
-"""µs of a step at least, and what a step takes of the time that its bytes tell where eight warps gather 128 channels:
-half as many waits for as much."""
+STEP, STEADY, APART = 0.08, 0.6, 0.8
+"""µs of a step at least, and what a step takes of the time that its bytes tell where eight warps gather 128 channels,
+half as many waits for as much, and where warps of their own gather."""
 MEMORY, FULL = 0.41, 63
 """µs for each MB of weights, if so many programs ask for them."""
 FINISH, PART, PARTS = 0.083, 0.21, 0.09
@@ -230,7 +251,8 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     wide = way.n * (2 if product.gated else 1)
     taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
-    step *= STEADY if product.taps > 1 and (way.warps, way.k) == (8, 128) else 1.0
+    if product.taps > 1:
+        step *= APART if way.specialized else STEADY if (way.warps, way.k) == (8, 128) else 1.0
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
@@ -238,7 +260,9 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     area, parts = way.m * wide / 1024, 0.0
     if way.split > 1:
         together = tiles * way.split <= MULTIPROCESSORS
-        parts = SPLIT + area * (PART if together else PARTS * way.split * load)
+        parts = (SPLIT_SPECIALIZED if way.specialized else SPLIT) + area * (
+            PART if together else PARTS * way.split * load
+        )
     return START + max(loop, memory) + area * FINISH * load + parts
 
 

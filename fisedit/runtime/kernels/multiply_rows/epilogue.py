@@ -20,23 +20,36 @@ from fisedit.runtime.kernels.share_out import share_out
 
 
 @triton.jit
-def share_part(part, lock, sums, gates, number, parts, polls, GATED: tl.constexpr):
-    """Write a program's part of a tile's sums; whose rows it is to add up, see :func:`share_out`."""
-    BM: tl.constexpr = sums.shape[0]
-    BN: tl.constexpr = sums.shape[1]
-    inside = tl.arange(0, BM)[:, None] * BN + tl.arange(0, BN)[None, :]
+def places_in(row, matrix):
+    """Where in a part of a tile, ``[BM, BN]``, the sums of rows ``row`` lie."""
+    BN: tl.constexpr = matrix[4].shape[0]
+    return row[:, None] * BN + (matrix[4] - matrix[3] * BN)[None, :]
+
+
+@triton.jit
+def share_part(part, lock, sums, gates, row, matrix, number, parts, polls, GATED: tl.constexpr):
+    """Write a program's part of a tile's sums, ``row`` all its rows; whose rows it is to add up, see
+    :func:`share_out`."""
+    SIZE: tl.constexpr = sums.shape[0] * sums.shape[1]
+    inside = places_in(row, matrix)
     tl.store(part + inside, sums)
     if GATED:
-        tl.store(part + BM * BN + inside, gates)
+        tl.store(part + SIZE + inside, gates)
     tl.debug_barrier()
     return share_out(lock, number, parts, polls)
+
+
+@triton.jit
+def zeros_of(index):
+    """Zeros for each ``index``, in its layout: Gluon has none of its own for ``tl.zeros``."""
+    return index.to(tl.float32) * 0.0
 
 
 @triton.jit
 def add_parts(part, parts, inside, there, SIZE: tl.constexpr, AHEAD: tl.constexpr):
     """The sum of all parts in their order, so many loads under way. They come from L2: L1 may hold what stood there
     before."""
-    sums = tl.zeros(inside.shape, tl.float32)
+    sums = zeros_of(inside)
     for first in range(0, parts, AHEAD):
         for more in tl.static_range(AHEAD):
             wanted = there[:, None] & (first + more < parts)
@@ -78,7 +91,7 @@ def load_deviation(before, where, plane, AHEAD: tl.constexpr):
     mean, rstd = sample, sample
     if moments is not None:
         own = moments + place.to(tl.int64)
-        sums, squares = tl.zeros(place.shape, tl.float32), tl.zeros(place.shape, tl.float32)
+        sums, squares = zeros_of(place), zeros_of(place)
         for first in range(0, parts, AHEAD):
             for more in tl.static_range(AHEAD):
                 known, at = valid & (first + more < parts), own + (first + more) * plane
@@ -181,17 +194,18 @@ def finish_tile(
 
 @triton.jit
 def finish_shares(
-    part, parts, shares, columns, made, after, before, residual, residual_stride, row0, tile, matrix, plane, sizes,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
-    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, PIECE: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr,
+    part, parts, shares, columns, made, after, before, residual, residual_stride, row0, tile, piece, matrix, plane,
+    sizes, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """:func:`finish_tile` for some rows of a tile whose sums lie in parts, at most ``PIECE`` at a time.
+    """:func:`finish_tile` for some rows of a tile whose sums lie in parts, so many at a time as ``piece`` numbers.
 
     Args:
         part: the first one; the others follow. shares: of which of their programs, see :func:`share_out`.
         tile: ``where`` its rows are. sizes: rows of each sample, with padding, and samples.
     """
+    PIECE: tl.constexpr = piece.shape[0]
+    BN: tl.constexpr = matrix[4].shape[0]
     SIZE: tl.constexpr = BM * BN * (2 if GATED else 1)
     per, n_out, batch = sizes
     each = tl.cdiv(BM, parts)
@@ -199,12 +213,12 @@ def finish_shares(
         if (shares >> number) & 1:
             end = min(number * each + each, BM)
             for start in tl.range(number * each, end, PIECE, num_stages=1):
-                row = start + tl.arange(0, PIECE)
+                row = start + piece
                 there = row < end
-                found = which_rows(row0 + start, per, n_out, batch, PIECE, GATHER, PAIR)[0]
+                found = which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR)[0]
                 where = (found[0], found[1], found[2] & there, tile[3], tile[4])  # columns are of the tile's samples
                 extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-                inside = row[:, None] * BN + tl.arange(0, BN)[None, :]
+                inside = places_in(row, matrix)
                 sums = add_parts(part, parts, inside, there, SIZE, 4)
                 gates = add_parts(part + BM * BN, parts, inside, there, SIZE, 4) if GATED else sums
                 deviation = load_deviation(before, where, plane, PARTS)

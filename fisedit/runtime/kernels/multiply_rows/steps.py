@@ -24,19 +24,19 @@ def sample_of(row, per, PAIR: tl.constexpr):
 
 
 @triton.jit
-def which_rows(first, per, n_out, batch, SIZE: tl.constexpr, GATHER: tl.constexpr, PAIR: tl.constexpr):
-    """The output rows from ``first`` on: ``where``, and the number of each in its sample.
+def which_rows(first, inside, per, n_out, batch, GATHER: tl.constexpr, PAIR: tl.constexpr):
+    """The output rows ``inside`` those from ``first`` on: ``where``, and the number of each in its sample.
 
     Gathered rows follow one another without the padding of samples; others keep it, to be read in one piece.
     """
     own_per = per if GATHER else n_out  # rows from one sample to the next
-    row = first + tl.arange(0, SIZE)
+    row = first + inside
     valid = row < own_per * batch
     row = tl.where(valid, row, 0)
     sample = sample_of(row, own_per, PAIR)
     row -= sample * own_per
     valid &= row < per
-    end = tl.minimum(first + SIZE, own_per * batch)
+    end = tl.minimum(first + inside.shape[0], own_per * batch)
     lowest, highest = sample_of(first, own_per, PAIR), sample_of(end - 1, own_per, PAIR)
     return (sample * n_out + row, sample, valid, lowest, highest), row
 
@@ -154,8 +154,9 @@ def next_step(tap, begin, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def load_patches(given, found, index, valid, tap, begin, step, n_in, taps, EVEN_C: tl.constexpr, WIDE: tl.constexpr):
-    """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
+def tap_rows(given, found, index, valid, tap, begin, n_in, taps, WIDE: tl.constexpr):
+    """Where the rows lie that a tap reads, or the outputs' own behind the taps: in which memory each, at which place
+    there, and whether there is one."""
     _, rows2, rows3, _, _, _, c1, c2, _ = given
     own, there, own2, own3 = found
     start, wanted = tl.where(index < n_in, own, there), index >= 0
@@ -167,7 +168,14 @@ def load_patches(given, found, index, valid, tap, begin, step, n_in, taps, EVEN_
         start = tl.where(behind, own2, start)
         if rows3 is not None:
             start = tl.where(behind & (begin >= c2), own3, start)
-    wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < c1)[None, :]
+    return start, inside, wanted
+
+
+@triton.jit
+def load_patches(given, found, index, valid, tap, begin, step, n_in, taps, EVEN_C: tl.constexpr, WIDE: tl.constexpr):
+    """What a step multiplies, ``[BM, BK]``: some channels of the rows that a tap reads, or of those behind the taps."""
+    start, inside, wanted = tap_rows(given, found, index, valid, tap, begin, n_in, taps, WIDE)
+    wanted = wanted[:, None] if EVEN_C else wanted[:, None] & (begin + step < given[6])[None, :]
     return tl.load(start[:, None] + (inside[:, None] + (begin + step)[None, :]), mask=wanted, other=0.0)
 
 

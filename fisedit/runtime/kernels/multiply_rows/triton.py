@@ -8,6 +8,7 @@ inner dimension is split across programs, which add their partial sums together.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fisedit.runtime.kernels.activate import ACTIVATIONS
+from fisedit.runtime.kernels.activate import ACTIVATIONS, PTX
 from fisedit.runtime.kernels.launch import cdiv, has_descriptors, is_aligned, launch, multiprocessors, overlaps
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
@@ -37,7 +38,8 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split."""
+    """Tile sizes of a launch: output rows, output channels, inner; how often the inner dimension is split; and whether
+    warps have tasks of their own, see ``specialized.py``."""
 
     m: int
     n: int
@@ -45,9 +47,11 @@ class Config:
     warps: int
     stages: int
     split: int = 1
+    specialized: bool = False
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
+        tile = f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
+        return f"{tile} specialized" if self.specialized else tile
 
 
 @triton.jit
@@ -82,10 +86,13 @@ def _multiply_tile(
         number, parts = tl.program_id(2), tl.num_programs(2)
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part = partial + (tile * parts).to(tl.int64) * SIZE
-        shares = share_part(part + number * SIZE, locks + tile, sums, gates, number, parts, polls, GATED)
+        shares = share_part(
+            part + number * SIZE, locks + tile, sums, gates, tl.arange(0, BM), matrix, number, parts, polls, GATED
+        )
         finish_shares(
-            part, parts, shares, columns, made, after, before, residual, residual_stride, row0, where, matrix, plane,
-            sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, PARTS, PIECE, BM, BN,
+            part, parts, shares, columns, made, after, before, residual, residual_stride, row0, where,
+            tl.arange(0, PIECE), matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+            patches[1] is not None, PAIR, PARTS, BM,
         )  # fmt: skip
     else:
         if not EARLY:
@@ -115,7 +122,7 @@ def _multiply(
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
     row0, tile_n = tl.program_id(1) * BM, tl.program_id(0)
-    where, row = which_rows(row0, per, n_out, batch, BM, sources is not None, PAIR)
+    where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + tl.arange(0, BN)
     matrix = (weight, inner, co, tile_n, column, column < co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
@@ -198,26 +205,43 @@ def _launch(
     given: list[Any] = [rows, rows2, rows3]
     read = [weight, *(more for more in given if more is not None and not gathers)]
     tma = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read)
+    kernel, describe, options = _kernel_of(config, rows.dtype, tma, even_c, gathers, gated)
     if tma and not gathers:
-        given = [None if more is None else TensorDescriptor.from_tensor(more.flatten(0, 1), [config.m, config.k])
-                 for more in given]  # fmt: skip
-    packed = TensorDescriptor.from_tensor(weight, [config.n, config.k]) if tma else weight
-    launch(_multiply, (tiles_n, tiles_m, splits),
-        out, normalized, made, *given, recorded, sources, packed, bias, center, affine, residual, norm_affine, moments,
-        count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
-        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1), 0 if addresses else _stride(recorded, 0),
-        _stride(residual, 1), sources.stride(0) if sources is not None and len(sources) > 1 else 0,
+        given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
+    launch(kernel, (tiles_n, tiles_m, splits),
+        out, normalized, made, *given, recorded, sources, describe(weight, [config.n, config.k]) if tma else weight,
+        bias, center, affine, residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
+        weight.shape[1], co, _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
+        0 if addresses else _stride(recorded, 0), _stride(residual, 1),
+        sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
         cdiv(steps, splits), 0 if moments is None else moments.shape[1],
         POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
         NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if splits > 1 else 0,
-        EVEN_C=even_c, EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, TMA=tma,
-        PRECISION="ieee" if rows.dtype == torch.float32 else "tf32", PDL=pdl, PAIR=batch <= 2,
+        EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, PDL=pdl, PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
-        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps, num_stages=config.stages,
-        **({"launch_pdl": True} if pdl else {}),
+        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
+        **options, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+
+
+def _kernel_of(
+    config: Config, dtype: torch.dtype, tma: bool, even_c: bool, gathers: bool, gated: bool
+) -> tuple[Any, Callable[..., Any], dict[str, Any]]:
+    """The kernel of a tile, what makes descriptors for it, and what else it needs to be launched.
+
+    Where warps cannot have tasks of their own, a tile is computed as others are: by the interpreter, of rows that no
+    descriptor reaches, of channels that are no whole steps, in single precision.
+    """
+    if config.specialized and PTX.value and tma and even_c and dtype.itemsize == 2:
+        from fisedit.runtime.kernels.multiply_rows.specialized import describe, multiply_specialized, resources
+
+        wide = config.n * (2 if gated else 1)
+        return multiply_specialized, describe, resources(config.m, wide, config.k, config.warps, config.stages, gathers)
+    precision = "ieee" if dtype == torch.float32 else "tf32"
+    options = {"EVEN_C": even_c, "TMA": tma, "PRECISION": precision, "num_stages": config.stages}
+    return _multiply, TensorDescriptor.from_tensor, options
 
 
 def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
