@@ -3,8 +3,8 @@
     python bench/tile_model.py                       the timings of this machine's GPU
     python bench/tile_model.py --timings file.json   those of another one
 
-*Of the model*: the best of those tiles that it takes for the fastest, over the best of all that were timed. *A bucket
-further*: what was the fastest for the next smaller number of rows, over the best that was timed.
+*Of the model*: the best of those tiles that it takes for the fastest of a kernel, over the best that was timed of it.
+*A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import mean, quantiles, stdev
 from typing import Annotated
@@ -55,14 +55,14 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
             continue
         channels = (*map(int, sizes["channels"].split("+")), 0, 0)[:3]
         taps = int(found["kind"].split()[2]) if found["kind"].startswith("convolution") else 0
-        product = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
+        shape = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
                           json.loads(found["key"])[2])  # fmt: skip
         parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
         tiles = {Config(*map(int, match.groups()[:6]), specialized=match[7] is not None): times[text]
                  for text, match in parsed.items() if match}  # fmt: skip
         tiles = {tile: time for tile, time in tiles.items() if (tile.m, tile.n, tile.k) in KNOWN}
         if tiles:
-            yield Measured(product, int(found["rows"]), tiles, times.get(LIBRARY, math.inf))
+            yield Measured(shape, int(found["rows"]), tiles, times.get(LIBRARY, math.inf))
 
 
 def errors(measured: list[Measured]) -> list[float]:
@@ -73,20 +73,21 @@ def errors(measured: list[Measured]) -> list[float]:
 
 
 def of_the_model(measured: list[Measured], most: int) -> list[float]:
-    """The best of the ``most`` tiles that the model takes for the fastest over the best of all, of more."""
+    """The best of the ``most`` tiles that the model takes for the fastest of a kernel over the best of it, of more."""
     found = []
-    for one in measured:
-        order = sorted(one.tiles, key=lambda tile: estimate(tile, one.product, one.rows))
-        if len(order) > most:
-            found.append(min(one.tiles[tile] for tile in order[:most]) / min(one.tiles.values()))
+    for one, specialized in product(measured, (False, True)):
+        tiles = [tile for tile in one.tiles if tile.specialized == specialized]
+        times = [one.tiles[tile] for tile in sorted(tiles, key=lambda tile: estimate(tile, one.product, one.rows))]
+        if len(times) > most:
+            found.append(min(times[:most]) / min(times))
     return found
 
 
 def a_bucket_further(measured: list[Measured]) -> list[float]:
     """What is the fastest for a number of rows, over the best for the next number, where it was timed as well."""
     found = []
-    for product in {one.product for one in measured}:
-        points = sorted((one for one in measured if one.product == product), key=lambda one: one.rows)
+    for shape in {one.product for one in measured}:
+        points = sorted((one for one in measured if one.product == shape), key=lambda one: one.rows)
         for one, following in pairwise(points):
             before, times = ({**each.tiles, LIBRARY: each.pytorch} for each in (one, following))
             fastest = min(before, key=before.__getitem__)

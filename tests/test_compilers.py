@@ -19,7 +19,7 @@ SCRIPT = """
 from unittest import mock
 import kernel_code
 from fisedit.runtime.kernels.compilers import Compilers
-from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from fisedit.runtime.kernels.multiply_rows import specialized, triton as kernel
 from triton import AsyncCompileMode
 from triton.runtime import driver
 
@@ -30,22 +30,24 @@ given = kernel_code.products(64, 320)["linear"]
 with mock.patch.object(driver, "_active", kernel_code.Absent()), mock.patch.object(kernel, "launch", launch):
     for _ in range(2):
         with Compilers(threads=1, many=1) as compilers, AsyncCompileMode(compilers) as mode:
-            for stages in (2, 3, 4, 5):
-                kernel.multiply_rows(**given, config=kernel.Config(64, 64, 64, 4, stages))
-        made = [future.result().metadata.num_stages for future in mode.raw_futures]
+            for stages, special in ((2, False), (3, False), (4, True), (5, True)):
+                kernel.multiply_rows(**given, config=kernel.Config(64, 64, 64, 4, stages, 1, special))
+        made = [future.result().metadata.shared // 2**14 for future in mode.raw_futures]
         print(made, [helper.compiled for helper in compilers.helpers])
         kernel._multiply.device_caches.clear()
+        specialized.multiply_specialized.device_caches.clear()
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
 def test_a_process_compiles_for_a_thread(tmp_path: Path) -> None:
-    """The first kernel is slow and others wait: a process has the others ready. Then all lie in Triton's cache."""
+    """The first kernel is slow and others wait: a process has the others ready, those of Gluon, too. Then all lie in
+    Triton's cache."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(BENCH), *sys.path])}
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[2, 3, 4, 5] [3]", "[2, 3, 4, 5] []"]
+    assert done.stdout.splitlines() == ["[2, 3, 4, 5] [3]", "[2, 3, 4, 5] []"]  # stages of 16 KB
 
 
 def closure(result: int) -> Callable[[], int]:
