@@ -258,6 +258,32 @@ class Wide(nn.Module):
         return self.last(self.project(x + self.back(self.wide(x).sigmoid() * t.cos()[:, None, None, None])) + x)
 
 
+class Conditioned(nn.Module):
+    """Weights that are made in each call, of its timestep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        scale = 1 + t.cos().mean()
+        x = nn.functional.conv2d(x, self.first.weight * scale, self.first.bias, padding=1).sigmoid()
+        y = nn.functional.linear(x.permute(0, 2, 3, 1), self.linear.weight * scale, self.linear.bias * scale)
+        return self.last(x + y.permute(0, 3, 1, 2))
+
+
+def test_no_fused_product_takes_weights_that_the_call_makes() -> None:
+    """The kernel asks for weights before the one in front of it, which may have made them, has ended."""
+    torch.manual_seed(0)
+    model, arguments = built(Conditioned(), 3, SIZE)
+    h = Harness(model.to(DEVICE), to_device(arguments), provider="triton")
+    check(h, mask_of("corners"))
+    nodes = h.program.graphs["edit"].graph.nodes
+    products = [node for node in nodes if node.target is torch.ops.fisedit.multiply_rows.default]
+    assert len(products) == 1 and sum("multiply" in str(node.target) for node in nodes) == 1
+
+
 OTHERS: dict[str, Callable[[], nn.Module]] = {
     "max pooling and transposed convolutions": lambda: TutorialUNet(bilinear=False),
     "an upsampling by itself": Upsampled,

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes.base import PassResult
-from fisedit.passes.fused import ancestors, hoist, multiply, take_over
+from fisedit.passes.fused import hoist, multiply, of_the_model, take_over
 from fisedit.passes.ir import Rows, args, aten, bound_arguments, is_op, rows_of, tensor
 from fisedit.passes.remove_identities import is_flat
 
@@ -22,22 +22,19 @@ def fuse_linear(gm: GraphModule) -> PassResult:
         if is_op(node, aten.linear.default) and (is_flat(node) or rows_of(node) is None):
             by_source.setdefault(args(node)[0], []).append(node)
     for source, alike in by_source.items():
-        nodes = [node for node in alike if "val" in node.meta and _of_weights(node)]
+        nodes = [node for node in alike if "val" in node.meta and of_the_model(_parameters(node))]
         if len(nodes) > 1 and (rows_of(source) is not None or "val" in source.meta):
             _merge(graph, nodes)
             matched += len(nodes)
     for node in list(graph.nodes):
-        if is_op(node, aten.linear.default) and rows_of(node) is not None and is_flat(node):
+        if not is_op(node, aten.linear.default) or rows_of(node) is None or not is_flat(node):
+            continue
+        if of_the_model(_parameters(node)):
             with graph.inserting_before(node):
                 take_over(graph, node, _product(graph, node))
             matched += 1
     graph.eliminate_dead_code()
     return PassResult(matched)
-
-
-def _of_weights(node: Node) -> bool:
-    """Whether a linear layer's weight and bias come from the model's weights alone, and so can be joined beforehand."""
-    return all(before.op != "placeholder" for before in ancestors(_parameters(node)))
 
 
 def _parameters(node: Node) -> list[Node]:

@@ -58,6 +58,12 @@ def of_parameters(product: Node) -> bool:
     return all(before.all_input_nodes or before.op == "get_attr" for before in ancestors(weights))
 
 
+def of_the_model(parameters: list[Node]) -> bool:
+    """Whether weights are the same in every call. A kernel may read such before those in front of it have ended; others
+    are left to PyTorch."""
+    return all(before.op != "placeholder" for before in ancestors(parameters))
+
+
 def wide(graph: Graph, weight: Node) -> Node:
     """A weight in float64: what is made of it is rounded once, whatever PyTorch's setting for products of float32."""
     return graph.call_function(aten.to.dtype, (weight, torch.float64))

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult
-from fisedit.passes.fused import count, multiply, take_over
+from fisedit.passes.fused import count, multiply, of_the_model, take_over
 from fisedit.passes.ir import Rows, args, aten, fisedit, is_op, rows_of
 from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import Table
@@ -57,7 +57,7 @@ def _convolution(graph: Graph, node: Node) -> Node:
     geometry, kind = table.meta["table"].of, rows_of(node)
     assert kind is not None
     recorded, sources = recorded_map(graph, halo), _sources(graph, halo, geometry)
-    if groups == 1:
+    if groups == 1 and of_the_model([weight] if bias is None else [weight, bias]):
         return multiply(graph, kind, rows=packed, recorded=recorded, sources=sources, weight=weight, bias=bias)
     patches = _patches(graph, packed, recorded, sources, kind)  # [B, N', taps, C]
     channels = _channels(packed, halo)
