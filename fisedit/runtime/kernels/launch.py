@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -83,8 +82,10 @@ def starts_early() -> bool:
 def specializes() -> bool:
     """Whether warps of a kernel can have tasks of their own on the current GPU, a Hopper; without one, as on an H100.
     That is written in Gluon, which may change with each Triton: these are known to compile it."""
+    from triton import __version__
+
     hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
-    return hopper and re.match(r"3\.[67]\.", version("triton")) is not None
+    return hopper and torch.version.hip is None and re.match(r"3\.[67]\.", __version__) is not None
 
 
 @cache

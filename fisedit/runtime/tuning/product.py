@@ -259,10 +259,8 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     memory *= max(1.0, FULL / (tiles * way.split))
     area, parts = way.m * wide / 1024, 0.0
     if way.split > 1:
-        together = tiles * way.split <= MULTIPROCESSORS
-        parts = (SPLIT_SPECIALIZED if way.specialized else SPLIT) + area * (
-            PART if together else PARTS * way.split * load
-        )
+        share = PART if tiles * way.split <= MULTIPROCESSORS else PARTS * way.split * load
+        parts = (SPLIT_SPECIALIZED if way.specialized else SPLIT) + area * share
     return START + max(loop, memory) + area * FINISH * load + parts
 
 
