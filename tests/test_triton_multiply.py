@@ -150,6 +150,19 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
         check(dtype, number, None, rows=rows, recorded=recorded, sources=table, weight=wide, **more, **common)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("split", [1, 3])
+def test_three_samples_by_warps_of_different_tasks(dtype: torch.dtype, split: int) -> None:
+    """On a CPU, by the other kernel."""
+    config = Config(64, 64, 64, 4, 4, split, specialized=True)
+    rows, recorded = random(3, 40, 64, dtype=dtype), random(3, 50, 64, seed=1, dtype=dtype)
+    sources = torch.randint(-1, 90, (1, 40, 9), generator=torch.Generator().manual_seed(2)).int().to(DEVICE)
+    weight, residual = random(64, 9 * 64, seed=3, dtype=dtype) / 24, random(3, 40, 64, seed=4, dtype=dtype)
+    check(dtype, 37, config, rows=rows, recorded=recorded, sources=sources, weight=weight, residual=residual)
+    rows = random(3, 40, 192, seed=5, dtype=dtype)
+    check(dtype, 37, config, rows=rows, weight=weight[:, :192].contiguous(), bias=random(64, seed=6, dtype=dtype))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 @pytest.mark.parametrize("tile", [*TILES, *(SPECIALIZED if specializes() else ())], ids=str)
 @pytest.mark.parametrize("split", [1, 4])

@@ -1,5 +1,5 @@
 """Compile many kernels at once. Most of Triton's compiler holds Python's lock, so that threads take turns: where many
-kernels wait, each thread has a process beside it that compiles into Triton's cache on the disk."""
+kernels are slow, each thread has a process beside it that compiles into Triton's cache on the disk."""
 
 from __future__ import annotations
 
@@ -31,23 +31,20 @@ class Compilers(ThreadPoolExecutor):
     """Threads that run what Triton submits to them in an ``AsyncCompileMode``; done when the block ends.
 
     Args:
-        many: so many kernels must wait for each thread before processes are started, which takes some seconds.
+        many: so many kernels must have been slow for each thread before processes are started, which takes some
+            seconds. How many wait says little: who submits them wants Python's lock, too.
     """
 
     def __init__(self, threads: int | None = None, many: int = 2) -> None:
         self.threads = threads or min(MOST, os.cpu_count() or 1)
         super().__init__(self.threads)
-        self.many, self.waiting, self.helpers = many, 0, list[Helper]()
+        self.many, self.slow, self.helpers = many, 0, list[Helper]()
         self._free, self._lock = SimpleQueue[Helper](), threading.Lock()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        with self._lock:
-            self.waiting += 1
         return super().submit(self._compile, fn, *args, **kwargs)
 
     def _compile(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        with self._lock:
-            self.waiting -= 1
         job = job_of(fn)
         if self.helpers and job is not None:
             helper = self._free.get()
@@ -56,12 +53,13 @@ class Compilers(ThreadPoolExecutor):
         start = time.monotonic()
         made = fn(*args, **kwargs)  # after a helper, it lies in the cache
         if job is not None and time.monotonic() - start > SLOW:
-            self._start()
+            self._count_slow()
         return made
 
-    def _start(self) -> None:
+    def _count_slow(self) -> None:
         with self._lock:
-            if not self.helpers and self.waiting >= self.many * self.threads:
+            self.slow += 1
+            if not self.helpers and self.slow >= self.many * self.threads:
                 self.helpers = [Helper() for _ in range(self.threads)]
                 for helper in self.helpers:
                     self._free.put(helper)
@@ -127,7 +125,6 @@ def serve() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever is printed is no answer
     import triton
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     pickle.dump(None, answers)
     answers.flush()
@@ -139,9 +136,10 @@ def serve() -> None:
         answer = None
         try:
             module, name = job["kernel"]
-            kernel = getattr(import_module(module), name)
-            make = GluonASTSource if kernel.is_gluon() else ASTSource
-            source = make(kernel, job["signature"], job["constants"], job["attrs"])
+            kernel, form = getattr(import_module(module), name), ASTSource
+            if kernel.is_gluon():
+                form = import_module("triton.experimental.gluon._runtime").GluonASTSource
+            source = form(kernel, job["signature"], job["constants"], job["attrs"])
             triton.compile(source, target=job["target"], options=job["options"], _env_vars=job["env"])
         except Exception as error:
             answer = repr(error)
