@@ -214,7 +214,8 @@ class Timings:
 
 
 def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int = 5) -> float:
-    """µs of one call, as a CUDA graph runs it: without launch overhead.
+    """µs of one call, as a CUDA graph runs it: between events that are part of the graph, since the process may pause
+    before it launches one.
 
     Args:
         functions: the same call, over different copies of what it reads (:func:`copies_beyond_l2`), which take turns.
@@ -223,15 +224,13 @@ def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int 
     for function in functions[:2]:
         function()  # compiles, and lets libraries choose
     calls = max(1, round(calls / len(functions))) * len(functions)
-    graph = _capture([functions[call % len(functions)] for call in range(calls)])
+    start, end = (torch.cuda.Event(enable_timing=True, external=True) for _ in range(2))
+    graph = _capture([start.record, *(functions[call % len(functions)] for call in range(calls)), end.record])
     graph.replay()
     times = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
         graph.replay()
-        end.record()
-        end.synchronize()
+        torch.cuda.synchronize()
         times.append(start.elapsed_time(end) * 1e3 / calls)
     return median(times)
 

@@ -19,18 +19,25 @@ def share_out(lock, number, parts, polls):
     Each does a share of its own as soon as all parts are there. It looks for them ``polls`` times; then it goes, and
     the last one to come does its share too. So none waits for long for one that may not be running.
 
-    The lock counts in its low byte who has come, in the next one who is done with it, and has a bit for each that went.
-    The last to be done leaves it as it was.
+    The lock counts in its low byte who has come, and has a bit above for each that went. The last to come takes all
+    that off again, which tells the others that it is there.
     """
     own = 1 << number
-    state = tl.atomic_add(lock, 1, sem="acq_rel") + 1
-    went, last = state >> 16, (state & 255) == parts
-    while ((state & 255) < parts) & (polls > 0):
-        state = tl.atomic_add(lock, 0, sem="acquire")
-        polls -= 1
-    goes = (state & 255) < parts
-    state = tl.atomic_add(lock, tl.where(goes, 256 + (own << 16), 256), sem="acq_rel")
-    if ((state >> 8) & 255) == parts - 1:
-        tl.store(lock, 0)
-    here = (state & 255) == parts  # also for one that was about to go
-    return tl.where(last, own | went, tl.where(here, own, 0))
+    goes = own << 8
+    state = tl.atomic_add(lock, tl.where(polls > 0, 1, 1 + goes), sem="acq_rel") + 1
+    shares = 0
+    if (state & 255) == parts:
+        tl.atomic_add(lock, -tl.where(polls > 0, state, state + goes), sem="relaxed")
+        shares = own | (state >> 8)
+    elif polls > 0:
+        while ((state & 255) > 0) & ((state & 255) < parts) & (polls > 0):
+            state = tl.atomic_add(lock, 0, sem="acquire")
+            polls -= 1
+        shares = own
+        if ((state & 255) > 0) & ((state & 255) < parts):
+            state = tl.atomic_add(lock, goes, sem="acq_rel")
+            if ((state & 255) > 0) & ((state & 255) < parts):
+                shares = 0
+            else:  # all came just then
+                tl.atomic_add(lock, -goes, sem="relaxed")
+    return shares

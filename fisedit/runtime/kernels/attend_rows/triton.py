@@ -307,10 +307,10 @@ def _attend(
     TMA: tl.constexpr, ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
     if SHARED:
         share, length, polls = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
         unit = program * share

@@ -27,11 +27,18 @@ def places_in(row, matrix):
 
 
 @triton.jit
-def share_part(part, lock, sums, gates, row, matrix, number, parts, polls, GATED: tl.constexpr):
+def share_part(
+    part, lock, sums, gates, columns, deviation, center, row, matrix, number, parts, polls, GATED: tl.constexpr
+):  # fmt: skip
     """Write a program's part of a tile's sums, ``row`` all its rows; whose rows it is to add up, see
-    :func:`share_out`."""
+    :func:`share_out`. The parts of normalized rows add up to normalized sums: one of them takes off the mean."""
     SIZE: tl.constexpr = sums.shape[0] * sums.shape[1]
     inside = places_in(row, matrix)
+    if center is not None:
+        own = (tl.where(number == 0, deviation[0], 0.0), deviation[1])
+        sums = follow_columns(sums, own, columns[2], columns[0], True, False)
+        if GATED:
+            gates = follow_columns(gates, own, columns[3], columns[1], True, False)
     tl.store(part + inside, sums)
     if GATED:
         tl.store(part + SIZE + inside, gates)
@@ -194,9 +201,9 @@ def finish_tile(
 
 @triton.jit
 def finish_shares(
-    part, parts, shares, columns, made, after, before, residual, residual_stride, row0, tile, piece, matrix, plane,
-    sizes, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
-    GATHER: tl.constexpr, PAIR: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+    part, parts, shares, columns, made, after, residual, residual_stride, row0, tile, piece, matrix, plane, sizes,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
+    GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """:func:`finish_tile` for some rows of a tile whose sums lie in parts, so many at a time as ``piece`` numbers.
 
@@ -221,8 +228,7 @@ def finish_shares(
                 inside = places_in(row, matrix)
                 sums = add_parts(part, parts, inside, there, SIZE, 4)
                 gates = add_parts(part + BM * BN, parts, inside, there, SIZE, 4) if GATED else sums
-                deviation = load_deviation(before, where, plane, PARTS)
                 finish_tile(
-                    sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None,
-                    GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+                    sums, gates, columns, extra, where, made, (after[0], None, after[2], after[3]), where, matrix,
+                    plane, residual is not None, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
                 )  # fmt: skip

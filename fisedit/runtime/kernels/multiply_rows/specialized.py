@@ -202,7 +202,7 @@ def add_steps(
         columns = load_columns(after, where, matrix, GATED, EVEN_N)
         if not SPLIT:
             extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-    deviation = row_deviation(before, where, plane, PARTS) if not SPLIT else (where[1], where[1])
+    deviation = row_deviation(before, where, plane, PARTS)
     sums, gates = gl.zeros([BM, BN], gl.float32, layout=layout), gl.zeros([BM, BN], gl.float32, layout=layout)
     stage, phase = 0, 0
     for number in range(first, last):
@@ -310,12 +310,14 @@ def multiply_specialized(
             number, shared = gl.program_id(2), gl.num_programs(2)
             tile = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
             part = partial + (tile * shared).to(gl.int64) * SIZE
-            shares = share_part(part + number * SIZE, locks + tile, sums, gates, inside, matrix, number, shared, polls,
-                                GATED)  # fmt: skip
+            shares = share_part(
+                part + number * SIZE, locks + tile, sums, gates, columns, deviation, center, inside, matrix, number,
+                shared, polls, GATED,
+            )  # fmt: skip
             finish_shares(
-                part, shared, shares, columns, made, after, before, residual, residual_stride, row0, where,
+                part, shared, shares, columns, made, after, residual, residual_stride, row0, where,
                 gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, plane, sizes, GATED, ACTIVATION,
-                NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, PARTS, BM,
+                NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
             )  # fmt: skip
         else:
             if not EARLY:

@@ -73,8 +73,7 @@ def _multiply_tile(
         columns = load_columns(after, where, matrix, GATED, EVEN_N)
         if not SPLIT:
             extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-    if not SPLIT:
-        deviation = load_deviation(before, where, plane, PARTS)
+    deviation = load_deviation(before, where, plane, PARTS)
     sums, gates = add_steps(
         given, patches, starts, matrix, row0, where, first, last, WIDE, GATED, TMA, EVEN_C, EVEN_N, PRECISION, BM, BN,
         BK,
@@ -87,12 +86,12 @@ def _multiply_tile(
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
         part = partial + (tile * parts).to(tl.int64) * SIZE
         shares = share_part(
-            part + number * SIZE, locks + tile, sums, gates, tl.arange(0, BM), matrix, number, parts, polls, GATED
-        )
+            part + number * SIZE, locks + tile, sums, gates, columns, deviation, after[1], tl.arange(0, BM), matrix,
+            number, parts, polls, GATED,
+        )  # fmt: skip
         finish_shares(
-            part, parts, shares, columns, made, after, before, residual, residual_stride, row0, where,
-            tl.arange(0, PIECE), matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
-            patches[1] is not None, PAIR, PARTS, BM,
+            part, parts, shares, columns, made, after, residual, residual_stride, row0, where, tl.arange(0, PIECE),
+            matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, BM,
         )  # fmt: skip
     else:
         if not EARLY:
@@ -194,6 +193,7 @@ def _launch(
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
+    piece = max(8, config.m // (2 if config.m * config.n <= 4096 else 4))  # as many rows as registers hold of some parts
     partial = torch.empty(
         tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
     )
@@ -218,7 +218,7 @@ def _launch(
         cdiv(steps, splits), 0 if moments is None else moments.shape[1],
         POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
-        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=max(8, config.m // 4) if splits > 1 else 0,
+        NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=piece if splits > 1 else 0,
         EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, PDL=pdl, PAIR=batch <= 2,
         WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
