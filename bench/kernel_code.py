@@ -32,7 +32,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fisedit.environment import describe_environment, environment_line
-from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows
+from fisedit.runtime.kernels.attend_rows.config import Config
+from fisedit.runtime.kernels.attend_rows.triton import attend_rows
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
 from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, SPECIALIZED, TILES

@@ -13,7 +13,8 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from fisedit.runtime.kernels.attend_rows import reference, triton  # noqa: E402
-from fisedit.runtime.kernels.attend_rows.triton import Config, attend_rows, choose_config  # noqa: E402
+from fisedit.runtime.kernels.attend_rows.config import Config, choose_config  # noqa: E402
+from fisedit.runtime.kernels.attend_rows.triton import attend_rows  # noqa: E402
 from fisedit.runtime.kernels.gather_keys import reference as gather_reference  # noqa: E402
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys  # noqa: E402
 
@@ -73,6 +74,9 @@ def map_tables(masks: int, number: int, positions: int) -> Tensor:
         (40, 2, 9, 50, Config(16, 16, 4, 2, 7)),  # padded heads, a cut block, parts of tiles
         (20, 1, 9, 48, Config(16, 16, 4, 1, 2)),  # rows of any alignment, whole tiles and parts
         (80, 1, 5, 16, None),
+        (64, 1, 300, 640, Config(192, 128, 4, 6, specialized=True)),  # on a CPU, by the other kernel
+        (64, 2, 300, 640, Config(192, 128, 4, 6, 132, specialized=True)),  # each program has a part of a tile
+        (40, 1, 200, 300, Config(192, 128, 4, 6, 7, specialized=True)),  # whole tiles and parts
     ],
 )
 def test_recorded_map_with_its_active_rows_renewed(dtype, dim, masks, number, positions, config) -> None:

@@ -15,26 +15,29 @@ from torch import Tensor
 from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
+from fisedit.runtime.kernels.attend_rows.config import Config, best_programs, choose_config, deepen, partial_bytes
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
-from fisedit.runtime.kernels.launch import current
+from fisedit.runtime.kernels.launch import current, specializes
 from fisedit.runtime.row_plan import LOCKS, bucket, buckets, typical
 from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
 
 CUDNN = "cudnn"
-Way = str | kernel.Config
+Way = str | Config
 """The kernel by its own rule, in a configuration, or cuDNN's attention after keys and values are gathered."""
 TILES = {
     64: (
-        kernel.Config(64, 32, 4, 5),
-        kernel.Config(64, 64, 4, 5),
-        kernel.Config(64, 128, 4, 3),
-        kernel.Config(128, 64, 4, 5),
-        kernel.Config(64, 128, 4, 3, whole=True),
+        Config(64, 32, 4, 5),
+        Config(64, 64, 4, 5),
+        Config(64, 128, 4, 3),
+        Config(128, 64, 4, 5),
+        Config(64, 128, 4, 3, whole=True),
     ),
-    128: (kernel.Config(64, 32, 4, 5), kernel.Config(64, 64, 4, 5), kernel.Config(64, 64, 4, 3, registers=168)),
-    256: (kernel.Config(64, 32, 4, 3), kernel.Config(64, 64, 8, 3)),
+    128: (Config(64, 32, 4, 5), Config(64, 64, 4, 5), Config(64, 64, 4, 3, registers=168)),
+    256: (Config(64, 32, 4, 3), Config(64, 64, 8, 3)),
 }
 """By the channels of a head, at most."""
+SPECIALIZED = Config(192, 128, 4, 6, specialized=True)
+"""For heads of up to 64 channels, and more queries than two of its groups attend for."""
 SHARINGS = 2
 """Numbers of programs that are timed of each tile: the best ones, as far as one can tell."""
 LARGEST_CUDNN = 128
@@ -95,8 +98,9 @@ class Attention:
         return candidates(self, rows)
 
     @property
-    def tiles(self) -> tuple[kernel.Config, ...]:
-        return next(tiles for largest, tiles in TILES.items() if self.head_dim <= largest)
+    def tiles(self) -> tuple[Config, ...]:
+        largest = next(largest for largest in TILES if self.head_dim <= largest)
+        return TILES[largest] + ((SPECIALIZED,) if largest == 64 and specializes() else ())
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives: gathered keys and values, and sums in parts."""
@@ -104,9 +108,9 @@ class Attention:
         whole = 2 * pairs * self.keys * self.head_dim * item
         if way == CUDNN:
             return whole
-        rule = kernel.choose_config(rows, self.keys, self.head_dim, pairs, item, True)
-        tile = way if isinstance(way, kernel.Config) else rule
-        return whole * tile.whole + kernel.partial_bytes(tile, rows, pairs, self.head_dim, LOCKS)
+        rule = choose_config(rows, self.keys, self.head_dim, pairs, item, True)
+        tile = way if isinstance(way, Config) else rule
+        return whole * tile.whole + partial_bytes(tile, rows, pairs, self.head_dim, LOCKS)
 
 
 def candidates(attention: Attention, number: int) -> list[Way]:
@@ -115,9 +119,10 @@ def candidates(attention: Attention, number: int) -> list[Way]:
     shape = (active, attention.keys, pairs)
     work, ways = 2 * math.prod(shape) * attention.head_dim, list[Way]()
     for tile in attention.tiles:
-        if (tile.m <= 64 or number > 64) and (tile.n > 32 or number <= 512) and (not tile.whole or work >= LEAST_WORK):
-            shared = (replace(tile, programs=each) for each in kernel.best_programs(tile, *shape)[:SHARINGS])
-            ways += [kernel.deepen(way, active, pairs, attention.head_dim) for way in shared]
+        few = 64 * (2 if tile.specialized else 1)
+        if (tile.m <= 64 or number > few) and (tile.n > 32 or number <= 512) and (not tile.whole or work >= LEAST_WORK):
+            shared = (replace(tile, programs=each) for each in best_programs(tile, *shape)[:SHARINGS])
+            ways += [deepen(way, active, pairs, attention.head_dim) for way in shared]
     return ways + [CUDNN] * (attention.head_dim <= LARGEST_CUDNN and work >= LEAST_WORK)
 
 
@@ -133,7 +138,7 @@ class Call:
         return self.shape, form_of(self.given)
 
     def variant(self, way: Any) -> Any:
-        return replace(way, programs=min(way.programs, 1)) if isinstance(way, kernel.Config) else way
+        return replace(way, programs=min(way.programs, 1)) if isinstance(way, Config) else way
 
     def run(self, way: Any) -> Tensor:
         return run(way, self.given)
@@ -150,7 +155,7 @@ class Call:
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Tensor:
-    config = way if isinstance(way, kernel.Config) else None
+    config = way if isinstance(way, Config) else None
     if way == CUDNN or (config is not None and config.whole):
         given = {**given, **in_one_piece(given)}
     return _cudnn(given) if way == CUDNN else kernel.attend_rows(**given, config=config)

@@ -224,7 +224,7 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return (memory - (BARRIERS if tile.specialized else 0)) // (rows + weights) + (tile.m < 64)
 
 
-START, SPLIT, SPLIT_SPECIALIZED = 1.7, 3.7, 5.0
+START, SPLIT, SPLIT_SPECIALIZED = 1.7, 2.4, 3.7
 """µs of an H100: of any program, and more of one that shares its sums, by its kernel."""
 ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""

@@ -9,7 +9,8 @@ part of one tile combine what they found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fisedit.runtime.kernels.activate import PTX
+from fisedit.runtime.kernels.attend_rows.config import GROUP, Config, choose_config, partial_bytes
+from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, recorded_rows, shares_of, store_rows
 from fisedit.runtime.kernels.launch import (
     cdiv,
     has_descriptors,
@@ -25,111 +29,10 @@ from fisedit.runtime.kernels.launch import (
     multiprocessors,
     next_power_of_2,
     overlaps,
-    starts_early,
 )
-from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS, share_out
+from fisedit.runtime.kernels.share_out import POLLS
 
 LOG2_E = 1.4426950408889634
-MULTIPROCESSORS = 132
-"""Of an H100 or H200, for which ``choose_config`` was measured."""
-DEEPEST = 15
-"""Stages: before its first product, a program runs through all but one."""
-PIECE: tl.constexpr = tl.constexpr(16)
-"""Rows of a tile that a program combines at a time."""
-MOST: tl.constexpr = tl.constexpr(MOST_PARTS)
-SHARED_MEMORY = 226 * 1024
-"""Bytes that the programs of a multiprocessor can have together."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tile sizes of a launch: queries and keys; how many programs share the work, 0: each does a tile; a thread's
-    registers at most; whether keys and values are put in one piece each before it."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-    programs: int = 0
-    registers: int | None = None
-    whole: bool = False
-
-    def __str__(self) -> str:
-        limit, whole = f" r{self.registers}" if self.registers else "", " whole" if self.whole else ""
-        return f"{self.m}x{self.n} w{self.warps} s{self.stages}{limit} p{self.programs}{whole}"
-
-
-def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: int, gathered: bool) -> Config:
-    """Tiles for ``queries`` rows over ``keys`` keys, ``gathered`` by a table or not, for each of batch * heads pairs.
-
-    Without warps of their own for loads, products and exponentials, two or more programs on a multiprocessor must fill
-    each other's gaps: hence the limits on registers. Tiles of 128 queries read every key from L2 half as often as
-    those of 64, which would wait for it. A table costs two stages of the pipeline.
-    """
-    deep = 5 if gathered else 3
-    if itemsize == 4:
-        tile = Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 1)
-    elif keys <= 128 and head_dim > 64:
-        tile = Config(64, 32, 4, 2) if head_dim > 128 else Config(32, 128, 4, 2)
-    elif head_dim > 128:
-        tile = Config(64, 64, 8, 3)
-    elif keys <= 128:
-        tile = Config(64, 128 if keys > 64 else 64, 4, 2)
-    elif head_dim > 64:
-        tile = Config(64, 64, 4, 3, registers=168)
-    elif queries > 64:
-        tile = Config(128, 64, 8, deep, registers=128)
-    else:
-        tile = Config(64, 64, 4, deep, registers=128)
-    tile = replace(tile, programs=best_programs(tile, queries, keys, pairs)[0])
-    return deepen(tile, queries, pairs, head_dim) if gathered and itemsize == 2 else tile
-
-
-def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
-    """A tile whose pipeline is deep enough that no more programs fit into a multiprocessor than each of them gets: one
-    more than elsewhere would take longer, and while the kernel before them ends they start where there is room. GPUs
-    that do not start them then have less shared memory, too: there a tile stays as it is."""
-    if not starts_early():
-        return tile
-    each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
-    row = 2 * max(16, next_power_of_2(head_dim))  # bytes in half precision
-    own, block = tile.m * row, tile.n * 2 * row + (0 if tile.whole else tile.n * 4)  # queries; keys, values, table
-    blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
-    stages = blocks if tile.whole else 2 * blocks - 1  # a block is loaded two stages after its table
-    fits = each <= 2 and stages <= DEEPEST and own + blocks * block <= SHARED_MEMORY // each
-    return replace(tile, stages=max(tile.stages, stages)) if fits else tile
-
-
-def partial_bytes(tile: Config, queries: int, pairs: int, head_dim: int, locks: int) -> int:
-    """What the parts of tiles take, two of each program: sums of values, and of weights, and maxima."""
-    shared = tile.programs > 0 and cdiv(queries, tile.m) * pairs <= locks
-    return 2 * tile.programs * tile.m * (max(16, next_power_of_2(head_dim)) + 2) * 4 if shared else 0
-
-
-def best_programs(tile: Config, queries: int, keys: int, pairs: int) -> list[int]:
-    """How many programs may share the work, the best first; 0: each does a tile."""
-    most = cdiv(queries, tile.m) * pairs * cdiv(keys, tile.n)
-    numbers = [0, *(each * MULTIPROCESSORS for each in (1, 2, 3, 4) if each * MULTIPROCESSORS < most)]
-    return sorted(numbers, key=lambda number: cost(replace(tile, programs=number), queries, keys, pairs))
-
-
-def cost(tile: Config, queries: int, keys: int, pairs: int) -> float:
-    """About how many blocks of keys the busiest multiprocessor walks, one after the other.
-
-    To start costs about four blocks, and to begin another tile; to write a part of the sums, two; to read them all,
-    four and half a block for each part. A program that has its multiprocessor for itself takes half as long again,
-    waiting.
-    """
-    tiles, blocks, programs = cdiv(queries, tile.m) * pairs, cdiv(keys, tile.n), tile.programs
-    share, begins = blocks, 4
-    if programs >= 3 * tiles:
-        share, begins = cdiv(blocks, min(programs // tiles, MOST_PARTS)), 6
-        programs = tiles * cdiv(blocks, share)
-    elif programs:
-        share, begins = cdiv(tiles * blocks, programs), 10
-    each = cdiv(programs or tiles, MULTIPROCESSORS)
-    combined = 4 + cdiv(blocks, share) / 2 if programs else 0
-    return (each + each % 2 / 2) * (share + begins) + combined
 
 
 @triton.jit
@@ -205,98 +108,6 @@ def _attend_keys(
     return sums, top, total
 
 
-@triton.jit
-def _store_part(part, sums, top, total, BM: tl.constexpr, D: tl.constexpr):
-    row = tl.arange(0, BM)
-    tl.store(part + row[:, None] * D + tl.arange(0, D)[None, :], sums)
-    tl.store(part + BM * D + row, top)
-    tl.store(part + BM * (D + 1) + row, total)
-
-
-@triton.jit
-def _shares(tiles, blocks, programs, polls):
-    """How many blocks of keys each program walks, how many a tile counts, and how long to wait for its other parts:
-    where programs are three times as many as tiles, each has a part of one; else they go on to the next, and do not
-    wait."""
-    share, length = tl.cdiv(tiles * blocks, programs), blocks
-    if 3 * tiles <= programs:
-        share = tl.cdiv(blocks, tl.minimum(programs // tiles, MOST))
-        length = tl.cdiv(blocks, share) * share
-    return share, length, tl.where(3 * tiles <= programs, polls, 0)
-
-
-@triton.jit
-def _part_of(program, tile, length, share):
-    """Where a program's part of a tile lies: its first or its last tile."""
-    return 2 * program + (program * share // length != tile).to(tl.int32)
-
-
-@triton.jit
-def _combine(
-    partial, first, last, tile, length, share, row, PIECE: tl.constexpr, BM: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
-    """Some rows of all parts of a tile, of programs ``first`` to ``last``, in their order. They come from L2: L1 may
-    hold what stood there before."""
-    top = tl.full((PIECE,), -1.0e30, tl.float32)
-    total = tl.zeros((PIECE,), tl.float32)
-    sums = tl.zeros((PIECE, D), tl.float32)
-    for program in range(first, last + 1, 4):
-        for more in tl.static_range(4):  # so many loads of each kind are under way
-            part = partial + _part_of(program + more, tile, length, share).to(tl.int64) * (BM * (D + 2))
-            there, inside = program + more <= last, part + row[:, None] * D + tl.arange(0, D)[None, :]
-            other_sums = tl.load(inside, mask=there, other=0.0, cache_modifier=".cg")
-            other = tl.load(part + BM * D + row, mask=there, other=-1.0e30, cache_modifier=".cg")
-            other_total = tl.load(part + BM * (D + 1) + row, mask=there, other=0.0, cache_modifier=".cg")
-            higher = tl.maximum(top, other)
-            fade, grow = tl.exp2(top - higher), tl.exp2(other - higher)
-            total = total * fade + other_total * grow
-            sums = sums * fade[:, None] + other_sums * grow[:, None]
-            top = higher
-    return sums, total
-
-
-@triton.jit
-def _store_rows(out, sums, total, row, first, number, stride, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """Rows of one head, ``first`` being where row 0 has it."""
-    column = tl.arange(0, D)
-    sums = sums / tl.maximum(total, 1.0e-30)[:, None]
-    good = (row < number)[:, None] & (column < HEAD_DIM)[None, :]
-    tl.store(out + (first + row * stride)[:, None] + column[None, :], sums.to(out.dtype.element_ty), mask=good)
-
-
-@triton.jit
-def _recorded_rows(
-    pointer, recorded, sample, batch_stride, number, row_stride, ADDRESSES: tl.constexpr, ALIGN: tl.constexpr
-):  # fmt: skip
-    """Where recorded row 0 would be if the table counted it as row ``number``."""
-    ITEM: tl.constexpr = pointer.dtype.element_ty.primitive_bitwidth // 8
-    if ADDRESSES:
-        first = tl.load(recorded + sample).to(pointer.dtype)
-    else:
-        first = recorded + sample.to(tl.int64) * batch_stride
-    return tl.multiple_of(first, ALIGN * ITEM) - number.to(tl.int64) * row_stride
-
-
-@triton.jit
-def _finish_shared(
-    out, partial, locks, sums, top, total, program, tile, length, share, polls, row0, place, number, width,
-    HEAD_DIM: tl.constexpr, D: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Whether a program had all of a tile; if not, write its part, and the rows of the result that it is to combine."""
-    first, last = tile * length // share, (tile * length + length - 1) // share
-    if first < last:
-        part = partial + _part_of(program, tile, length, share).to(tl.int64) * (BM * (D + 2))
-        _store_part(part, sums, top, total, BM, D)
-        tl.debug_barrier()
-        shares = share_out(locks + tile, program - first, last - first + 1, polls)
-        for piece in tl.range(0, BM // PIECE, num_stages=1):
-            if (shares >> (piece % (last - first + 1))) & 1:
-                some = piece * PIECE + tl.arange(0, PIECE)
-                made, weights = _combine(partial, first, last, tile, length, share, some, PIECE, BM, D)
-                _store_rows(out, made, weights, row0 + some, place, number, width, HEAD_DIM, D)
-    return first == last
-
-
 @triton.jit(do_not_specialize=["number", "keys", "pairs", "polls"])
 def _attend(
     out, query, key, value, recorded_key, recorded_value, table, count, key_count, partial, locks,
@@ -312,7 +123,7 @@ def _attend(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if SHARED:
-        share, length, polls = _shares(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
+        share, length, polls = shares_of(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
         unit = program * share
         end = tl.minimum(unit + share, down * pairs * length)
         first_tile, last_tile = unit // length, tl.cdiv(end, length)
@@ -337,10 +148,10 @@ def _attend(
         there_key, there_value, own_table, own_keys = recorded_key, recorded_value, table, keys
         if TABLE:
             own_table = table + sample * table_batch
-            there_key = head * HEAD_DIM + _recorded_rows(
+            there_key = head * HEAD_DIM + recorded_rows(
                 key, recorded_key, sample, recorded_key_batch, number, recorded_key_row, ADDRESSES, ALIGN
             )
-            there_value = head * HEAD_DIM + _recorded_rows(
+            there_value = head * HEAD_DIM + recorded_rows(
                 value, recorded_value, sample, recorded_value_batch, number, recorded_value_row, ADDRESSES, ALIGN
             )
         if COUNTED:
@@ -353,11 +164,12 @@ def _attend(
         place = wide * number * width + head * HEAD_DIM
         whole = True
         if SHARED:
-            whole = _finish_shared(
-                out, partial, locks, sums, top, total, program, tile, length, share, polls, row0, place, number, width,
-                HEAD_DIM, D, BM)  # fmt: skip
+            whole = finish_shared(
+                out, partial, locks + tile, sums, top, total, program, tile, length, share, polls, tl.arange(0, BM),
+                column, tl.arange(0, PIECE), column, row0, place, number, width, BM * (D + 2), HEAD_DIM, D, BM,
+            )  # fmt: skip
         if whole:
-            _store_rows(out, sums, total, row, place, number, width, HEAD_DIM, D)
+            store_rows(out, sums, total, row, column, place, number, width, HEAD_DIM)
 
 
 def attend_rows(
@@ -385,8 +197,11 @@ def attend_rows(
     head_dim = width // heads
     keys = table.shape[1] if table is not None else key.shape[-2]
     config = config or choose_config(number, keys, head_dim, batch * heads, query.element_size(), table is not None)
+    align = _alignment(head_dim, query, key, value, recorded_key, recorded_value)
+    if config.specialized and not (PTX.value and table is not None and align > 1 and query.element_size() == 2):
+        config = replace(config, m=GROUP, specialized=False)  # by warps that all do the same
     down, pairs = cdiv(number, config.m), batch * heads
-    shared = config.programs > 0 and down * pairs <= locks.numel()
+    shared = config.programs > 0 and down * pairs * config.parts <= locks.numel()
     most = 2 * multiprocessors(query.device)  # run at the same time, see deepen
     grid = (min(config.programs, down * pairs * cdiv(keys, config.n)), 1) if shared else (down, pairs)
     out = query.new_empty(batch, number, width)  # [B, N, h*d]
@@ -400,21 +215,35 @@ def attend_rows(
     read = [key, value]
     if tma:
         read = [TensorDescriptor.from_tensor(rows.flatten(0, 1), [config.n, padded]) for rows in read]  # [B*R, h*d]
-    pdl = {"launch_pdl": True} if overlaps(query) else {}
-    launch(_attend, (*grid, 1),
-        out, query, *read, recorded_key, recorded_value, table, count, key_count, partial, locks,
-        number, keys, pairs, POLLS if grid[0] <= most else 0, heads,
-        (head_dim**-0.5 if scale is None else scale) * LOG2_E,
-        query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim),
-        *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width),
+    pdl = overlaps(query)
+    recorded = *_recorded_strides(recorded_key, width), *_recorded_strides(recorded_value, width)
+    strides = query.stride(0), query.stride(1), *_strides(key, head_dim), *_strides(value, head_dim), *recorded
+    numbers = number, keys, pairs, POLLS if grid[0] <= most else 0, heads
+    kernel, options = _kernel_of(config, table, tma, key_count, query)
+    launch(kernel, (*grid, 1),
+        out, query, *read, recorded_key, recorded_value, table, count, key_count, partial, locks, *numbers,
+        (head_dim**-0.5 if scale is None else scale) * LOG2_E, *strides,
         table.stride(0) if table is not None and table.shape[0] > 1 else 0,
-        HEAD_DIM=head_dim, D=padded, BM=config.m, BN=config.n, TABLE=table is not None, TMA=tma, ADDRESSES=addresses,
-        COUNTED=key_count is not None, SHARED=shared, EVEN=key_count is None and keys % config.n == 0,
-        ALIGN=_alignment(head_dim, query, key, value, recorded_key, recorded_value),
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PDL=bool(pdl),
-        num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers, **pdl,
+        HEAD_DIM=head_dim, D=padded, BN=config.n, ADDRESSES=addresses, SHARED=shared,
+        EVEN=key_count is None and keys % config.n == 0, ALIGN=align, PDL=pdl, num_warps=config.warps, **options,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     return out
+
+
+def _kernel_of(
+    config: Config, table: Tensor | None, tma: bool, key_count: Tensor | None, query: Tensor
+) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a tile, and what it takes besides what both do."""
+    if config.specialized:
+        from fisedit.runtime.kernels.attend_rows.specialized import LOADERS, REGISTERS, attend_specialized
+
+        return attend_specialized, {"STAGES": config.stages, "LOADERS": LOADERS, **REGISTERS}
+    precision = "ieee" if query.dtype == torch.float32 else "tf32"
+    return _attend, {
+        "BM": config.m, "TABLE": table is not None, "TMA": tma, "COUNTED": key_count is not None,
+        "PRECISION": precision, "num_stages": config.stages, "maxnreg": config.registers,
+    }  # fmt: skip
 
 
 def _strides(tensor: Tensor, head_dim: int) -> tuple[int, int, int]:
