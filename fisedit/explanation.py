@@ -109,7 +109,7 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
     from fisedit.runtime.tuning.product import Product, fused_parts, norm_of
 
-    names = ("bias", "affine", "residual", "activation", "gated")
+    names = ("bias", "affine", "residual", "activation", "gated", "center")
     given = {name: get(node, name) for name in names}
     sources, more = get(node, "sources"), (rows_of(get(node, name)) for name in ("rows2", "rows3"))
     second, third = (0 if source is None else source.channels for source in more)

@@ -199,9 +199,17 @@ def test_a_layer_norm_is_timed_with_every_way() -> None:
         assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
     folded = given | {"norm": NORMS["layer_norm"] | {"norm_moments": True}}
     assert "norm" not in tuning.bare(folded, tuning.RULE)  # the next product does it
-    reads = given | {"moments": torch.zeros(2, 0, 2, ACTIVE, device=DEVICE), "center": random(OUTPUTS, seed=1)}
-    assert tuning.bare(reads, tuning.LIBRARY)["moments"].shape[1] == 1
-    assert "moments" not in tuning.bare(reads, tuning.RULE)
+
+
+def test_a_product_of_rows_with_moments_is_timed_with_them() -> None:
+    """However the rows come: to read them takes a kernel longer than the rest of what is fused."""
+    reads = arguments(1) | {"rows": random(2, ACTIVE, 160, seed=1), "center": random(OUTPUTS, seed=1)}
+    for parts in (0, 2):
+        given = reads | {"moments": torch.zeros(2, parts, 2, ACTIVE, device=DEVICE)}
+        assert tuning.bare(given, tuning.LIBRARY)["moments"].shape == (2, 1, 2, ACTIVE)
+        assert tuning.bare(given, tuning.RULE)["moments"].shape == (2, 3, 2, ACTIVE)
+    assert "moments" not in tuning.bare(arguments(1), tuning.RULE)
+    assert tuning.Product.of(reads).key != tuning.Product.of(arguments(1) | {"rows": reads["rows"]}).key
 
 
 def test_what_is_met_is_timed_once(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ class Shape(Hashable, Protocol):
         ...
 
 
-SCHEMA = 7
+SCHEMA = 8
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
+from fisedit.runtime.kernels.launch import cdiv
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
@@ -163,18 +164,19 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
 
 
 def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
-    """What a way is timed with: of our kernel the product alone, for each of what follows is another kernel to compile
-    and changes little; of the library all of it, and of both a layer norm that is a launch of its own. Before rows that
-    come with moments, the library's product needs a layer norm."""
+    """What a way is timed with: of our kernel the product, with the moments of its rows if it takes them, for each of
+    what follows is another kernel to compile and changes little; of the library all of it, and of both a layer norm
+    that is a launch of its own. Before rows that come with moments, the library's product needs a layer norm."""
+    rows = given["rows"]
+    if given.get("center") is not None:
+        parts = 1 if way == LIBRARY else cdiv(rows.shape[2], 64)  # about as many tiles as the product before has
+        given = {**given, "moments": rows.new_ones(2, parts, *rows.shape[:2], dtype=torch.float32)}
     if way == LIBRARY:
-        if given.get("center") is None:
-            return given
-        return {**given, "moments": given["rows"].new_empty(2, 1, *given["rows"].shape[:2], dtype=torch.float32)}
+        return given
     activation = given["activation"] if given["gated"] else "none"
     norm = given.get("norm")
-    launches = norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]
-    left_out = ("moments", "center", *(() if launches else ("norm",)))
-    given = {name: value for name, value in given.items() if name not in left_out}
+    if not (norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]):
+        given = {name: value for name, value in given.items() if name != "norm"}
     return {**given, "bias": None, "affine": None, "residual": None, "full": False, "activation": activation}
 
 

@@ -124,6 +124,8 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
     parts = [name for name in ("bias", "affine", "residual") if given[name] is not None]
     if given["activation"] != "none":
         parts.append(given["activation"])
+    if given.get("center") is not None:
+        parts.append("moments")
     return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
 
 
@@ -224,7 +226,7 @@ def _deepest(tile: Config, product: Product, memory: int) -> int:
     return (memory - (BARRIERS if tile.specialized else 0)) // (rows + weights) + (tile.m < 64)
 
 
-START, SPLIT, SPLIT_SPECIALIZED = 1.7, 2.4, 3.7
+START, SPLIT, SPLIT_SPECIALIZED = 1.7, 2.9, 3.7
 """µs of an H100: of any program, and more of one that shares its sums, by its kernel."""
 ROWS, GATHERED, WEIGHTS = 0.0076, 0.0158, 0.0165
 """µs for each KB that a multiprocessor takes in."""
