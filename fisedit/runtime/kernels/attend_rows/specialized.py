@@ -1,8 +1,8 @@
 """The attention of ``triton.py`` by warps of different tasks, for many queries.
 
-Some warps look keys up and load them; three groups of others attend, each for its own rows of a tile. What the products
-of one group leave of the matrix units the others use, and each key comes once for all three. In Triton, all warps do the
-same at the same time; hence Gluon, its lower level. For GPUs of compute capability 9.x alone.
+Some warps look keys up and load them; three groups of others attend, each for its own rows of a tile. What the
+products of one group leave of the matrix units the others use, and each key comes once for all three. In Triton, all
+warps do the same at the same time; hence Gluon, its lower level. For GPUs of compute capability 9.x alone.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ loads of a loop begin together; hence Gluon, its lower level. For GPUs of comput
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import triton.language as tl
@@ -42,8 +43,13 @@ HALF = 113 * 1024
 
 def describe(rows: Tensor, block: Sequence[int]) -> TensorDescriptor:
     """A descriptor of rows ``[N, C]`` in half precision, for tiles of ``block``."""
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.float16)
-    return TensorDescriptor.from_tensor(rows, list(block), layout)
+    return TensorDescriptor.from_tensor(rows, list(block), layout_of(*block))
+
+
+@cache
+def layout_of(rows: int, channels: int) -> gl.NVMMASharedLayout:
+    """Of a tile in shared memory; to make it takes longer than the rest of a launch."""
+    return gl.NVMMASharedLayout.get_default_for([rows, channels], gl.float16)
 
 
 def resources(m: int, n: int, k: int, warps: int, stages: int, gathers: bool) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def _launch(
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     size = config.m * config.n * (2 if gated else 1)
-    piece = max(8, config.m // (2 if config.m * config.n <= 4096 else 4))  # as many rows as registers hold of some parts
+    piece = max(8, config.m // (2 if config.m * config.n <= 4096 else 4))  # rows of which registers hold some parts
     partial = torch.empty(
         tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
     )
