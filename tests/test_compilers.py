@@ -8,11 +8,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from triton.compiler import CompiledKernel
+from triton.runtime.errors import OutOfResources
 
 from fisedit.runtime.kernels import compilers
 from fisedit.runtime.kernels.compilers import Compilers, Helper, job_of
+from fisedit.runtime.kernels.launch import launch, rehearse
 
 BENCH = Path(__file__).parent.parent / "bench"
 SCRIPT = """
@@ -94,3 +98,28 @@ def test_what_is_no_call_of_triton_is_no_job() -> None:
     helper.close()
     helper.compile({})  # nothing to ask any more
     assert helper.compiled == 0
+
+
+def test_a_rehearsal_loads_what_is_compiled() -> None:
+    """For a graph that is captured next; what does not fit is left to who runs it."""
+    loaded: list[int] = []
+
+    class Kernel(CompiledKernel):
+        def __init__(self, shared: int) -> None:
+            self.shared = shared
+
+        @property
+        def run(self) -> None:
+            loaded.append(self.shared)
+            if self.shared > 227:
+                raise OutOfResources(self.shared, 227, "shared memory")
+
+    def compile(shared: int, *, grid: tuple[int, ...], warmup: bool) -> Kernel | None:
+        assert warmup and grid == (1,)
+        return Kernel(shared) if shared else None
+
+    source = SimpleNamespace(run=compile)
+    with Compilers() as threads, rehearse(threads) as rehearsal:
+        for shared in (0, 100, 300):  # the first is not compiled yet
+            launch(source, (1,), shared)
+    assert loaded == [100, 300] and not rehearsal.news

@@ -122,8 +122,9 @@ class Replay:
             return self.plan.table(wanted.key)
         return self._buffers[wanted]
 
-    def _compile(self) -> None:
-        """Have all kernels compiled that a call needs, and all ways timed that are not known yet."""
+    def _compile(self) -> bool:
+        """Have all kernels compiled that a call needs, and all ways timed that are not known yet. Whether nothing was
+        left to do: then all kernels are loaded, and a graph can be captured."""
         start = time.monotonic()
         with Compilers() as compilers:
             with rehearse(compilers) as rehearsal:
@@ -135,11 +136,12 @@ class Replay:
         if rehearsal.news:
             seconds = compiled - start, time.monotonic() - compiled
             logger.info("compiled kernels in %.1f s, timed and compiled those that were chosen in %.1f s", *seconds)
+        return not (rehearsal.news or rehearsal.skipped)
 
     def _capture(self) -> None:
         with CAPTURING:
-            self._compile()
-            self._call()  # libraries load their kernels
+            if not self._compile():
+                self._call()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
@@ -22,11 +22,13 @@ class Rehearsal:
     Attributes:
         decide: whether what can be done in several ways is timed now; else the ways to time are compiled.
         news: whether anything was compiled, or is left to be decided.
+        skipped: whether a library was to do anything that it did not do.
         seen: what was prepared already, of the ops that are alike.
     """
 
     decide: bool
     news: bool = False
+    skipped: bool = False
     seen: set[Hashable] = field(default_factory=set)
 
     def first(self, form: Hashable) -> bool:
@@ -40,11 +42,17 @@ _rehearsal: ContextVar[Rehearsal | None] = ContextVar("fisedit_rehearsal", defau
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
-    """Run ``kernel`` for a ``grid``; in a rehearsal, have it compiled instead."""
+    """Run ``kernel`` for a ``grid``; in a rehearsal, have it compiled instead, and its code loaded if it is already."""
     if _rehearsal.get() is None:
         kernel[tuple(grid)](*args, **kwargs)
-    else:
-        kernel.run(*args, grid=grid, warmup=True, **kwargs)
+        return
+    from triton.compiler import CompiledKernel
+    from triton.runtime.errors import OutOfResources
+
+    made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+    if isinstance(made, CompiledKernel):
+        with suppress(OutOfResources):  # of the GPU: who runs it will see
+            _ = made.run
 
 
 def cdiv(number: int, by: int) -> int:
