@@ -20,26 +20,13 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fisedit.runtime.kernels.attend_rows.config import GROUP, GROUPS
 from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, recorded_rows, shares_of, store_rows
+from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
 
 LOADERS = 4
 REGISTERS = {"REGISTERS": 144, "LOADER_REGISTERS": 80, "maxnreg": 128}
 """Of a thread that attends, of one that loads, and of each on average."""
 ROWS: tl.constexpr = tl.constexpr(GROUP)
 TILE: tl.constexpr = tl.constexpr(GROUP * GROUPS)
-
-
-@gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    over = stage == STAGES - 1
-    return gl.where(over, 0, stage + 1), phase ^ over.to(gl.int32)
-
-
-@gluon.jit
-def wait_for_kernel(PDL: gl.constexpr):
-    """For the one in front; the next one may start from now on."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @gluon.jit

@@ -34,6 +34,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     share_part,
 )
 from fisedit.runtime.kernels.multiply_rows.steps import find_patches, has_work, next_step, tap_rows, which_rows
+from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
 
 LOADERS, GATHERERS = 1, 4
 """Warps that load rows as they lie, and that gather them: a warp more loads the weights."""
@@ -70,12 +71,6 @@ def resources(m: int, n: int, k: int, warps: int, stages: int, gathers: bool) ->
 
 
 @gluon.jit
-def next_stage(stage, phase, STAGES: gl.constexpr):
-    over = stage == STAGES - 1
-    return gl.where(over, 0, stage + 1), phase ^ over.to(gl.int32)
-
-
-@gluon.jit
 def ask_weights(weights, buffers, full, number, stage, GATED: gl.constexpr):
     """Those of step ``number``, and of its gates."""
     weight, tile_n, half = weights
@@ -87,14 +82,6 @@ def ask_weights(weights, buffers, full, number, stage, GATED: gl.constexpr):
     if GATED:
         gates = buffers[2].index(stage)
         tma.async_copy_global_to_shared(weight, [half + tile_n * BN, number * BK], barrier, gates)
-
-
-@gluon.jit
-def wait_for_kernel(PDL: gl.constexpr):
-    """For the one in front; the next one may start from now on."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @gluon.jit
