@@ -230,8 +230,11 @@ def test_loops_are_short_and_spill_nothing() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
 def test_warps_that_multiply_load_nothing() -> None:
-    """As compiled for an H100, by Gluon: their loop waits for a step, multiplies it, and says that it may go."""
-    found = compiled("64x64x64 .* specialized$")
+    """As compiled for an H100, by Gluon: their loop waits for a step, multiplies it, and says that it may go. Around
+    theirs, those that attend spill a few numbers."""
+    found = compiled("(64x64x64 .*|of 64, 192x128 .* p132) specialized$")
+    _, loop, _, registers, spilled, shared = found.pop("heads of 64")
+    assert 300 < loop < 500 and registers == 128 and 128 <= shared <= 227 and spilled < 100
     assert list(found) == ["convolution", "linear", "gated", "normalized"]
     for _, loop, _, registers, spilled, shared in found.values():
         assert 20 < loop < 80 and registers <= 168 and 128 <= shared <= 227 and spilled == 0

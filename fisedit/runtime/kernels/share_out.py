@@ -20,7 +20,8 @@ def share_out(lock, number, parts, polls):
     the last one to come does its share too. So none waits for long for one that may not be running.
 
     The lock counts in its low byte who has come, and has a bit above for each that went. The last to come takes all
-    that off again, which tells the others that it is there.
+    that off again, which tells the others that it is there. It need not release what they wrote: all that changes the
+    lock reads it, so that whoever sees the last change sees what came before each.
     """
     own = 1 << number
     goes = own << 8
