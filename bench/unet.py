@@ -363,11 +363,14 @@ def layers(subject: Subject, mask: Tensor) -> list[dict[str, Any]]:
 
 def measure_model(
     subject: Subject, results: Results, *, repeats: int, shares: Sequence[float], ragged_masks: int,
-    ways: Sequence[str], autotune: float, profile: list[str], variants: list[str],
+    ways: Sequence[str], autotune: float, profile: list[str], variants: list[str], edits: bool,
 ) -> list[Row]:  # fmt: skip
     name = subject.name
     subject.wanted = float32_output(subject)
     dense = measure_dense(subject, results, ways, repeats, autotune)
+    if not edits:
+        print("", *summary([], dense), sep="\n", flush=True)
+        return []
     _, base = measure_record(subject, subject.ours)
     macs_dense = count_macs(subject, results)
     masks, rows = mask_set(subject.published.size, shares, ragged_masks), []
@@ -405,6 +408,7 @@ def main(
     blobs: Annotated[str, typer.Option(help="Active shares of the masks of one region.")] = BLOB_SHARES,
     dense: Annotated[str, typer.Option(help="How what we run dense is compiled; 'eager': not at all.")] = "inductor",
     quick: Annotated[bool, typer.Option(help="Blobs of 5 and 15 % and four ragged masks.")] = False,
+    edits: Annotated[bool, typer.Option(help="Edits under masks, too; else the ways to call the dense model.")] = True,
     tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
 ) -> None:
     """Measure U-Net calls, dense and sparse."""
@@ -421,9 +425,10 @@ def main(
                 rows += measure_model(
                     subject, results, repeats=repeats, shares=shares, profile=profile, variants=variant,
                     ragged_masks=4 if quick else ragged_masks, ways=["compiled", *ways.split(",")],
-                    autotune=max_autotune,
+                    autotune=max_autotune, edits=edits,
                 )  # fmt: skip
-        print(f"\n{table(rows)}\n\n{environment_line(environment)}, {environment['dtype']}, batch 2\n", flush=True)
+        below = f"{environment_line(environment)}, {environment['dtype']}, batch 2\n"
+        print(*([f"\n{table(rows)}"] if rows else []), f"\n{below}", sep="\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,18 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.nightly
+def test_the_ways_to_call_the_dense_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "unet.json"
+    unet.main(
+        models="", dtype="float16", steps=3, repeats=1, output=output, ways="record,outside", max_autotune=0.0,
+        edits=False, tiny=True,
+    )  # fmt: skip
+    printed = capsys.readouterr().out
+    assert json.loads(output.read_text())["tiny"].keys() == {"dense", "first loop, seconds"}
+    assert all(f"\n{way}: " in printed for way in ("compiled", "record", "outside")) and "|" not in printed
+
+
+@pytest.mark.nightly
 def test_masked_work_is_what_a_packed_call_executes() -> None:
     """Convolutions as rows: the count from the dense graph, the package's, and PyTorch's counter around a call, and
     around the making of the timestep's embeddings, which come from a table."""
