@@ -28,6 +28,32 @@ def shares_of(tiles, blocks, programs, polls):
 
 
 @triton.jit
+def work_of(active, pairs, keys, polls, TILE: tl.constexpr, BN: tl.constexpr, SHARED: tl.constexpr):
+    """What a program does, for :func:`place_of`; its first tile and the one behind its last; how long to wait."""
+    down, blocks, program = tl.cdiv(active, TILE), tl.cdiv(keys, BN), tl.program_id(0)
+    work, first_tile, last_tile = (0, 0, 0, 0, down, blocks), 0, (program < down).to(tl.int32)
+    if SHARED:
+        share, length, polls = shares_of(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
+        unit = program * share
+        end = tl.minimum(unit + share, down * pairs * length)
+        work, first_tile, last_tile = (unit, end, length, share, down, blocks), unit // length, tl.cdiv(end, length)
+    return work, first_tile, last_tile, polls
+
+
+@triton.jit
+def place_of(tile, work, TILE: tl.constexpr, SHARED: tl.constexpr):
+    """Which head of which sample a tile is of, by their number together, its first row, and its blocks of keys that
+    this program walks."""
+    unit, end, length, _, down, blocks = work
+    pair, row0, begin, stop = tl.program_id(1), tl.program_id(0) * TILE, 0, blocks
+    if SHARED:
+        pair = tile // down
+        row0 = (tile - pair * down) * TILE
+        begin, stop = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, blocks)
+    return pair, row0, begin, stop
+
+
+@triton.jit
 def part_of(program, tile, length, share):
     """Where a program's part of a tile lies: its first or its last tile."""
     return 2 * program + (program * share // length != tile).to(tl.int32)

@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fisedit.runtime.kernels.attend_rows.config import GROUP, GROUPS
-from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, recorded_rows, shares_of, store_rows
+from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, place_of, recorded_rows, store_rows, work_of
 from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
 
 LOADERS = 4
@@ -27,19 +27,6 @@ REGISTERS = {"REGISTERS": 144, "LOADER_REGISTERS": 80, "maxnreg": 128}
 """Of a thread that attends, of one that loads, and of each on average."""
 ROWS: tl.constexpr = tl.constexpr(GROUP)
 TILE: tl.constexpr = tl.constexpr(GROUP * GROUPS)
-
-
-@gluon.jit
-def place_of(tile, work, SHARED: gl.constexpr):
-    """Which head of which sample a tile is of, by their number together, its first row, and its blocks of keys that
-    this program walks."""
-    unit, end, length, _, down, blocks = work
-    pair, row0, begin, stop = gl.program_id(1), gl.program_id(0) * TILE, 0, blocks
-    if SHARED:
-        pair = tile // down
-        row0 = (tile - pair * down) * TILE
-        begin, stop = gl.maximum(unit - tile * length, 0), gl.minimum(end - tile * length, blocks)
-    return pair, row0, begin, stop
 
 
 @gluon.jit
@@ -58,7 +45,7 @@ def load_keys(
     wait_for_kernel(PDL)
     stage, phase = 0, 1
     for tile in range(first_tile, last_tile):
-        pair, _, begin, stop = place_of(tile, work, SHARED)
+        pair, _, begin, stop = place_of(tile, work, TILE, SHARED)
         sample = pair // heads
         head = pair - sample * heads
         own_table = table + sample * table_batch
@@ -161,7 +148,7 @@ def attend_tiles(
         tl.extra.cuda.gdc_wait()
     stage, phase = 0, 0
     for tile in range(first_tile, last_tile):
-        pair, row0, begin, stop = place_of(tile, work, SHARED)
+        pair, row0, begin, stop = place_of(tile, work, TILE, SHARED)
         row0 += NUMBER * ROWS
         if row0 < active:
             sample = pair // heads
@@ -202,13 +189,7 @@ def attend_specialized(
     REGISTERS: gl.constexpr, LOADER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     active = gl.load(count)
-    down, blocks, program = gl.cdiv(active, TILE), gl.cdiv(keys, BN), gl.program_id(0)
-    work, first_tile, last_tile = (0, 0, 0, 0, down, blocks), 0, (program < down).to(gl.int32)
-    if SHARED:
-        share, length, polls = shares_of(gl.maximum(down * pairs, 1), blocks, gl.num_programs(0), polls)
-        unit = program * share
-        end = gl.minimum(unit + share, down * pairs * length)
-        work, first_tile, last_tile = (unit, end, length, share, down, blocks), unit // length, gl.cdiv(end, length)
+    work, first_tile, last_tile, polls = work_of(active, pairs, keys, polls, TILE, BN, SHARED)
     TYPE: gl.constexpr = query.dtype.element_ty
     layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, D], TYPE)
     buffers = (

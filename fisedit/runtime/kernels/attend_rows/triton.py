@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import PTX
 from fisedit.runtime.kernels.attend_rows.config import GROUP, Config, choose_config, partial_bytes
-from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, recorded_rows, shares_of, store_rows
+from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, place_of, recorded_rows, store_rows, work_of
 from fisedit.runtime.kernels.launch import (
     cdiv,
     has_descriptors,
@@ -118,24 +118,13 @@ def _attend(
     TMA: tl.constexpr, ADDRESSES: tl.constexpr, COUNTED: tl.constexpr, SHARED: tl.constexpr, EVEN: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    down, blocks, program = tl.cdiv(tl.load(count), BM), tl.cdiv(keys, BN), tl.program_id(0)
+    program = tl.program_id(0)
+    work, first_tile, last_tile, polls = work_of(tl.load(count), pairs, keys, polls, BM, BN, SHARED)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    if SHARED:
-        share, length, polls = shares_of(tl.maximum(down * pairs, 1), blocks, tl.num_programs(0), polls)
-        unit = program * share
-        end = tl.minimum(unit + share, down * pairs * length)
-        first_tile, last_tile = unit // length, tl.cdiv(end, length)
-    else:
-        first_tile, last_tile = 0, (program < down).to(tl.int32)
     for tile in tl.range(first_tile, last_tile, num_stages=1):
-        if SHARED:
-            pair = tile // down
-            row0 = (tile - pair * down) * BM
-            begin, stop = tl.maximum(unit - tile * length, 0), tl.minimum(end - tile * length, blocks)
-        else:
-            pair, row0, begin, stop = tl.program_id(1), program * BM, 0, blocks
+        pair, row0, begin, stop = place_of(tile, work, BM, SHARED)
         sample = pair // heads
         head, wide = pair - sample * heads, sample.to(tl.int64)
         row, column = row0 + tl.arange(0, BM), tl.arange(0, D)
@@ -165,7 +154,7 @@ def _attend(
         whole = True
         if SHARED:
             whole = finish_shared(
-                out, partial, locks + tile, sums, top, total, program, tile, length, share, polls, tl.arange(0, BM),
+                out, partial, locks + tile, sums, top, total, program, tile, work[2], work[3], polls, tl.arange(0, BM),
                 column, tl.arange(0, PIECE), column, row0, place, number, width, BM * (D + 2), HEAD_DIM, D, BM,
             )  # fmt: skip
         if whole:
