@@ -70,7 +70,8 @@ TINY_LEVELS = (Level(8, 64), Level(4, 128))
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel's call. ``runs`` and ``pytorch``: the same call over different copies of what comes from memory."""
+    """A kernel's call. ``runs`` and ``pytorch``: the same call over different copies of what comes from memory.
+    ``read``: what they read by its address."""
 
     op: str
     shape: str
@@ -80,6 +81,7 @@ class Case:
     bytes: int
     runs: Sequence[Run]
     pytorch: Sequence[Run]
+    read: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)
@@ -257,9 +259,13 @@ class Cases:
         slots, groups, channels = list(range(norms)), [32] * norms, [c] * norms
         fold = self.kernels["fold_group_norms"]
         means, rstds = slots, [norms + slot for slot in slots]
-        run = partial(fold, recorded, means, rstds, groups, channels, weight, bias, shift[None])
+        given: list[Tensor] | Tensor = recorded
+        if self.device.type == "cuda":  # by address, as an edit gives them
+            given = torch.tensor([[row.data_ptr() for row in each] for each in recorded], device=self.device)
+        run = partial(fold, given, means, rstds, groups, channels, weight, bias, shift[None])
         moved = [*recorded, weight, bias, shift, torch.empty(2, BATCH, norms * c)]
-        return self.case("fold_group_norms", f"{norms} norms of {c} channels", 0, moved, [run], [])
+        case = self.case("fold_group_norms", f"{norms} norms of {c} channels", 0, moved, [run], [])
+        return replace(case, read=recorded)
 
 
 def attention_run(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Run:
@@ -302,6 +308,7 @@ def microseconds(runs: Sequence[Run], device: torch.device) -> float:
 
 
 def measure(case: Case, mask: str, peak: Peak | None, device: torch.device) -> Timed:
+    case.runs[0]()  # compiled, and its tables made
     spent = microseconds(case.runs, device)
     floor = max(case.bytes / peak.bytes, case.macs / peak.macs) * 1e6 if peak else None
     return Timed(
@@ -334,11 +341,25 @@ def with_best(timed: Timed, case: Case, device: torch.device) -> Timed:
     return replace(timed, best=best, best_config=name)
 
 
+def prepare(cases: Sequence[Case]) -> None:
+    """Time the ways of tuned ops that are not known yet, and compile on all processors what that needs."""
+    from fisedit.runtime.kernels.compilers import Compilers
+    from fisedit.runtime.kernels.launch import rehearse
+
+    with Compilers() as compilers:
+        for decide in (False, True):
+            with rehearse(compilers, decide):
+                for case in cases:
+                    case.runs[0]()
+
+
 def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
     """``timed``, if it is of a tuned op, with the times of the way that is chosen for it and of the fastest one.
 
     Timings are kept for padded numbers of rows; here all ways are timed for the case's own number.
     """
+    from fisedit.runtime.kernels.compilers import Compilers
+    from fisedit.runtime.kernels.launch import rehearse
     from fisedit.runtime.tuning.choose import RULE, choose_way, time_way, timings_of
 
     if case.op not in TILES or not (calls := [call_of(case.op, run) for run in case.runs])[0]:
@@ -346,6 +367,9 @@ def with_best_way(timed: Timed, case: Case, device: torch.device) -> Timed:
     every = import_module(f"fisedit.runtime.tuning.{WAYS_OF[case.op]}").candidates
     chosen = choose_way(calls[0], timings_of(device))
     ways = dict.fromkeys([chosen, RULE, *every(calls[0].shape, case.rows), *calls[0].shape.ways(case.rows)])
+    with Compilers() as compilers, rehearse(compilers):
+        for way in ways:
+            calls[0].rehearse(way)
     times = {way: time_way([partial(call.rehearse, way) for call in calls]) for way in ways}
     best = min(times, key=times.__getitem__)
     return replace(timed, chosen=times[chosen], best=times[best], best_config=str(best))
@@ -373,20 +397,20 @@ def regrets(timed: list[Timed]) -> list[str]:
     return lines
 
 
-def table(timed: list[Timed]) -> str:
-    """Markdown."""
-    lines = [
-        "| kernel | shape | level | mask | rows | µs | library, µs | TFLOP/s | GB/s | floor, µs | floor / time |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for t in timed:
-        floor = ("", "") if t.floor is None else (f"{t.floor:.1f}", f"{t.floor / t.microseconds:.0%}")
-        library = "" if t.pytorch is None else f"{t.pytorch:.1f}"
-        lines.append(
-            f"| {t.op} | {t.shape} | {t.side} | {t.mask} | {t.rows} | {t.microseconds:.1f} | {library} "
-            f"| {t.tflops:.0f} | {t.gigabytes:.0f} | {floor[0]} | {floor[1]} |"
-        )
-    return "\n".join(lines)
+HEADER = (
+    "| kernel | shape | level | mask | rows | µs | library, µs | TFLOP/s | GB/s | floor, µs | floor / time |\n"
+    "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def line(t: Timed) -> str:
+    """A row of a Markdown table."""
+    floor = ("", "") if t.floor is None else (f"{t.floor:.1f}", f"{t.floor / t.microseconds:.0%}")
+    library = "" if t.pytorch is None else f"{t.pytorch:.1f}"
+    return (
+        f"| {t.op} | {t.shape} | {t.side} | {t.mask} | {t.rows} | {t.microseconds:.1f} | {library} "
+        f"| {t.tflops:.0f} | {t.gigabytes:.0f} | {floor[0]} | {floor[1]} |"
+    )
 
 
 def main(
@@ -413,21 +437,30 @@ def main(
         masks[f"ragged {ragged_share:.0%}"] = ragged(size, 0, ragged_share)
     timed: list[Timed] = []
     choices: list[Choice] = []
+
+    def add(case: Case, name: str) -> None:
+        one = measure(case, name, peak, device)
+        best = with_best_way if tuning else with_best
+        timed.append(best(one, case, device) if regret else one)
+        print(line(timed[-1]), flush=True)
+        if output is not None:
+            kept = {"environment": environment, "kernels": [asdict(one) for one in timed]}
+            output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+
+    print(HEADER, flush=True)
     with torch.no_grad(), tuning.timings_of(device).collect() if tuning else nullcontext(choices) as choices:
         for name, mask in masks.items():
             for level in levels:
-                cases = Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32")
-                for case in cases.all():
-                    one = measure(case, name, peak, device)
-                    best = with_best_way if tuning else with_best
-                    timed.append(best(one, case, device) if regret else one)
+                cases = list(Cases(kernels, level, mask, device, dtype if device.type == "cuda" else "float32").all())
+                if tuning is not None:
+                    prepare(cases)
+                for case in cases:
+                    add(case, name)
         folding = Cases(kernels, levels[-1], mask, device, "float32").folding(norms=61)
         timed.append(measure(folding, "any", peak, device))
-    if output is not None:
-        kept = {"environment": environment, "kernels": [asdict(one) for one in timed]}
-        output.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+        print(line(timed[-1]))
     why = explain_choices(list({(one.kind, one.key, one.rows): one for one in choices}.values()), "µs")
-    print(table(timed), "", *regrets(timed), why, environment_line(environment), sep="\n")
+    print("", *regrets(timed), why, environment_line(environment), sep="\n")
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -50,9 +51,13 @@ class Field:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
 
 
 @dataclass(frozen=True)
@@ -64,20 +69,23 @@ class Layout:
 
     @staticmethod
     def of(values: Mapping[str, Tensor]) -> Layout:
-        fields, offset = {}, 0
-        for slot, value in values.items():
-            fields[slot] = Field(offset, tuple(value.shape), value.dtype)
-            offset += -(-fields[slot].nbytes // ALIGNMENT) * ALIGNMENT
-        return Layout(fields, offset)
+        """The same one for all calls of a run: a call has hundreds of values."""
+        return _layout(tuple((slot, tuple(value.shape), value.dtype) for slot, value in values.items()))
 
     def view(self, data: Tensor, slot: str) -> Tensor:
         """A value in memory uint8 ``[nbytes]``."""
         of = self.fields[slot]
-        return data[of.offset : of.offset + of.nbytes].view(of.dtype).view(of.shape)
+        return data.view(of.dtype).as_strided(of.shape, of.strides, self._begins(data, of))
 
     def views(self, data: Tensor) -> dict[str, Tensor]:
         """All values in memory uint8 ``[nbytes]``."""
-        return {slot: self.view(data, slot) for slot in self.fields}
+        typed = {dtype: data.view(dtype) for dtype in {of.dtype for of in self.fields.values()}}
+        return {slot: typed[of.dtype].as_strided(of.shape, of.strides, self._begins(data, of))
+                for slot, of in self.fields.items()}  # fmt: skip
+
+    def _begins(self, data: Tensor, of: Field) -> int:
+        """In the storage of ``data``, counted in a value's own items."""
+        return (data.storage_offset() + of.offset) // of.dtype.itemsize
 
     def write(self, data: Tensor, values: Mapping[str, Tensor]) -> None:
         """Copy values into memory uint8 ``[nbytes]``, in a launch for each dtype."""
@@ -88,6 +96,15 @@ class Layout:
             sources.append(values[slot])
         for goals, sources in by_dtype.values():
             torch._foreach_copy_(goals, sources)
+
+
+@lru_cache(maxsize=64)
+def _layout(values: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]) -> Layout:
+    fields, offset = {}, 0
+    for slot, shape, dtype in values:
+        fields[slot] = Field(offset, shape, dtype)
+        offset += -(-fields[slot].nbytes // ALIGNMENT) * ALIGNMENT
+    return Layout(fields, offset)
 
 
 @dataclass(eq=False)
@@ -217,14 +234,14 @@ class Kept:
 
     def addresses(self) -> tuple[list[int], list[int]]:
         """Where each sample's value begins in memory, and where its scales do (empty if it has none)."""
-        data = self.block.data
+        data, fields = self.block.data, self.block.layout.fields
         assert data is not None
-        fields = self.block.layout.fields
-        found = []
-        for slot in (self.slot, SCALE + self.slot)[: 1 + self.quantized]:
-            begin, step = data.data_ptr() + fields[slot].offset, fields[slot].nbytes // self.batch
-            found.append([begin + number * step for number in self.numbers or range(self.batch)])
-        return found[0], found[1] if self.quantized else []
+        begin, numbers = data.data_ptr(), self.numbers or range(self.batch)
+        found: list[list[int]] = []
+        for of in (fields[self.slot], fields.get(SCALE + self.slot)):
+            step = 0 if of is None else of.nbytes // self.batch
+            found.append([] if of is None else [begin + of.offset + number * step for number in numbers])
+        return found[0], found[1]
 
 
 def take_samples(value: Tensor, batch: int, numbers: Sequence[int]) -> Tensor:

@@ -159,12 +159,14 @@ class StepCache:
             value = self.values.get(slot)
             indexes.append(value.index if isinstance(value, Overlay) else None)
             rows = value.rows if isinstance(value, Overlay) else value
-            plain &= value is rows is not None and not (isinstance(rows, Kept) and rows.quantized)
+            plain &= value is rows is not None
             if isinstance(rows, Kept):
+                plain &= not rows.quantized
                 blocks[id(rows.block)] = rows.block, rows.block.data
                 if rows.block.data is not None:
                     begins[row], of_scales = rows.addresses()
-                    scales[row] = of_scales or 0
+                    if of_scales:
+                        scales[row] = of_scales
             elif rows is not None:
                 tensors.append(rows if rows.is_contiguous() or rows[0].is_contiguous() else rows.contiguous())
                 step = tensors[-1].stride(0) * rows.element_size()
