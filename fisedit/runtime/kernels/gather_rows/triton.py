@@ -1,11 +1,41 @@
 from __future__ import annotations
 
-import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+
+
+@triton.jit(do_not_specialize=["number", "positions", "index_stride"])
+def _gather_rows(
+    out, rows, index, number, positions, channels, index_stride, rows_batch, rows_row, rows_channel,
+    PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    sample = tl.program_id(2).to(tl.int64)
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    channel = tl.program_id(1) * BC + tl.arange(0, BC)
+    place = tl.load(index + sample * index_stride + row, mask=row < number, other=0)
+    place = tl.minimum(place, positions - 1)
+    good = (row < number)[:, None] & (channel < channels)[None, :]
+    begin = rows + sample * rows_batch
+    values = tl.load(begin + place[:, None] * rows_row + channel.to(tl.int64)[None, :] * rows_channel, mask=good)
+    tl.store(out + (sample * number + row)[:, None] * channels + channel[None, :], values, mask=good)
 
 
 def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """See the reference. The index of a captured graph is padded even where one mask is shared."""
-    if index.shape[0] == 1:
-        return rows.index_select(1, index[0].clamp_max(rows.shape[1] - 1))
-    return torch.take_along_dim(rows, index.clamp_max(rows.shape[1] - 1)[:, :, None], 1)
+    """See the reference; rows of any strides. The index of a captured graph is padded even where one mask is shared."""
+    batch, positions, channels = rows.shape
+    number = index.shape[1]
+    out = rows.new_empty(batch, number, channels)  # [B, N, C]
+    block = min(128, next_power_of_2(channels))
+    rows_block = max(1, (2048 if channels > 16 else 512) // block)
+    pdl = overlaps(rows)
+    launch(_gather_rows, (cdiv(number, rows_block), cdiv(channels, block), batch),
+        out, rows, index, number, positions, channels, index.stride(0) if index.shape[0] > 1 else 0, *rows.stride(),
+        PDL=pdl, BM=rows_block, BC=block, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip
+    return out
