@@ -50,6 +50,10 @@ class Shape(Hashable, Protocol):
         """The candidates that are worth measuring for a number of rows of each sample."""
         ...
 
+    def between(self, way: Any) -> float:
+        """µs that a candidate takes more between other kernels than in a row of its own, where it is measured."""
+        ...
+
 
 SCHEMA = 8
 """Of the file. Raise it when kernels change so much that older timings mislead."""
@@ -152,9 +156,10 @@ class Timings:
                     self.put(shape, number, way, measure(way, number))
 
     def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
-        """µs of each candidate for a number of rows, as far as they were measured and can run."""
+        """µs of each candidate for a number of rows, between other kernels, as far as they were measured and can run."""
         times = self.times(shape, rows)
-        found = {way: times.get(str(way), math.inf) for way in (shape.ways(rows) if times else ())}
+        ways = shape.ways(rows) if times else ()
+        found = {way: times.get(str(way), math.inf) + shape.between(way) for way in ways}
         return {way: time for way, time in found.items() if math.isfinite(time)}
 
     @contextmanager

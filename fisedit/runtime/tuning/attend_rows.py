@@ -97,6 +97,10 @@ class Attention:
         """See :class:`fisedit.runtime.calibration.Shape`."""
         return candidates(self, rows)
 
+    def between(self, way: Any) -> float:
+        """See :class:`fisedit.runtime.calibration.Shape`: little, beside what an attention takes."""
+        return 0.0
+
     @property
     def tiles(self) -> tuple[Config, ...]:
         largest = next(largest for largest in TILES if self.head_dim <= largest)

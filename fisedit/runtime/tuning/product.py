@@ -52,6 +52,8 @@ LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
 TIMED = 3
 """Tiles of each kernel that are timed: those that the model takes for the fastest."""
+LIBRARY_BETWEEN = 1.5
+"""µs on an H100, by calls of whole models under several such numbers."""
 BARRIERS = 512
 """Bytes of shared memory at most by which warps of different tasks wait for each other."""
 
@@ -94,6 +96,10 @@ class Product:
     def ways(self, rows: int) -> list[Way]:
         """The tiles that the model takes for the fastest, and PyTorch's product; see :class:`Shape`."""
         return ways(self, rows)
+
+    def between(self, way: Any) -> float:
+        """See :class:`Shape`. Where kernels may start before those in front of them end, a library's do not."""
+        return LIBRARY_BETWEEN if way == LIBRARY and starts_early() else 0.0
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives."""
