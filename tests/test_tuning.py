@@ -217,7 +217,7 @@ def test_what_is_met_is_timed_once(tmp_path: Path) -> None:
 
     def measure(way: Any, rows: int) -> float:
         asked.append((str(way), rows))
-        return 1.0 if way == tuning.LIBRARY else 2.0
+        return 1.0 if way == tuning.LIBRARY else 3.0
 
     linear, conv = arguments(1), arguments(9)
     with timings.collect() as choices:
@@ -256,7 +256,7 @@ def test_a_rehearsal_has_compiled_what_the_next_one_times(tmp_path: Path, monkey
     def measure(way: Any, rows: int) -> float:
         assert current() is None
         timed.append(way)
-        return 1.0 if way == tuning.LIBRARY else 2.0
+        return 1.0 if way == tuning.LIBRARY else 3.0
 
     monkeypatch.setattr(tuning, "run", run)
     with Compilers() as compilers, rehearse(compilers) as first:
