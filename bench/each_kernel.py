@@ -457,8 +457,7 @@ def main(
                 for case in cases:
                     add(case, name)
         folding = Cases(kernels, levels[-1], mask, device, "float32").folding(norms=61)
-        timed.append(measure(folding, "any", peak, device))
-        print(line(timed[-1]))
+        add(folding, "any")
     why = explain_choices(list({(one.kind, one.key, one.rows): one for one in choices}.values()), "µs")
     print("", *regrets(timed), why, environment_line(environment), sep="\n")
 
