@@ -4,7 +4,8 @@
     python bench/tile_model.py --timings file.json   those of another one
 
 *Of the model*: the best of those tiles that it takes for the fastest of a kernel, over the best that was timed of it.
-*A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed.
+*A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed. *Between
+other kernels*: what is chosen since a library's product counts for more there, over the best of what was timed alone.
 """
 
 from __future__ import annotations
@@ -96,6 +97,16 @@ def a_bucket_further(measured: list[Measured]) -> list[float]:
     return found
 
 
+def between_other_kernels(measured: list[Measured]) -> list[float]:
+    """What is chosen where a library's product counts for more than it takes alone, over the best alone."""
+    found = []
+    for one in measured:
+        times = {**one.tiles, LIBRARY: one.pytorch}
+        chosen = min(times, key=lambda way: times[way] + one.product.between(way))
+        found.append(times[chosen] / one.best)
+    return found
+
+
 def line(name: str, ratios: list[float]) -> str:
     if not ratios:
         return f"| {name} | 0 | | | |"
@@ -118,6 +129,7 @@ def main(
     for most in (1, 2, 3):
         print(line(f"of the model, the best of {most}", of_the_model(measured, most)))
     print(line("a bucket further", a_bucket_further(measured)))
+    print(line("between other kernels", between_other_kernels(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
           f"and of weights in {WEIGHTS}")  # fmt: skip
     machine = kept["machine"]
