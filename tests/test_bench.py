@@ -216,16 +216,20 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timings.save()
     assert timings.path is not None
     tile_model.main(timings.path)
-    head, _, _, _, *ratios, further, _, _, _, _ = capsys.readouterr().out.splitlines()
+    head, _, _, _, *ratios, further, between, _, _, _, _ = capsys.readouterr().out.splitlines()
     assert head.startswith("3 products at a number of rows") and head.endswith(
         "takes +0% of them on average, off by 0%"
     )
     assert len(ratios) == 3 and all(line.endswith("| 6 | 0.0% | 0.0% | 0.0% |") for line in ratios)
-    assert further.startswith("| a bucket further | ")
+    assert (
+        further.startswith("| a bucket further | ") and between == "| between other kernels | 3 | 0.0% | 0.0% | 0.0% |"
+    )
     for rows, time, library in ((64, 1.0, 1e3), (128, 1.0, 1e3), (256, 3.0, 0.5)):
         timings.put(product, rows, tile, time)
         timings.put(product, rows, LIBRARY, library)
     assert sorted(tile_model.a_bucket_further(list(tile_model.read(timings.table)))) == [1.0, 6.0]
+    timings.put(product, 256, LIBRARY, 2.0)  # between other kernels it counts for more than three
+    assert sorted(tile_model.between_other_kernels(list(tile_model.read(timings.table)))) == [1.0, 1.0, 1.5]
     assert tile_model.line("nothing", []) == "| nothing | 0 | | | |"
 
 

@@ -156,7 +156,7 @@ class Timings:
                     self.put(shape, number, way, measure(way, number))
 
     def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
-        """µs of each candidate for a number of rows, between other kernels, as far as they were measured and can run."""
+        """µs between other kernels, for a number of rows, of each candidate that was measured and can run."""
         times = self.times(shape, rows)
         ways = shape.ways(rows) if times else ()
         found = {way: times.get(str(way), math.inf) + shape.between(way) for way in ways}
