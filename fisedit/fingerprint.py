@@ -75,7 +75,7 @@ class ModelState:
 
     def changes(self, other: ModelState) -> str:
         """What differs, as a phrase; empty if nothing does."""
-        return describe_changes(self.fingerprint.changes(other.fingerprint))
+        return "" if self is other else describe_changes(self.fingerprint.changes(other.fingerprint))
 
 
 @dataclass
@@ -148,8 +148,10 @@ class _Reading:
         state = vars(module)
         objects: list[Any] = [type(module), *state, *state.values()]
         for kind in _REGISTRIES:
-            registry = _registry(module, kind)
-            objects += [*registry, *registry.values()]
+            registry = state.get(kind)
+            if registry and isinstance(registry, dict):
+                objects += registry
+                objects += registry.values()
         seen = self.before.get(id(module))
         if seen is None or len(seen.objects) != len(objects) or not all(map(operator.is_, seen.objects, objects)):
             seen = _first_look(module, objects)

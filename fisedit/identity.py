@@ -39,7 +39,7 @@ class ModelIdentity:
         Raises:
             ForeignRecordingError, SessionClosedError, PartialRecordingError, IncompleteRecordingError.
         """
-        recording.check_editable(self.owner, self.name, self.state)
+        recording.check_editable(self.owner, lambda: self.name, self.state)
 
     def facts(self, recording: Recording) -> dict[str, Any]:
         """What tells the model from others, and whether a recording of it has keys and values, as JSON values."""

@@ -270,7 +270,7 @@ class CompiledUNet(nn.Module):
     ) -> Edit:  # fmt: skip
         if not isinstance(base, Recording):
             raise UnknownOptionError(option="base", given=base, allowed="a recording that record() or edit() gave")
-        base.check_editable(self._identity, self.model_name, state)
+        base.check_editable(self._identity, lambda: self.model_name, state)
         if mask is not None:
             size = next(iter(base.calls.values())).sample.shape[-2:]
             mask = masks.user_mask(mask, (int(size[0]), int(size[1])))[None]

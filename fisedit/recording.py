@@ -236,14 +236,14 @@ class Recording:
         self.corrections.clear()
         self.released = True
 
-    def check_editable(self, owner: object, model_name: str, weights: ModelState) -> None:
+    def check_editable(self, owner: object, model_name: Callable[[], str], weights: ModelState) -> None:
         """Raise unless this recording can be edited by the model ``owner`` with the weights and settings it has now.
 
         Raises:
             ForeignRecordingError, SessionClosedError, PartialRecordingError, IncompleteRecordingError.
         """
         if self.owner is not owner:
-            edited_by = f"another compiled model ({model_name})"
+            edited_by = f"another compiled model ({model_name()})"
             raise ForeignRecordingError(recorded_by=self.model_name, edited_by=edited_by)
         if changes := self.weights.changes(weights):
             edited_by = f"the same model, which was changed since ({changes}),"

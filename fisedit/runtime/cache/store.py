@@ -88,6 +88,7 @@ class StepCache:
     device: torch.device | None = None
     _places: dict[tuple[str, ...], Places] = field(default_factory=dict, repr=False, compare=False)
     _tables: dict[tuple[str, ...], tuple[Places, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _held: tuple[Mapping[str, Value | Overlay], list[Block]] | None = field(default=None, repr=False, compare=False)
 
     def load(self, slot: str, index: Tensor | None = None) -> Tensor:
         """A slot's value, or rows ``index`` (int64 ``[M, H]``) of it.
@@ -119,11 +120,15 @@ class StepCache:
 
     def lacks(self, slots: Sequence[str]) -> list[str]:
         """The slots that were not recorded, or are lost."""
+        if all(map(self.values.__contains__, slots)) and all(block.lost is None for block in self.blocks()):
+            return []
         return [slot for slot in slots if not any(_is_there(step.values.get(slot)) for step in self.chain)]
 
     def blocks(self) -> list[Block]:
         """The blocks that hold its own values, each once."""
-        return list({id(value.block): value.block for value in self.kept()}.values())
+        if self._held is None or self._held[0] is not self.values:
+            self._held = self.values, list({id(value.block): value.block for value in self.kept()}.values())
+        return self._held[1]
 
     def kept(self) -> list[Kept]:
         """Its own values that lie in blocks."""
