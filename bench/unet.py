@@ -49,10 +49,12 @@ WARM = 2
 
 @dataclass(frozen=True)
 class EditLoop:
-    """A session under one mask. ``new_mask``: ms of its first calls beyond those of the later ones."""
+    """A session under one mask. ``new_mask``: ms of its first calls beyond those of the later ones; ``entered``: ms
+    before them, until the session is open."""
 
     loop: Loop
     new_mask: float
+    entered: float
     error: float
     macs: int | None
 
@@ -70,6 +72,7 @@ class Row:
     percentiles: list[float]
     new_mask_unknown: list[float]
     new_mask_known: list[float]
+    entered: list[float]
     error: float
     macs_dense: int
     macs: int
@@ -99,14 +102,15 @@ def measure_edit(
 ) -> EditLoop:
     """One session under a mask that is new to it; ``count``: its multiply-accumulates too, which takes a while."""
     ours, device, mask = ours or subject.ours, subject.device, mask.to(subject.device)
-    step = subject.step(ours)
+    step, start = subject.step(ours), wait(device)
     with ours.edit(base, mask) as edit:
+        entered = (wait(device) - start) * 1e3
         first = [milliseconds(lambda t=t: step(t), device) for t in subject.timesteps[:WARM]]  # type: ignore[misc]
         timed, out = loop(step, subject.timesteps[WARM:], device)
     assert subject.wanted is not None
     error = relative_error(out, subject.wanted, mask)
     macs = edit.report().macs_sparse if count else None
-    return EditLoop(timed, sum(first) - WARM * timed.wall, error, macs)
+    return EditLoop(timed, sum(first) - WARM * timed.wall, entered, error, macs)
 
 
 def measure_record(subject: Subject, ours: fisedit.CompiledUNet) -> tuple[Loop, Recording]:
@@ -212,6 +216,7 @@ def measure_masks(
         percentiles=torch.quantile(torch.tensor(times), torch.tensor([0.05, 0.5, 0.95])).tolist(),
         new_mask_unknown=[made[0].new_mask for made in loops],
         new_mask_known=[median(one.new_mask for one in made[1:]) for made in loops if made[1:]],
+        entered=[one.entered for made in loops for one in made],
         error=max(one.error for made in loops for one in made),
         macs_dense=macs_dense,
         macs=round(mean(made[0].macs or macs_dense for made in loops)),
@@ -254,6 +259,7 @@ def summary(rows: list[Row], dense: dict[str, Any]) -> Iterator[str]:
             if extra:
                 more = f"{median(extra):.1f} ms more, at most {max(extra):.1f}"
                 yield f"{row.mask}, mask's sizes {known}: first calls {more}"
+        yield f"{row.mask}: a session opens in {median(row.entered):.1f} ms, at most {max(row.entered):.1f}"
 
 
 def memory(subject: Subject, base: Recording) -> dict[str, float]:
