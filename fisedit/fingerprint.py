@@ -148,10 +148,8 @@ class _Reading:
         state = vars(module)
         objects: list[Any] = [type(module), *state, *state.values()]
         for kind in _REGISTRIES:
-            registry = state.get(kind)
-            if registry and isinstance(registry, dict):
-                objects += registry
-                objects += registry.values()
+            registry = _registry(module, kind)
+            objects += [*registry, *registry.values()]
         seen = self.before.get(id(module))
         if seen is None or len(seen.objects) != len(objects) or not all(map(operator.is_, seen.objects, objects)):
             seen = _first_look(module, objects)

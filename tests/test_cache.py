@@ -37,8 +37,9 @@ from fisedit.errors import (
     PartialRecordingError,
 )
 from fisedit.runtime.cache import host
-from fisedit.runtime.cache.block import Kept
+from fisedit.runtime.cache.block import Block, Kept, Layout
 from fisedit.runtime.cache.host import HostPool, Slab
+from fisedit.runtime.cache.store import StepCache
 from fisedit.warnings import CacheSpaceWarning, PageableMemoryWarning
 
 
@@ -455,6 +456,36 @@ def test_queries_are_kept_where_a_mask_can_be_sought(model: nn.Module, call: dic
     with more.edit(recorded(more, call), detect=DetectConfig(steps=4)) as edit:
         run(more, changed(call), change=0.8)
     assert len(edit.timings["detect"]) == 4
+
+
+def test_values_of_a_block_lie_apart() -> None:
+    """Of several dtypes, a scalar and an empty one among them; in memory that begins anywhere."""
+    values = {
+        "maps": torch.randn(2, 7, 5).half(), "scales": torch.randn(2, 3), "eights": torch.arange(-3, 3).to(torch.int8),
+        "one": torch.tensor(2.5, dtype=torch.float64), "none": torch.empty(0, 4), "turned": torch.randn(4, 6).T,
+    }  # fmt: skip
+    layout = Layout.of(values)
+    assert Layout.of({slot: value + 1 for slot, value in values.items()}) is layout  # of the next call
+    assert Layout.of({**values, "scales": torch.randn(2, 4)}) is not layout
+    memory = torch.full((layout.nbytes + 512,), 7, dtype=torch.uint8)
+    layout.write(memory[256:-256], values)
+    for slot, value in values.items():
+        view = layout.view(memory[256:-256], slot)
+        assert torch.equal(view, value) and view.is_contiguous() and view.dtype == value.dtype
+    assert memory[:256].eq(7).all() and memory[-256:].eq(7).all()
+
+
+def test_what_a_call_lacks() -> None:
+    """What is not there, what is lost, and what only the base has; after its values were replaced, too."""
+    layout = Layout.of({"a": torch.zeros(2, 3), "b": torch.zeros(2, 3)})
+    blocks = [Block("maps", layout, "pageable", torch.zeros(layout.nbytes, dtype=torch.uint8)) for _ in range(2)]
+    base = StepCache(2, {"b": Kept(blocks[0], "b", torch.float32, 2)})
+    cache = StepCache(2, {"a": Kept(blocks[0], "a", torch.float32, 2)}, base)
+    assert cache.lacks(["a", "b"]) == [] and cache.lacks(["c", "a"]) == ["c"] and cache.blocks() == [blocks[0]]
+    cache.values = {slot: Kept(blocks[1], slot, torch.float32, 2) for slot in ("a", "b")}
+    assert cache.blocks() == [blocks[1]]
+    blocks[1].lost = "no tier has room"
+    assert cache.lacks(["a", "b"]) == ["a"]  # the base has the other
 
 
 def test_values_look_like_tensors(model: nn.Module, call: dict[str, Any]) -> None:

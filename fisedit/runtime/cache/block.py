@@ -59,6 +59,10 @@ class Field:
     def strides(self) -> tuple[int, ...]:
         return tuple(math.prod(self.shape[dimension + 1 :]) for dimension in range(len(self.shape)))
 
+    def view(self, data: Tensor) -> Tensor:
+        """The value, of memory ``data`` of its dtype."""
+        return data.as_strided(self.shape, self.strides, data.storage_offset() + self.offset // self.dtype.itemsize)
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -75,17 +79,12 @@ class Layout:
     def view(self, data: Tensor, slot: str) -> Tensor:
         """A value in memory uint8 ``[nbytes]``."""
         of = self.fields[slot]
-        return data.view(of.dtype).as_strided(of.shape, of.strides, self._begins(data, of))
+        return of.view(data.view(of.dtype))
 
     def views(self, data: Tensor) -> dict[str, Tensor]:
         """All values in memory uint8 ``[nbytes]``."""
         typed = {dtype: data.view(dtype) for dtype in {of.dtype for of in self.fields.values()}}
-        return {slot: typed[of.dtype].as_strided(of.shape, of.strides, self._begins(data, of))
-                for slot, of in self.fields.items()}  # fmt: skip
-
-    def _begins(self, data: Tensor, of: Field) -> int:
-        """In the storage of ``data``, counted in a value's own items."""
-        return (data.storage_offset() + of.offset) // of.dtype.itemsize
+        return {slot: of.view(typed[of.dtype]) for slot, of in self.fields.items()}
 
     def write(self, data: Tensor, values: Mapping[str, Tensor]) -> None:
         """Copy values into memory uint8 ``[nbytes]``, in a launch for each dtype."""

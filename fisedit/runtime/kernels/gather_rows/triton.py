@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+from fisedit.runtime.kernels.row_tile import row_tile
 
 
 @triton.jit(do_not_specialize=["number", "positions", "index_stride"])
@@ -12,13 +13,7 @@ def _gather_rows(
     out, rows, index, number, positions, channels, index_stride, rows_batch, rows_row, rows_channel,
     PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    sample = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    place = tl.load(index + sample * index_stride + row, mask=row < number, other=0)
+    sample, row, channel, place = row_tile(index, number, positions, index_stride, PDL, BM, BC)
     place = tl.minimum(place, positions - 1)
     good = (row < number)[:, None] & (channel < channels)[None, :]
     begin = rows + sample * rows_batch
@@ -32,7 +27,7 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
     number = index.shape[1]
     out = rows.new_empty(batch, number, channels)  # [B, N, C]
     block = min(128, next_power_of_2(channels))
-    rows_block = max(1, (2048 if channels > 16 else 512) // block)
+    rows_block = max(1, 512 // block)
     pdl = overlaps(rows)
     launch(_gather_rows, (cdiv(number, rows_block), cdiv(channels, block), batch),
         out, rows, index, number, positions, channels, index.stride(0) if index.shape[0] > 1 else 0, *rows.stride(),

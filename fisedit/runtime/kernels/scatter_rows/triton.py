@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fisedit.runtime.kernels.launch import cdiv, launch, next_power_of_2, overlaps
+from fisedit.runtime.kernels.row_tile import row_tile
 
 
 @triton.jit(do_not_specialize=["number", "positions", "index_stride"])
@@ -13,13 +14,7 @@ def _scatter(
     out, index, rows, number, positions, channels, index_stride, rows_batch, rows_row,
     PDL: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    sample = tl.program_id(2).to(tl.int64)
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    channel = tl.program_id(1) * BC + tl.arange(0, BC)
-    goal = tl.load(index + sample * index_stride + row, mask=row < number, other=positions)
+    sample, row, channel, goal = row_tile(index, number, positions, index_stride, PDL, BM, BC)
     good = (goal < positions)[:, None] & (channel < channels)[None, :]
     values = tl.load(rows + sample * rows_batch + row[:, None] * rows_row + channel[None, :], mask=good)
     tl.store(out + (sample * positions + goal)[:, None] * channels + channel[None, :], values, mask=good)
