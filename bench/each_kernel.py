@@ -383,17 +383,21 @@ def call_of(op: str, run: Any) -> Any:
 
 
 def regrets(timed: list[Timed]) -> list[str]:
-    """A line for each kernel that chooses: its time over that of the best choices, all cases together."""
+    """A line for each kernel that chooses, and for each mask: the time of all cases over that of the best choices."""
+    choosing = [one for one in timed if one.op in TILES and one.best is not None]
+    groups: dict[str, list[Timed]] = {}
+    for one in choosing:
+        groups.setdefault(one.op, []).append(one)
+    for one in choosing:
+        groups.setdefault(one.mask, []).append(one)
     lines = []
-    for op in TILES:
-        own = [one for one in timed if one.op == op and one.best is not None]
-        if own:
-            worst = max(own, key=lambda one: one.regret)
-            total = sum(one.chosen or one.microseconds for one in own) / sum(one.best or 0.0 for one in own)
-            lines.append(
-                f"{op}: {total:.3f} of the best in all, at worst {worst.regret:.2f} "
-                f"({worst.shape}, {worst.rows} rows: {worst.best_config})"
-            )
+    for name, own in groups.items():
+        worst = max(own, key=lambda one: one.regret)
+        total = sum(one.chosen or one.microseconds for one in own) / sum(one.best or 0.0 for one in own)
+        lines.append(
+            f"{name}, {len(own)} cases: {total:.3f} of the best in all, at worst {worst.regret:.2f} "
+            f"({worst.shape}, {worst.rows} rows: {worst.best_config})"
+        )
     return lines
 
 

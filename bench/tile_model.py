@@ -25,7 +25,7 @@ import typer
 
 from fisedit.runtime.calibration import Timings
 from fisedit.runtime.kernels.multiply_rows.triton import Config
-from fisedit.runtime.tuning.product import GATHERED, LIBRARY, ROWS, TILES, WEIGHTS, Product, estimate
+from fisedit.runtime.tuning.product import GATHERED, LIBRARY, LIBRARY_BETWEEN, ROWS, TILES, WEIGHTS, Product, estimate
 
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
@@ -131,7 +131,7 @@ def main(
     print(line("a bucket further", a_bucket_further(measured)))
     print(line("between other kernels", between_other_kernels(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
-          f"and of weights in {WEIGHTS}")  # fmt: skip
+          f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more")  # fmt: skip
     machine = kept["machine"]
     print(f"\n{machine['device']}; torch {machine['pytorch']}, triton {machine['triton']}")
 

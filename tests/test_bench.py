@@ -196,11 +196,15 @@ def test_regret_of_kernels() -> None:
         return replace(spent, chosen=chosen, best=best, best_config="64x64")
 
     rows = [timed("multiply_rows", 10.0, 10.0), timed("multiply_rows", 30.0, 22.0), timed("attend_rows", 5.0, None)]
-    assert each_kernel.regrets(rows) == [
-        "multiply_rows: 1.250 of the best in all, at worst 1.36 (shape, 8 rows: 64x64)"
-    ]
+    found = "1.250 of the best in all, at worst 1.36 (shape, 8 rows: 64x64)"
+    assert each_kernel.regrets(rows) == [f"multiply_rows, 2 cases: {found}", f"blob, 2 cases: {found}"]
     tuned = [timed("attend_rows", 50.0, 10.0, chosen=11.0), timed("attend_rows", 50.0, 10.0, chosen=10.0)]
-    assert each_kernel.regrets(tuned) == ["attend_rows: 1.050 of the best in all, at worst 1.10 (shape, 8 rows: 64x64)"]
+    found = "1.050 of the best in all, at worst 1.10 (shape, 8 rows: 64x64)"
+    assert each_kernel.regrets(tuned)[0] == f"attend_rows, 2 cases: {found}"
+    other = [rows[0], replace(rows[1], mask="ragged")]
+    assert [line.partition(" of")[0] for line in each_kernel.regrets(other)[1:]] == [
+        "blob, 1 cases: 1.000", "ragged, 1 cases: 1.364"
+    ]  # fmt: skip
     assert each_kernel.configurations("normalize_rows") == []
 
 
