@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "fisedit.passes": ("fisedit.passes", "fisedit.config", "fisedit.runtime", *FOUNDATION),
 }
 KERNELS = "fisedit.runtime.kernels"
-SHARED = {f"{KERNELS}.{name}" for name in ("activate", "launch", "share_out", "stages")}  # what all of them may use
+SHARED = {
+    f"{KERNELS}.{name}" for name in ("activate", "launch", "row_tile", "share_out", "stages")
+}  # what all of them may use
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 500, 60
 # A GPU kernel is one function: what it calls is compiled into it, and sees nothing that is not passed.
 MAX_KERNEL_LINES = 160
