@@ -15,7 +15,7 @@ if DEVICE == "cpu":
 from fisedit.runtime.kernels.launch import specializes  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference, triton  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config, multiply_rows  # noqa: E402
-from fisedit.runtime.tuning.product import SPECIALIZED, TILES  # noqa: E402
+from fisedit.runtime.tuning.product import SPECIALIZED, TILES, TURNS  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Half a unit in the last place of the result, and of what a layer norm rounds."""
@@ -163,8 +163,24 @@ def test_three_samples_by_warps_of_different_tasks(dtype: torch.dtype, split: in
     check(dtype, 37, config, rows=rows, weight=weight[:, :192].contiguous(), bias=random(64, seed=6, dtype=dtype))
 
 
+@pytest.mark.skipif(not specializes(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.parametrize("tile", TURNS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_more_tiles_than_programs(tile: Config, dtype: torch.dtype) -> None:
+    """Some tiles are padding alone, columns an odd number of tiles."""
+    rows, residual = random(3, 1000, 320, dtype=dtype), random(3, 1000, 1216, seed=1, dtype=dtype)
+    weight, bias = random(1216, 320, seed=2, dtype=dtype) / 18, random(1216, seed=3, dtype=dtype)
+    check(dtype, 700, tile, rows=rows, weight=weight, bias=bias, residual=residual)
+    weight, moments = random(2432, 320, seed=4, dtype=dtype) / 18, torch.ones(2, 5, 3, 1000, device=DEVICE)
+    whole = rows.float().view(3, 1000, 5, 64)
+    moments[0], moments[1] = (part.sum(-1).permute(2, 0, 1) for part in (whole, whole * whole))
+    given = {"rows": rows, "weight": weight, "bias": random(2432, seed=5, dtype=dtype)}
+    check(dtype, 700, tile, **given, gated=True, activation="gelu", moments=moments, center=weight.float().sum(1),
+          input_eps=1e-5)  # fmt: skip
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
-@pytest.mark.parametrize("tile", [*TILES, *(SPECIALIZED if specializes() else ())], ids=str)
+@pytest.mark.parametrize("tile", [*TILES, *(SPECIALIZED + TURNS if specializes() else ())], ids=str)
 @pytest.mark.parametrize("split", [1, 4])
 def test_every_tile_that_may_be_timed(tile: Config, split: int) -> None:
     """A convolution with what may follow it, a product of three sources, and a gated one of rows that come with

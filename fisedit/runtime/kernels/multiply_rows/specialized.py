@@ -38,6 +38,8 @@ from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
 
 LOADERS, GATHERERS = 1, 4
 """Warps that load rows as they lie, and that gather them: a warp more loads the weights."""
+READERS: gl.constexpr = gl.constexpr(2)
+"""Warps that add up the moments of rows."""
 HALF = 113 * 1024
 """Bytes of shared memory, so that two programs fit into a multiprocessor."""
 
@@ -76,12 +78,26 @@ def ask_weights(weights, buffers, full, number, stage, GATED: gl.constexpr):
     weight, tile_n, half = weights
     BN: gl.constexpr = weight.block_type.shape[0]
     BK: gl.constexpr = weight.block_type.shape[1]
-    barrier = full.index(stage)
+    barrier, buffer = full.index(stage), buffers[1].index(stage)
     mbarrier.expect(barrier, weight.block_type.nbytes * (2 if GATED else 1))
-    tma.async_copy_global_to_shared(weight, [tile_n * BN, number * BK], barrier, buffers[1].index(stage))
+    tma.async_copy_global_to_shared(weight, [tile_n * BN, number * BK], barrier, buffer.slice(0, BN))
     if GATED:
-        gates = buffers[2].index(stage)
-        tma.async_copy_global_to_shared(weight, [half + tile_n * BN, number * BK], barrier, gates)
+        tma.async_copy_global_to_shared(weight, [half + tile_n * BN, number * BK], barrier, buffer.slice(BN, BN))
+
+
+@gluon.jit
+def ask_rows(given, buffers, full, row0, number, stage):
+    """Those of step ``number``, as they lie, of one source after the other."""
+    rows, rows2, rows3, _, _, _, c1, c2, _ = given
+    begin, buffer, barrier = number * rows.block_type.shape[1], buffers[0].index(stage), full.index(stage)
+    mbarrier.expect(barrier, rows.block_type.nbytes)
+    tma.async_copy_global_to_shared(rows, [row0, begin], barrier, buffer, pred=begin < c1)
+    begin -= c1
+    if rows2 is not None:
+        second = (begin >= 0) & (begin < c2)
+        tma.async_copy_global_to_shared(rows2, [row0, begin], barrier, buffer, pred=second)
+    if rows3 is not None:
+        tma.async_copy_global_to_shared(rows3, [row0, begin - c2], barrier, buffer, pred=begin >= c2)
 
 
 @gluon.jit
@@ -134,10 +150,8 @@ def load_patches(
 def load_sources(
     given, weights, buffers, full, empty, row0, first, last, GATED: gl.constexpr, PDL: gl.constexpr
 ):  # fmt: skip
-    """Rows as they lie, one source after the other, and weights, steps ``first`` to ``last``."""
+    """Rows as they lie, and weights, steps ``first`` to ``last``."""
     STAGES: gl.constexpr = full.type.shape[0]
-    rows, rows2, rows3, _, _, _, c1, c2, _ = given
-    BK: gl.constexpr = rows.block_type.shape[1]
     for ahead in range(gl.minimum(STAGES, last - first)):
         ask_weights(weights, buffers, full, first + ahead, ahead, GATED)
     wait_for_kernel(PDL)
@@ -146,117 +160,110 @@ def load_sources(
         if number >= first + STAGES:
             mbarrier.wait(empty.index(stage), phase)
             ask_weights(weights, buffers, full, number, stage, GATED)
-        begin, buffer, barrier = number * BK, buffers[0].index(stage), full.index(stage)
-        mbarrier.expect(barrier, rows.block_type.nbytes)
-        tma.async_copy_global_to_shared(rows, [row0, begin], barrier, buffer, pred=begin < c1)
-        begin -= c1
-        if rows2 is not None:
-            second = (begin >= 0) & (begin < c2)
-            tma.async_copy_global_to_shared(rows2, [row0, begin], barrier, buffer, pred=second)
-        if rows3 is not None:
-            tma.async_copy_global_to_shared(rows3, [row0, begin - c2], barrier, buffer, pred=begin >= c2)
+        ask_rows(given, buffers, full, row0, number, stage)
         stage, phase = next_stage(stage, phase, STAGES)
 
 
 @gluon.jit
-def row_deviation(before, where, plane, PARTS: gl.constexpr):
-    """:func:`load_deviation`, a row in each thread: in the layout of the sums, all threads of a row would load it."""
-    mean, rstd = where[1], where[1]
-    if before[0] is not None:
-        layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-        place, sample, valid, lowest, highest = where
-        alone = (
-            gl.convert_layout(place, layout), gl.convert_layout(sample, layout), gl.convert_layout(valid, layout),
-            lowest, highest,
-        )  # fmt: skip
-        mean, rstd = load_deviation(before, alone, plane, PARTS)
-        mean, rstd = gl.convert_layout(mean, place.type.layout), gl.convert_layout(rstd, place.type.layout)
-    return mean, rstd
+def find_deviation(before, found, known, row0, per, n_out, batch, plane, PDL: gl.constexpr, PAIR: gl.constexpr,
+                   WARPS: gl.constexpr):  # fmt: skip
+    """What :func:`load_deviation` gives, into shared memory, while other warps multiply."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    inside = gl.arange(0, found.type.shape[1], layout=layout)
+    where, _ = which_rows(row0, inside, per, n_out, batch, False, PAIR)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    mean, rstd = load_deviation(before, where, plane, 512 // found.type.shape[1])
+    found.index(0).store(mean)
+    found.index(1).store(rstd)
+    mbarrier.arrive(known, count=1)
 
 
 @gluon.jit
 def add_steps(
-    buffers, full, empty, first, last, before, after, residual, residual_stride, where, matrix, plane,
-    GATED: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
-    PARTS: gl.constexpr,
+    buffers, full, empty, task, GATED: gl.constexpr, EVEN_N: gl.constexpr, SPLIT: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile over steps ``first`` to ``last``, those of its gates, and what was loaded in the meantime for
-    :func:`finish_tile`."""
+    """The sums of a tile over steps ``first`` to ``last``, those of its gates behind them, and what was loaded in the
+    meantime for :func:`finish_tile`."""
+    first, last, after, residual, residual_stride, where, matrix = task
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
-    BN: gl.constexpr = buffers[1].type.shape[1]
+    BW: gl.constexpr = buffers[1].type.shape[1]
     DOWN: gl.constexpr = min(BM // 16, gl.num_warps())
     ACROSS: gl.constexpr = gl.num_warps() // DOWN
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, ACROSS], [16, BN // ACROSS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [DOWN, ACROSS], [16, BW // ACROSS, 16])
     if PDL:
         tl.extra.cuda.gdc_wait()
-    columns, extra = where[1], where[1]
-    if EARLY:
-        columns = load_columns(after, where, matrix, GATED, EVEN_N)
-        if not SPLIT:
-            extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
-    deviation = row_deviation(before, where, plane, PARTS)
-    sums, gates = gl.zeros([BM, BN], gl.float32, layout=layout), gl.zeros([BM, BN], gl.float32, layout=layout)
+    columns, extra = load_columns(after, where, matrix, GATED, EVEN_N), where[1]
+    if not SPLIT:
+        extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+    sums = gl.zeros([BM, BW], gl.float32, layout=layout)
     stage, phase = 0, 0
     for number in range(first, last):
         mbarrier.wait(full.index(stage), phase)
         fence_async_shared()
-        a = buffers[0].index(stage)
-        token = warpgroup_mma(a, buffers[1].index(stage).permute((1, 0)), sums, is_async=True)
-        if GATED:
-            other = warpgroup_mma(a, buffers[2].index(stage).permute((1, 0)), gates, is_async=True)
-            sums, gates = warpgroup_mma_wait(2, deps=(token, other))
-        else:
-            sums = warpgroup_mma_wait(1, deps=(token,))
+        weight = buffers[1].index(stage).permute((1, 0))
+        token = warpgroup_mma(buffers[0].index(stage), weight, sums, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=(token,))
         before_it = gl.where(stage == 0, STAGES - 1, stage - 1)  # its products are done: it may be loaded again
         mbarrier.arrive(empty.index(before_it), count=1, pred=number > first)
         stage, phase = next_stage(stage, phase, STAGES)
-    if GATED:
-        sums, gates = warpgroup_mma_wait(0, deps=(sums, gates))
-    else:
-        sums = warpgroup_mma_wait(0, deps=(sums,))
-    return sums, gates, columns, extra, deviation
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    return sums, columns, extra
 
 
 @gluon.jit
 def share_tasks(
     given, patches, weights, before, after, residual, residual_stride, where, matrix, row0, per, n_out, batch, plane,
-    first, last, ADDRESSES: gl.constexpr, GATED: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr,
-    SPLIT: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr, PARTS: gl.constexpr,
-    BM: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+    first, last, ADDRESSES: gl.constexpr, GATED: gl.constexpr, EVEN_N: gl.constexpr, SPLIT: gl.constexpr,
+    PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr, BM: gl.constexpr,
+    STAGES: gl.constexpr, LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """What :func:`add_steps` gives, while other warps load."""
+    """What :func:`add_steps` gives, while other warps load; and the mean and deviation of each row, where it has
+    moments."""
     weight = weights[0]
-    BN: gl.constexpr = weight.block_type.shape[0]
+    BW: gl.constexpr = weight.block_type.shape[0] * (2 if GATED else 1)
     BK: gl.constexpr = weight.block_type.shape[1]
     GATHERS: gl.constexpr = patches[1] is not None
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
     buffers = (
         gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], rows_layout),
-        gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout),
-        gl.allocate_shared_memory(weight.dtype, [STAGES, BN, BK], weight.layout) if GATED else None,
+        gl.allocate_shared_memory(weight.dtype, [STAGES, BW, BK], weight.layout),
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for turn in gl.static_range(STAGES):  # weights come once, and rows once, or from each thread
         mbarrier.init(full.index(turn), count=1 + (32 * LOADERS if GATHERS else 1))
         mbarrier.init(empty.index(turn), count=1)
-    fence_async_shared()
+    task = (first, last, after, residual, residual_stride, where, matrix)
+    deviation = (where[1], where[1])
     if GATHERS:
+        fence_async_shared()
         made = gl.warp_specialize([
-            (add_steps, (buffers, full, empty, first, last, before, after, residual, residual_stride, where, matrix,
-                         plane, GATED, EVEN_N, EARLY, SPLIT, PDL, PARTS)),
+            (add_steps, (buffers, full, empty, task, GATED, EVEN_N, SPLIT, PDL)),
             (load_patches, (given, patches, buffers, full, empty, row0, per, n_out, batch, first, last, ADDRESSES, PDL,
                             PAIR, WIDE, LOADERS)),
             (load_weights, (weights, buffers, full, empty, first, last, GATED)),
         ], [LOADERS, 1], [REGISTERS, 24])  # fmt: skip
-    else:
+    elif before[0] is not None:
+        found = gl.allocate_shared_memory(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        known = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(known, count=1)
+        fence_async_shared()
         made = gl.warp_specialize([
-            (add_steps, (buffers, full, empty, first, last, before, after, residual, residual_stride, where, matrix,
-                         plane, GATED, EVEN_N, EARLY, SPLIT, PDL, PARTS)),
+            (add_steps, (buffers, full, empty, task, GATED, EVEN_N, SPLIT, PDL)),
+            (load_sources, (given, weights, buffers, full, empty, row0, first, last, GATED, PDL)),
+            (find_deviation, (before, found, known, row0, per, n_out, batch, plane, PDL, PAIR, READERS)),
+        ], [LOADERS, READERS], [REGISTERS, 48])  # fmt: skip
+        mbarrier.wait(known, 0)
+        deviation = (found.index(0).load(where[1].type.layout), found.index(1).load(where[1].type.layout))
+    else:
+        fence_async_shared()
+        made = gl.warp_specialize([
+            (add_steps, (buffers, full, empty, task, GATED, EVEN_N, SPLIT, PDL)),
             (load_sources, (given, weights, buffers, full, empty, row0, first, last, GATED, PDL)),
         ], [LOADERS], [REGISTERS])  # fmt: skip
-    return made
+    return made[0], made[1], made[2], deviation
 
 
 @gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
@@ -266,9 +273,8 @@ def multiply_specialized(
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
     taps, steps, each, parts, polls, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
-    PIECE: gl.constexpr, EVEN_N: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr,
-    WIDE: gl.constexpr, PARTS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+    PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
@@ -276,8 +282,9 @@ def multiply_specialized(
     after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
     made = (out, normalized, made_moments)
     SPLIT: gl.constexpr = PIECE > 0
-    WIDTH: gl.constexpr = min(32, BN // 8)
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WIDTH, WIDTH], [gl.num_warps(), 1], [1, 0])
+    EACH: gl.constexpr = 4 if SPLIT else 8  # of a row, for a thread to store at once: parts are in single precision
+    ACROSS: gl.constexpr = min(32, BN // EACH)
+    layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
     row0, tile_n = gl.program_id(1) * BM, gl.program_id(0)
@@ -288,16 +295,16 @@ def multiply_specialized(
     if has_work(row0, where, per, n_out, batch, sources is not None):
         first = gl.program_id(2) * each
         last = gl.minimum(first + each, steps)
-        sums, gates, columns, extra, deviation = share_tasks(
+        sums, columns, extra, deviation = share_tasks(
             given, patches, (weight, tile_n, co), before, after, residual, residual_stride, where, matrix, row0, per,
-            n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N, EARLY, SPLIT, PDL, PAIR, WIDE, PARTS, BM,
-            STAGES, LOADERS, REGISTERS,
+            n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N, SPLIT, PDL, PAIR, WIDE, BM, STAGES,
+            LOADERS, REGISTERS,
         )  # fmt: skip
-        sums = gl.convert_layout(sums, layout)
+        gates = sums
         if GATED:
+            sums, gates = gl.split(sums.reshape((BM, 2, BN)).permute((0, 2, 1)))
             gates = gl.convert_layout(gates, layout)
-        if not EARLY:
-            columns = load_columns(after, where, matrix, GATED, EVEN_N)
+        sums = gl.convert_layout(sums, layout)
         if SPLIT:
             SIZE: gl.constexpr = BM * BN * (2 if GATED else 1)
             number, shared = gl.program_id(2), gl.num_programs(2)
@@ -313,8 +320,6 @@ def multiply_specialized(
                 NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
             )  # fmt: skip
         else:
-            if not EARLY:
-                extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
             finish_tile(
                 sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
                 ACTIVATION, NORM_ACTIVATION, EVEN_N,

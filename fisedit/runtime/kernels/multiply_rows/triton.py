@@ -38,8 +38,8 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; how often the inner dimension is split; and whether
-    warps have tasks of their own, see ``specialized.py``."""
+    """Tile sizes of a launch: output rows, output channels, inner; how often the inner dimension is split; whether warps
+    have tasks of their own, see ``specialized.py``, and whether groups of them take turns with tiles, see ``turns.py``."""
 
     m: int
     n: int
@@ -48,10 +48,11 @@ class Config:
     stages: int
     split: int = 1
     specialized: bool = False
+    turns: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
-        return f"{tile} specialized" if self.specialized else tile
+        return tile + " specialized" * self.specialized + " in turns" * self.turns
 
 
 @triton.jit
@@ -189,26 +190,30 @@ def _launch(
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
     gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
+    addresses = recorded is not None and recorded.dtype == torch.int64
+    recorded = recorded if recorded is None or addresses else recorded.contiguous()
+    even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
+    assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
+    given: list[Any] = [rows, rows2, rows3]
+    read = [weight, *(more for more in given if more is not None and not gathers)]
+    tma, pdl = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read), overlaps(rows)
+    special = config.specialized and PTX.value and tma and even_c and rows.dtype.itemsize == 2
+    turns = special and config.turns and not gathers
+    kernel, describe, options = _kernel_of(config, rows, even_c, tma, special, turns, gathers, gated)
+    if tma and not gathers:
+        given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    splits = split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
+    splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
+    grid = (tiles_n, tiles_m, splits)
+    if turns:
+        grid = (min(cdiv(tiles_n, 1 if gated else 2) * tiles_m, multiprocessors(rows.device)), 1, 1)
     size = config.m * config.n * (2 if gated else 1)
     piece = max(8, config.m // (2 if config.m * config.n <= 4096 else 4))  # rows of which registers hold some parts
     partial = torch.empty(
         tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
     )
-    addresses = recorded is not None and recorded.dtype == torch.int64
-    recorded = recorded if recorded is None or addresses else recorded.contiguous()
-    pdl = overlaps(rows)
-    even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
-    assert even_c or rows2 is None or not gathers, "several sources of rows have whole chunks of channels"
-    given: list[Any] = [rows, rows2, rows3]
-    read = [weight, *(more for more in given if more is not None and not gathers)]
-    tma = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read)
-    kernel, describe, options = _kernel_of(config, rows.dtype, tma, even_c, gathers, gated)
-    if tma and not gathers:
-        given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
-    launch(kernel, (tiles_n, tiles_m, splits),
+    launch(kernel, grid,
         out, normalized, made, *given, recorded, sources, describe(weight, [config.n, config.k]) if tma else weight,
         bias, center, affine, residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
         weight.shape[1], co, _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
@@ -219,28 +224,34 @@ def _launch(
         POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
         NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=piece if splits > 1 else 0,
-        EVEN_N=co % config.n == 0, EARLY=config.m * config.n <= 8192 and config.warps == 4, PDL=pdl, PAIR=batch <= 2,
-        WIDE=(n_in + 16 * positions) * c1 >= 2**31, PARTS=min(cdiv(c1, NARROWEST), MOST_MOMENTS),
+        EVEN_N=co % config.n == 0, PDL=pdl, PAIR=batch <= 2, WIDE=(n_in + 16 * positions) * c1 >= 2**31,
         BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
         **options, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
 def _kernel_of(
-    config: Config, dtype: torch.dtype, tma: bool, even_c: bool, gathers: bool, gated: bool
+    config: Config, rows: Tensor, even_c: bool, tma: bool, special: bool, turns: bool, gathers: bool, gated: bool
 ) -> tuple[Any, Callable[..., Any], dict[str, Any]]:
     """The kernel of a tile, what makes descriptors for it, and what else it needs to be launched.
 
     Where warps cannot have tasks of their own, a tile is computed as others are: by the interpreter, of rows that no
     descriptor reaches, of channels that are no whole steps, in single precision.
     """
-    if config.specialized and PTX.value and tma and even_c and dtype.itemsize == 2:
-        from fisedit.runtime.kernels.multiply_rows.specialized import describe, multiply_specialized, resources
+    if special:
+        from fisedit.runtime.kernels.multiply_rows import specialized
+        from fisedit.runtime.kernels.multiply_rows.turns import multiply_in_turns, registers
 
+        if turns:
+            return multiply_in_turns, specialized.describe, {"STAGES": config.stages, **registers()}
         wide = config.n * (2 if gated else 1)
-        return multiply_specialized, describe, resources(config.m, wide, config.k, config.warps, config.stages, gathers)
-    precision = "ieee" if dtype == torch.float32 else "tf32"
-    options = {"EVEN_C": even_c, "TMA": tma, "PRECISION": precision, "num_stages": config.stages}
+        options = specialized.resources(config.m, wide, config.k, config.warps, config.stages, gathers)
+        return specialized.multiply_specialized, specialized.describe, options
+    options = {
+        "EVEN_C": even_c, "TMA": tma, "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
+        "EARLY": config.m * config.n <= 8192 and config.warps == 4,
+        "PARTS": min(cdiv(rows.shape[2], NARROWEST), MOST_MOMENTS), "num_stages": config.stages,
+    }  # fmt: skip
     return _multiply, TensorDescriptor.from_tensor, options
 
 

@@ -1,0 +1,272 @@
+"""The product of ``specialized.py`` for many tiles: each program has some, and two groups of warps take turns with them.
+
+While one group finishes a tile, the other multiplies, and further warps load all the while: neither the start of a tile
+nor its end is waited for, but the first and the last. Of linear layers alone, whose work is not split. Weights come by
+two tiles at a time: those of values and of their gates, or of columns beside each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
+from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights
+from fisedit.runtime.kernels.multiply_rows.steps import which_rows
+from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
+
+WARPS: gl.constexpr = gl.constexpr(4)
+"""Of a group; two groups."""
+
+
+def registers() -> dict[str, Any]:
+    """What a launch needs besides stages: a program has its multiprocessor to itself."""
+    return {"maxnreg": 168}
+
+
+@triton.jit
+def working_tiles(per, n_out, batch, BM: tl.constexpr):
+    """How many tiles of rows are more than padding."""
+    total, behind = 0, 0
+    for sample in range(batch):
+        begin, end = tl.maximum(sample * n_out // BM, behind), (sample * n_out + per - 1) // BM + 1
+        total += tl.maximum(end - begin, 0)
+        behind = tl.maximum(behind, end)
+    return total
+
+
+@triton.jit
+def working_tile(number, per, n_out, batch, BM: tl.constexpr):
+    """The ``number``-th of them."""
+    tile, behind = number, 0
+    for sample in range(batch):
+        tile += tl.where(tile >= behind, tl.maximum(sample * n_out // BM - behind, 0), 0)
+        behind = tl.maximum(behind, (sample * n_out + per - 1) // BM + 1)
+    return tile
+
+
+@triton.jit
+def tile_of(turn, tiles, sizes, BM: tl.constexpr):
+    """The first row of what a program has at ``turn``, and of which weights. Programs beside each other have the same
+    weights, which come from memory; rows are in L2."""
+    index = tl.program_id(0) + turn * tl.num_programs(0)
+    tile_n = index // tiles
+    return working_tile(index - tile_n * tiles, sizes[0], sizes[1], sizes[2], BM) * BM, tile_n
+
+
+@gluon.jit
+def load_tiles(given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED: gl.constexpr,
+               PDL: gl.constexpr):  # fmt: skip
+    """Rows and weights of all tiles of a program, step by step."""
+    STAGES: gl.constexpr = full.type.shape[0]
+    BM: gl.constexpr = buffers[0].type.shape[1]
+    EACH: gl.constexpr = 1 if GATED else 2  # tiles of columns beside each other
+    other = co if GATED else weight.block_type.shape[0]
+    _, place = tile_of(0, tiles, sizes, BM)
+    early = gl.minimum(STAGES, steps)
+    for ahead in range(early):
+        ask_weights((weight, place * EACH, other), buffers, full, ahead, ahead, True)
+    wait_for_kernel(PDL)
+    stage, phase = 0, 1
+    for turn in range(turns):
+        row0, place = tile_of(turn, tiles, sizes, BM)
+        for number in range(steps):
+            if (turn > 0) | (number >= early):
+                mbarrier.wait(empty.index(stage), phase)
+                ask_weights((weight, place * EACH, other), buffers, full, number, stage, True)
+            ask_rows(given, buffers, full, row0, number, stage)
+            stage, phase = next_stage(stage, phase, STAGES)
+
+
+@gluon.jit
+def find_deviations(before, found, known, taken, turns, tiles, sizes, plane, PDL: gl.constexpr, PAIR: gl.constexpr):
+    """Of the rows of each tile, for each group in its turn."""
+    BM: gl.constexpr = found.type.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for turn in range(turns):
+        group, phase = turn % 2, (turn // 2) % 2
+        row0, _ = tile_of(turn, tiles, sizes, BM)
+        inside = gl.arange(0, BM, layout=layout)
+        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
+        mean, rstd = load_deviation(before, where, plane, 512 // BM)
+        mbarrier.wait(taken.index(group), phase ^ 1)
+        found.index(2 * group).store(mean)
+        found.index(2 * group + 1).store(rstd)
+        mbarrier.arrive(known.index(group), count=1)
+
+
+@gluon.jit
+def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
+    """The sums of two tiles of weights, one behind the other, and the stage that follows.
+
+    A phase tells a load only from the one before it: a group waits until the other has seen all loads before its own.
+    """
+    STAGES: gl.constexpr = full.type.shape[0]
+    BM: gl.constexpr = buffers[0].type.shape[1]
+    BW: gl.constexpr = buffers[1].type.shape[1]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BW, 16])
+    sums = gl.zeros([BM, BW], gl.float32, layout=layout)
+    before_it = stage
+    mbarrier.wait(own, waits)
+    for number in range(steps):
+        mbarrier.wait(full.index(stage), phase)
+        token = warpgroup_mma(
+            buffers[0].index(stage), buffers[1].index(stage).permute((1, 0)), sums, is_async=True
+        )
+        sums = warpgroup_mma_wait(1, deps=(token,))
+        mbarrier.arrive(empty.index(before_it), count=1, pred=number > 0)
+        before_it = stage
+        stage, phase = next_stage(stage, phase, STAGES)
+    mbarrier.arrive(other, count=1)
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(empty.index(before_it), count=1)
+    return sums, stage, phase
+
+
+@gluon.jit
+def finish(
+    sums, gates, tile_n, deviation, made, after, residual, residual_stride, weight, inner, co, where, plane,
+    layout: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
+    EVEN_N: gl.constexpr,
+):  # fmt: skip
+    """All that follows the sums of a tile."""
+    BN: gl.constexpr = weight.block_type.shape[0]
+    column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
+    matrix = (weight, inner, co, tile_n, column, column < co)
+    if GATED:
+        gates = gl.convert_layout(gates, layout)
+    sums = gl.convert_layout(sums, layout)
+    columns = load_columns(after, where, matrix, GATED, EVEN_N)
+    extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
+    finish_tile(
+        sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
+        ACTIVATION, NORM_ACTIVATION, EVEN_N,
+    )  # fmt: skip
+
+
+@gluon.jit
+def multiply_tiles(
+    buffers, full, empty, begins, found, known, taken, after, made, residual, residual_stride, weight, inner, co, turns, steps,
+    tiles, sizes, plane, GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr,
+):  # fmt: skip
+    """Every other turn of a program, from number ``GROUP`` on."""
+    STAGES: gl.constexpr = full.type.shape[0]
+    BM: gl.constexpr = buffers[0].type.shape[1]
+    BN: gl.constexpr = weight.block_type.shape[0]
+    ACROSS: gl.constexpr = min(32, BN // 8)
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    skipped = GROUP * steps
+    stage, phase = skipped % STAGES, skipped // STAGES % 2
+    for turn in range(GROUP, turns, 2):
+        sums, stage, phase = add_steps(
+            buffers, full, empty, begins.index(GROUP), begins.index(1 - GROUP), stage, phase,
+            (turn // 2 + 1 - GROUP) % 2, steps,
+        )  # fmt: skip
+        phase ^= (stage + steps) // STAGES % 2  # the other group's steps are between
+        stage = (stage + steps) % STAGES
+        row0, place = tile_of(turn, tiles, sizes, BM)
+        inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
+        deviation = (where[1], where[1])
+        if found is not None:
+            mbarrier.wait(known.index(GROUP), turn // 2 % 2)
+            deviation = (
+                found.index(2 * GROUP).load(where[1].type.layout), found.index(2 * GROUP + 1).load(where[1].type.layout)
+            )  # fmt: skip
+            mbarrier.arrive(taken.index(GROUP), count=1)
+        first, second = gl.split(sums.reshape((BM, 2, BN)).permute((0, 2, 1)))
+        if GATED:
+            finish(
+                first, second, place, deviation, made, after, residual, residual_stride, weight, inner, co, where,
+                plane, layout, True, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+            )  # fmt: skip
+        else:
+            finish(
+                first, first, 2 * place, deviation, made, after, residual, residual_stride, weight, inner, co, where,
+                plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+            )  # fmt: skip
+            if (2 * place + 1) * BN < co:
+                finish(
+                    second, second, 2 * place + 1, deviation, made, after, residual, residual_stride, weight, inner, co,
+                    where, plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+                )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
+def multiply_in_turns(
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
+    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
+    taps, steps, each, parts, polls, input_eps,
+    ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
+    PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr, BM: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
+    before = (moments, parts, c1, input_eps)
+    after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
+    made = (out, normalized, made_moments)
+    per = gl.load(count)
+    plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
+    tiles = working_tiles(per, n_out, batch, BM)
+    number, programs = gl.program_id(0), gl.num_programs(0)
+    turns = (tiles * gl.cdiv(co, BN if GATED else 2 * BN) - number + programs - 1) // programs
+    rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    buffers = (
+        gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], rows_layout),
+        gl.allocate_shared_memory(weight.dtype, [STAGES, 2 * BN, BK], weight.layout),
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    for turn in gl.static_range(STAGES):
+        mbarrier.init(full.index(turn), count=2)  # rows and weights
+        mbarrier.init(empty.index(turn), count=1)
+    begins = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    mbarrier.init(begins.index(0), count=1)
+    mbarrier.init(begins.index(1), count=1)
+    if turns > 0:
+        if moments is not None:
+            found = gl.allocate_shared_memory(gl.float32, [4, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+            known = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+            taken = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+            for group in gl.static_range(2):
+                mbarrier.init(known.index(group), count=1)
+                mbarrier.init(taken.index(group), count=1)
+            fence_async_shared()
+            gl.warp_specialize([
+                (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
+                (find_deviations, (before, found, known, taken, turns, tiles, sizes, plane, PDL, PAIR)),
+            ], [WARPS, 1, READERS], [216, 24, 56])  # fmt: skip
+        else:
+            fence_async_shared()
+            gl.warp_specialize([
+                (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
+            ], [WARPS, 1], [232, 24])  # fmt: skip
