@@ -15,6 +15,12 @@ def next_stage(stage, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def stage_before(stage, STAGES: gl.constexpr):
+    """The stage in front of ``stage``."""
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
 def wait_for_kernel(PDL: gl.constexpr):
     """For the one in front; the next one may start from now on."""
     if PDL:

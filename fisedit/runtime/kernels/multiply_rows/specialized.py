@@ -34,7 +34,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     share_part,
 )
 from fisedit.runtime.kernels.multiply_rows.steps import find_patches, has_work, next_step, tap_rows, which_rows
-from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
+from fisedit.runtime.kernels.stages import next_stage, stage_before, wait_for_kernel
 
 LOADERS, GATHERERS = 1, 4
 """Warps that load rows as they lie, and that gather them: a warp more loads the weights."""
@@ -205,7 +205,7 @@ def add_steps(
         weight = buffers[1].index(stage).permute((1, 0))
         token = warpgroup_mma(buffers[0].index(stage), weight, sums, is_async=True)
         sums = warpgroup_mma_wait(1, deps=(token,))
-        before_it = gl.where(stage == 0, STAGES - 1, stage - 1)  # its products are done: it may be loaded again
+        before_it = stage_before(stage, STAGES)  # its products are done: it may be loaded again
         mbarrier.arrive(empty.index(before_it), count=1, pred=number > first)
         stage, phase = next_stage(stage, phase, STAGES)
     sums = warpgroup_mma_wait(0, deps=(sums,))

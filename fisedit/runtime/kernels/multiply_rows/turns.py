@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
 from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights
 from fisedit.runtime.kernels.multiply_rows.steps import which_rows
-from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
+from fisedit.runtime.kernels.stages import next_stage, stage_before, wait_for_kernel
 
 WARPS: gl.constexpr = gl.constexpr(4)
 """Of a group; two groups."""
@@ -118,7 +118,6 @@ def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
     BW: gl.constexpr = buffers[1].type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BW, 16])
     sums = gl.zeros([BM, BW], gl.float32, layout=layout)
-    before_it = stage
     mbarrier.wait(own, waits)
     for number in range(steps):
         mbarrier.wait(full.index(stage), phase)
@@ -126,12 +125,11 @@ def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
             buffers[0].index(stage), buffers[1].index(stage).permute((1, 0)), sums, is_async=True
         )
         sums = warpgroup_mma_wait(1, deps=(token,))
-        mbarrier.arrive(empty.index(before_it), count=1, pred=number > 0)
-        before_it = stage
+        mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=number > 0)
         stage, phase = next_stage(stage, phase, STAGES)
     mbarrier.arrive(other, count=1)
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    mbarrier.arrive(empty.index(before_it), count=1)
+    mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1)
     return sums, stage, phase
 
 
