@@ -49,9 +49,8 @@ TURNS = (
     Config(64, 64, 64, 4, 8, specialized=True, turns=True),
     Config(64, 128, 64, 4, 5, specialized=True, turns=True),
     Config(128, 64, 64, 4, 6, specialized=True, turns=True),
-    Config(128, 128, 64, 8, 4, specialized=True, turns=True),
 )
-"""Such tiles of linear layers of which each program has several."""
+"""Such tiles of linear layers that two groups of warps take in turn."""
 SHARED_MEMORY = 227 * 1024
 """Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132

@@ -225,7 +225,8 @@ def _launch(
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
         NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=piece if splits > 1 else 0,
         EVEN_N=co % config.n == 0, PDL=pdl, PAIR=batch <= 2, WIDE=(n_in + 16 * positions) * c1 >= 2**31,
-        BM=config.m, BN=config.n, BK=config.k, **options, **({"launch_pdl": True} if pdl else {}),
+        BM=config.m, BN=config.n, BK=config.k, num_warps=config.warps,
+        **options, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
 
 
@@ -239,19 +240,17 @@ def _kernel_of(
     """
     if special:
         from fisedit.runtime.kernels.multiply_rows import specialized
-        from fisedit.runtime.kernels.multiply_rows.turns import multiply_in_turns, resources
+        from fisedit.runtime.kernels.multiply_rows.turns import multiply_in_turns, registers
 
         if turns:
-            return multiply_in_turns, specialized.describe, resources(config.warps, config.stages)
+            return multiply_in_turns, specialized.describe, {"STAGES": config.stages, **registers()}
         wide = config.n * (2 if gated else 1)
         options = specialized.resources(config.m, wide, config.k, config.warps, config.stages, gathers)
-        options["num_warps"] = config.warps
         return specialized.multiply_specialized, specialized.describe, options
     options = {
         "EVEN_C": even_c, "TMA": tma, "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "EARLY": config.m * config.n <= 8192 and config.warps == 4,
-        "PARTS": min(cdiv(rows.shape[2], NARROWEST), MOST_MOMENTS), "num_warps": config.warps,
-        "num_stages": config.stages,
+        "PARTS": min(cdiv(rows.shape[2], NARROWEST), MOST_MOMENTS), "num_stages": config.stages,
     }  # fmt: skip
     return _multiply, TensorDescriptor.from_tensor, options
 

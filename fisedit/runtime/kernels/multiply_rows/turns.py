@@ -1,10 +1,8 @@
-"""The product of ``specialized.py`` for many tiles: each program has some, and two groups of warps, for which others load
-all the while.
+"""The product of ``specialized.py`` for many tiles: each program has some, and two groups of warps take turns with them.
 
-Groups of four warps take turns with the tiles: while one finishes a tile, the other multiplies. With eight warps, each
-has half of the rows of every tile: fewer bytes come from L2, at whose pace products of many rows run. Of linear layers
-alone, whose work is not split. Weights come by two tiles at a time: those of values and of their gates, or of columns
-beside each other.
+While one group finishes a tile, the other multiplies, and further warps load all the while: neither the start of a tile
+nor its end is waited for, but the first and the last. Of linear layers alone, whose work is not split. Weights come by
+two tiles at a time: those of values and of their gates, or of columns beside each other.
 """
 
 from __future__ import annotations
@@ -31,13 +29,9 @@ WARPS: gl.constexpr = gl.constexpr(4)
 """Of a group; two groups."""
 
 
-def resources(warps: int, stages: int) -> dict[str, Any]:
-    """What a launch needs besides its arguments: a program has its multiprocessor to itself.
-
-    Args:
-        warps: that multiply a tile: those of one group, or of both.
-    """
-    return {"STAGES": stages, "TOGETHER": warps > WARPS.value, "num_warps": WARPS.value, "maxnreg": 168}
+def registers() -> dict[str, Any]:
+    """What a launch needs besides stages: a program has its multiprocessor to itself."""
+    return {"maxnreg": 168}
 
 
 @triton.jit
@@ -96,45 +90,44 @@ def load_tiles(given, weight, co, buffers, full, empty, turns, steps, tiles, siz
 
 @gluon.jit
 def find_deviations(before, found, known, taken, turns, tiles, sizes, plane, PDL: gl.constexpr, PAIR: gl.constexpr):
-    """Of the rows of each tile, in two places that take turns."""
+    """Of the rows of each tile, for each group in its turn."""
     BM: gl.constexpr = found.type.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
     if PDL:
         tl.extra.cuda.gdc_wait()
     for turn in range(turns):
-        half = turn % 2
+        group, phase = turn % 2, (turn // 2) % 2
         row0, _ = tile_of(turn, tiles, sizes, BM)
         inside = gl.arange(0, BM, layout=layout)
         where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
         mean, rstd = load_deviation(before, where, plane, 512 // BM)
-        mbarrier.wait(taken.index(half), (turn // 2 + 1) % 2)
-        found.index(2 * half).store(mean)
-        found.index(2 * half + 1).store(rstd)
-        mbarrier.arrive(known.index(half), count=1)
+        mbarrier.wait(taken.index(group), phase ^ 1)
+        found.index(2 * group).store(mean)
+        found.index(2 * group + 1).store(rstd)
+        mbarrier.arrive(known.index(group), count=1)
 
 
 @gluon.jit
-def add_steps(buffers, full, empty, begins, turn, stage, phase, steps, GROUP: gl.constexpr, TOGETHER: gl.constexpr):
+def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
     """The sums of two tiles of weights, one behind the other, and the stage that follows.
 
     A phase tells a load only from the one before it: a group waits until the other has seen all loads before its own.
     """
     STAGES: gl.constexpr = full.type.shape[0]
-    ROWS: gl.constexpr = buffers[0].type.shape[1] // (2 if TOGETHER else 1)
+    BM: gl.constexpr = buffers[0].type.shape[1]
     BW: gl.constexpr = buffers[1].type.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BW, 16])
-    sums = gl.zeros([ROWS, BW], gl.float32, layout=layout)
-    if not TOGETHER:
-        mbarrier.wait(begins.index(GROUP), (turn // 2 + 1 - GROUP) % 2)
+    sums = gl.zeros([BM, BW], gl.float32, layout=layout)
+    mbarrier.wait(own, waits)
     for number in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        rows = buffers[0].index(stage).slice(GROUP * ROWS if TOGETHER else 0, ROWS)
-        token = warpgroup_mma(rows, buffers[1].index(stage).permute((1, 0)), sums, is_async=True)
+        token = warpgroup_mma(
+            buffers[0].index(stage), buffers[1].index(stage).permute((1, 0)), sums, is_async=True
+        )
         sums = warpgroup_mma_wait(1, deps=(token,))
         mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=number > 0)
         stage, phase = next_stage(stage, phase, STAGES)
-    if not TOGETHER:
-        mbarrier.arrive(begins.index(1 - GROUP), count=1)
+    mbarrier.arrive(other, count=1)
     sums = warpgroup_mma_wait(0, deps=(sums,))
     mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1)
     return sums, stage, phase
@@ -164,40 +157,37 @@ def finish(
 @gluon.jit
 def multiply_tiles(
     buffers, full, empty, begins, found, known, taken, after, made, residual, residual_stride, weight, inner, co, turns, steps,
-    tiles, sizes, plane, GROUP: gl.constexpr, TOGETHER: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    tiles, sizes, plane, GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
     NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
-    """What group ``GROUP`` has of a program's turns: every other one, or half of the rows of each."""
+    """Every other turn of a program, from number ``GROUP`` on."""
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
-    ROWS: gl.constexpr = BM // 2 if TOGETHER else BM
-    ABOVE: gl.constexpr = GROUP * ROWS if TOGETHER else 0
-    FIRST: gl.constexpr = 0 if TOGETHER else GROUP
     BN: gl.constexpr = weight.block_type.shape[0]
     ACROSS: gl.constexpr = min(32, BN // 8)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     if PDL:
         tl.extra.cuda.gdc_wait()
-    skipped = FIRST * steps
+    skipped = GROUP * steps
     stage, phase = skipped % STAGES, skipped // STAGES % 2
-    for turn in range(FIRST, turns, 1 if TOGETHER else 2):
-        sums, stage, phase = add_steps(buffers, full, empty, begins, turn, stage, phase, steps, GROUP, TOGETHER)
-        if not TOGETHER:  # the other group's steps are between
-            phase ^= (stage + steps) // STAGES % 2
-            stage = (stage + steps) % STAGES
+    for turn in range(GROUP, turns, 2):
+        sums, stage, phase = add_steps(
+            buffers, full, empty, begins.index(GROUP), begins.index(1 - GROUP), stage, phase,
+            (turn // 2 + 1 - GROUP) % 2, steps,
+        )  # fmt: skip
+        phase ^= (stage + steps) // STAGES % 2  # the other group's steps are between
+        stage = (stage + steps) % STAGES
         row0, place = tile_of(turn, tiles, sizes, BM)
-        inside = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-        where, _ = which_rows(row0 + ABOVE, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
+        inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
         deviation = (where[1], where[1])
         if found is not None:
-            half = turn % 2
-            mbarrier.wait(known.index(half), turn // 2 % 2)
+            mbarrier.wait(known.index(GROUP), turn // 2 % 2)
             deviation = (
-                found.index(2 * half).slice(ABOVE, ROWS).load(where[1].type.layout),
-                found.index(2 * half + 1).slice(ABOVE, ROWS).load(where[1].type.layout),
+                found.index(2 * GROUP).load(where[1].type.layout), found.index(2 * GROUP + 1).load(where[1].type.layout)
             )  # fmt: skip
-            mbarrier.arrive(taken.index(half), count=1)
-        first, second = gl.split(sums.reshape((ROWS, 2, BN)).permute((0, 2, 1)))
+            mbarrier.arrive(taken.index(GROUP), count=1)
+        first, second = gl.split(sums.reshape((BM, 2, BN)).permute((0, 2, 1)))
         if GATED:
             finish(
                 first, second, place, deviation, made, after, residual, residual_stride, weight, inner, co, where,
@@ -223,7 +213,7 @@ def multiply_in_turns(
     taps, steps, each, parts, polls, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TOGETHER: gl.constexpr,
+    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     before = (moments, parts, c1, input_eps)
@@ -244,7 +234,7 @@ def multiply_in_turns(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     for turn in gl.static_range(STAGES):
         mbarrier.init(full.index(turn), count=2)  # rows and weights
-        mbarrier.init(empty.index(turn), count=2 if TOGETHER else 1)
+        mbarrier.init(empty.index(turn), count=1)
     begins = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
     mbarrier.init(begins.index(0), count=1)
     mbarrier.init(begins.index(1), count=1)
@@ -255,15 +245,15 @@ def multiply_in_turns(
             taken = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
             for group in gl.static_range(2):
                 mbarrier.init(known.index(group), count=1)
-                mbarrier.init(taken.index(group), count=2 if TOGETHER else 1)
+                mbarrier.init(taken.index(group), count=1)
             fence_async_shared()
             gl.warp_specialize([
                 (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, TOGETHER, GATED,
-                                  ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
                 (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, TOGETHER, GATED,
-                                  ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
                 (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
                 (find_deviations, (before, found, known, taken, turns, tiles, sizes, plane, PDL, PAIR)),
             ], [WARPS, 1, READERS], [216, 24, 56])  # fmt: skip
@@ -271,10 +261,10 @@ def multiply_in_turns(
             fence_async_shared()
             gl.warp_specialize([
                 (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, TOGETHER, GATED,
-                                  ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
                 (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, TOGETHER, GATED,
-                                  ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
+                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
+                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
                 (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
             ], [WARPS, 1], [232, 24])  # fmt: skip
