@@ -287,7 +287,7 @@ def multiply_specialized(
     layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
-    row0, tile_n = gl.program_id(1) * BM, gl.program_id(0)
+    row0, tile_n = gl.program_id(0) * BM, gl.program_id(1)
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, _ = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))

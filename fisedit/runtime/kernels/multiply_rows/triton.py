@@ -121,7 +121,7 @@ def _multiply(
     made = (out, normalized, made_moments)
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
-    row0, tile_n = tl.program_id(1) * BM, tl.program_id(0)
+    row0, tile_n = tl.program_id(0) * BM, tl.program_id(1)
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + tl.arange(0, BN)
     matrix = (weight, inner, co, tile_n, column, column < co)
@@ -205,7 +205,7 @@ def _launch(
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
-    grid = (tiles_n, tiles_m, splits)
+    grid = (tiles_m, tiles_n, splits)  # programs beside each other read the same weights, which come from memory
     if turns:
         grid = (min(cdiv(tiles_n, 1 if gated else 2) * tiles_m, multiprocessors(rows.device)), 1, 1)
     size = config.m * config.n * (2 if gated else 1)
