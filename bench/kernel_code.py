@@ -36,7 +36,7 @@ from fisedit.runtime.kernels.attend_rows.config import Config
 from fisedit.runtime.kernels.attend_rows.triton import attend_rows
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
 from fisedit.runtime.tuning.attend_rows import Attention
-from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, SPECIALIZED, TILES
+from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, SPECIALIZED, TILES, TURNS
 
 H100 = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -143,7 +143,7 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 with compiling() as made:
                     attend_rows(**self_attention(attention, 512, way.whole), config=way)
                 yield from ((name, code) for code in made)
-    for tile in TILES + SPECIALIZED:
+    for tile in TILES + SPECIALIZED + TURNS:
         for kind, given in products(512, 640).items():
             name = f"{kind}, {tile}"
             if re.search(only, name):

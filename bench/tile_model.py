@@ -30,7 +30,7 @@ from fisedit.runtime.tuning.product import GATHERED, LIBRARY, LIBRARY_BETWEEN, R
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
 KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
-TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?$")
+TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?( in turns)?$")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
         shape = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
                           json.loads(found["key"])[2])  # fmt: skip
         parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
-        tiles = {Config(*map(int, match.groups()[:6]), specialized=match[7] is not None): times[text]
+        tiles = {Config(*map(int, match.groups()[:6]), match[7] is not None, match[8] is not None): times[text]
                  for text, match in parsed.items() if match}  # fmt: skip
         tiles = {tile: time for tile, time in tiles.items() if (tile.m, tile.n, tile.k) in KNOWN}
         if tiles:
@@ -76,8 +76,8 @@ def errors(measured: list[Measured]) -> list[float]:
 def of_the_model(measured: list[Measured], most: int) -> list[float]:
     """The best of the ``most`` tiles that the model takes for the fastest of a kernel over the best of it, of more."""
     found = []
-    for one, specialized in product(measured, (False, True)):
-        tiles = [tile for tile in one.tiles if tile.specialized == specialized]
+    for one, kernel in product(measured, ((False, False), (True, False), (True, True))):
+        tiles = [tile for tile in one.tiles if (tile.specialized, tile.turns) == kernel]
         times = [one.tiles[tile] for tile in sorted(tiles, key=lambda tile: estimate(tile, one.product, one.rows))]
         if len(times) > most:
             found.append(min(times[:most]) / min(times))

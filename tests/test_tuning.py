@@ -28,7 +28,7 @@ from fisedit.runtime.row_plan import bucket, buckets, smallest, typical  # noqa:
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning import product as product_module  # noqa: E402
 from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
-from fisedit.runtime.tuning.product import actives, candidates, estimate  # noqa: E402
+from fisedit.runtime.tuning.product import actives, candidates, estimate, wide  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
 
@@ -351,13 +351,28 @@ def test_ways_are_few_and_run_on_the_gpu() -> None:
                   product(0, (320, 0), 320), product(9, (960, 0), 320)):  # fmt: skip
         for rows in (8, 24, 96, 200, 800, 3000, 9216):
             *ways, library = shape.ways(rows)
-            assert library == tuning.LIBRARY and 1 <= len(ways) <= 6
+            assert library == tuning.LIBRARY and 1 <= len([way for way in ways if not way.turns]) <= 6
+            assert not shape.taps or not any(way.turns for way in ways)
             for way in ways:
                 assert isinstance(way, Config) and way.m <= 4 * rows and way.stages >= 2
                 steps = way.stages - (way.m < 64)
-                assert way.k * 2 * (way.m + way.n * (2 if shape.gated else 1)) * steps <= 227 * 1024
+                assert way.k * 2 * (way.m + wide(way, shape)) * steps <= 227 * 1024
     assert 256 not in {n for _, n, _ in tiles(product(0, (1280, 0), 10240, "gated"), 3000)}
     assert 256 in {n for _, n, _ in tiles(product(0, (1280, 0), 10240), 3000)}
+
+
+def test_tiles_in_turns_are_timed_where_they_may_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of many tiles, and of few ones that are long; not of so few that most multiprocessors have none."""
+    monkeypatch.setattr(product_module, "specializes", lambda: True)
+
+    def turns(inner: int, outputs: int, rows: int, fused: str = "") -> bool:
+        ways = product_module.ways.__wrapped__(product(0, (inner, 0), outputs, fused), rows)
+        return any(isinstance(way, Config) and way.turns for way in ways)
+
+    candidates.cache_clear()
+    assert turns(320, 2560, 2816, "bias gelu gated") and turns(1280, 10240, 384, "bias gelu gated")
+    assert turns(5120, 1280, 224) and not turns(1280, 1280, 40) and not turns(320, 320, 2816)
+    candidates.cache_clear()
 
 
 def test_work_is_split_where_tiles_are_few() -> None:

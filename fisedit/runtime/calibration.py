@@ -55,7 +55,7 @@ class Shape(Hashable, Protocol):
         ...
 
 
-SCHEMA = 8
+SCHEMA = 9
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 

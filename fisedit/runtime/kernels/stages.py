@@ -5,6 +5,19 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+
+@gluon.jit
+def make_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr, OTHER: gl.constexpr):
+    """So many barriers in shared memory that ``COUNT`` arrivals open, and as many that ``OTHER`` do. All threads meet
+    between two that lie beside each other, hence both kinds at a time."""
+    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    others = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for number in gl.static_range(NUMBER):
+        mbarrier.init(barriers.index(number), count=COUNT)
+        mbarrier.init(others.index(number), count=OTHER)
+    return barriers, others
 
 
 @gluon.jit

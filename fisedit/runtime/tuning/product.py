@@ -58,6 +58,8 @@ LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
 TIMED = 3
 """Tiles of each kernel that are timed: those that the model takes for the fastest."""
+HOPELESS = 1.3
+"""Times the best estimate: tiles in turns that take longer by the model are not timed."""
 LIBRARY_BETWEEN = 1.5
 """µs on an H100, by calls of whole models under several such numbers."""
 BARRIERS = 512
@@ -146,7 +148,7 @@ def candidates(product: Product, rows: int) -> list[Config]:
     """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
-    tiles = TILES + SPECIALIZED if specializes() else TILES
+    tiles = TILES + SPECIALIZED + TURNS if specializes() else TILES
     return [fit(tile, product, rows) for tile in tiles if _makes_sense(tile, product, product.batch * rows)]
 
 
@@ -154,7 +156,7 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
     if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
-    of_kernel = SPECIALIZED if tile.specialized else TILES
+    of_kernel = TURNS if tile.turns else SPECIALIZED if tile.specialized else TILES
     alike = [other for other in of_kernel if (other.m, other.n) == (tile.m, tile.n)]
     if len({other.warps for other in alike if other.k == tile.k}) > 1 and (tile.warps == 8) != (product.taps > 1):
         return False  # eight warps gather rows faster, and load none faster that lie side by side
@@ -163,23 +165,34 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
         tile.specialized or product.channels[1] or in_whole_chunks
     ):
         return False
-    sums = tile.m * tile.n * (2 if product.gated else 1) // (32 * tile.warps)  # of each thread, in registers
-    return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3
+    sums = tile.m * wide(tile, product) // (32 * tile.warps)  # of each thread, in registers
+    return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3 and not (tile.turns and product.taps)
 
 
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile."""
     tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))
-    kernels = ([tile for tile in tiles if tile.specialized == special][:TIMED] for special in (False, True))
-    best = [tile for kernel in kernels for tile in kernel]
-    return [*best, LIBRARY] if best else [RULE, LIBRARY]
+    if not tiles:
+        return [RULE, LIBRARY]
+    most = HOPELESS * estimate(tiles[0], product, rows)
+    plain = [tile for tile in tiles if not tile.specialized][:TIMED]
+    specialized = [tile for tile in tiles if tile.specialized and not tile.turns][:TIMED]
+    turns = [tile for tile in tiles if tile.turns and estimate(tile, product, rows) < most]
+    return [*plain, *specialized, *turns, LIBRARY]
+
+
+def wide(tile: Config, product: Product) -> int:
+    """Rows of weights that a program multiplies at a time."""
+    return tile.n * (2 if product.gated or tile.turns else 1)
 
 
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best."""
     tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
+    if tile.turns:
+        return tile
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))
@@ -194,7 +207,7 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
         first, last = ([(number * rows + row) // way.m for number in range(product.batch)] for row in (0, active - 1))
         shared = sum(before == after for before, after in zip(last, first[1:], strict=False))
         down = sum(last) - sum(first) + product.batch - shared
-    return down * cdiv(product.columns, way.n)
+    return down * cdiv(product.outputs, wide(way, product))
 
 
 @cache
@@ -234,7 +247,7 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
 
 def _deepest(tile: Config, product: Product, memory: int) -> int:
     """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
-    rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, tile.n * (2 if product.gated else 1)))
+    rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, wide(tile, product)))
     return (memory - (BARRIERS if tile.specialized else 0)) // (rows + weights) + (tile.m < 64)
 
 
@@ -249,6 +262,11 @@ MEMORY, FULL = 0.41, 63
 """µs for each MB of weights, if so many programs ask for them."""
 FINISH, PART, PARTS = 0.083, 0.21, 0.09
 """µs for 1024 numbers of a tile: to finish them, to add up a share of all parts, or each part."""
+IN_LINES = 0.15
+"""Of what parts take, where warps of different tasks store them in whole lines."""
+TAKEN, BESIDE = 0.0108, 0.28
+"""µs for each KB that a multiprocessor takes in for tiles in turns while all others do, half as long without them; and
+to finish 1024 numbers beside products."""
 
 
 @cache
@@ -262,8 +280,7 @@ def estimate(way: Config, product: Product, rows: int) -> float:
 
 
 def _estimate(way: Config, product: Product, tiles: int) -> float:
-    wide = way.n * (2 if product.gated else 1)
-    taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide)]  # KB a step
+    taken = [size * way.k * product.dtype.itemsize / 1024 for size in (way.m, wide(way, product))]  # KB a step
     step = max(STEP, taken[0] * (GATHERED if product.taps > 1 else ROWS) + taken[1] * WEIGHTS)
     if product.taps > 1:
         step *= APART if way.specialized else STEADY if (way.warps, way.k) == (8, 128) else 1.0
@@ -271,10 +288,14 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
     loop = cdiv(product.steps(way.k), way.split) * load * step
     memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
     memory *= max(1.0, FULL / (tiles * way.split))
-    area, parts = way.m * wide / 1024, 0.0
+    area, parts = way.m * wide(way, product) / 1024, 0.0
+    if way.turns:
+        crowd = min(1.0, tiles / MULTIPROCESSORS) ** 2
+        loop, finish = product.steps(way.k) * sum(taken) * TAKEN * (1 + crowd) / 2, area * BESIDE
+        return START + max((load - 1) * max(loop, (loop + finish) / 2) + loop, memory) + finish
     if way.split > 1:
         share = PART if tiles * way.split <= MULTIPROCESSORS else PARTS * way.split * load
-        parts = (SPLIT_SPECIALIZED if way.specialized else SPLIT) + area * share
+        parts = SPLIT_SPECIALIZED + area * share * IN_LINES if way.specialized else SPLIT + area * share
     return START + max(loop, memory) + area * FINISH * load + parts
 
 

@@ -34,7 +34,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     share_part,
 )
 from fisedit.runtime.kernels.multiply_rows.steps import find_patches, has_work, next_step, tap_rows, which_rows
-from fisedit.runtime.kernels.stages import next_stage, stage_before, wait_for_kernel
+from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
 LOADERS, GATHERERS = 1, 4
 """Warps that load rows as they lie, and that gather them: a warp more loads the weights."""
@@ -230,11 +230,7 @@ def share_tasks(
         gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], rows_layout),
         gl.allocate_shared_memory(weight.dtype, [STAGES, BW, BK], weight.layout),
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for turn in gl.static_range(STAGES):  # weights come once, and rows once, or from each thread
-        mbarrier.init(full.index(turn), count=1 + (32 * LOADERS if GATHERS else 1))
-        mbarrier.init(empty.index(turn), count=1)
+    full, empty = make_barriers(STAGES, 1 + (32 * LOADERS if GATHERS else 1), 1)  # gathered rows come from each thread
     task = (first, last, after, residual, residual_stride, where, matrix)
     deviation = (where[1], where[1])
     if GATHERS:
@@ -274,7 +270,8 @@ def multiply_specialized(
     taps, steps, each, parts, polls, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr, REGISTERS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr,
+    REGISTERS: gl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)

@@ -38,8 +38,12 @@ NARROWEST, MOST_MOMENTS = 32, 48
 
 @dataclass(frozen=True)
 class Config:
-    """Tile sizes of a launch: output rows, output channels, inner; how often the inner dimension is split; whether warps
-    have tasks of their own, see ``specialized.py``, and whether groups of them take turns with tiles, see ``turns.py``."""
+    """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split.
+
+    Args:
+        specialized: warps have tasks of their own, see ``specialized.py``.
+        turns: groups of them take turns with tiles, too, see ``turns.py``; where rows are not gathered.
+    """
 
     m: int
     n: int
@@ -240,10 +244,10 @@ def _kernel_of(
     """
     if special:
         from fisedit.runtime.kernels.multiply_rows import specialized
-        from fisedit.runtime.kernels.multiply_rows.turns import multiply_in_turns, registers
+        from fisedit.runtime.kernels.multiply_rows.turns import REGISTERS, multiply_in_turns
 
         if turns:
-            return multiply_in_turns, specialized.describe, {"STAGES": config.stages, **registers()}
+            return multiply_in_turns, specialized.describe, {"STAGES": config.stages, "maxnreg": REGISTERS}
         wide = config.n * (2 if gated else 1)
         options = specialized.resources(config.m, wide, config.k, config.warps, config.stages, gathers)
         return specialized.multiply_specialized, specialized.describe, options

@@ -1,4 +1,4 @@
-"""The product of ``specialized.py`` for many tiles: each program has some, and two groups of warps take turns with them.
+"""The product of ``specialized.py`` for many tiles: each program has some, which two groups of warps take in turn.
 
 While one group finishes a tile, the other multiplies, and further warps load all the while: neither the start of a tile
 nor its end is waited for, but the first and the last. Of linear layers alone, whose work is not split. Weights come by
@@ -6,8 +6,6 @@ two tiles at a time: those of values and of their gates, or of columns beside ea
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -23,15 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
 from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights
 from fisedit.runtime.kernels.multiply_rows.steps import which_rows
-from fisedit.runtime.kernels.stages import next_stage, stage_before, wait_for_kernel
+from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
 WARPS: gl.constexpr = gl.constexpr(4)
 """Of a group; two groups."""
-
-
-def registers() -> dict[str, Any]:
-    """What a launch needs besides stages: a program has its multiprocessor to itself."""
-    return {"maxnreg": 168}
+REGISTERS = 168
+"""Of each thread on average: a program has its multiprocessor to itself."""
 
 
 @triton.jit
@@ -65,9 +60,10 @@ def tile_of(turn, tiles, sizes, BM: tl.constexpr):
 
 
 @gluon.jit
-def load_tiles(given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED: gl.constexpr,
-               PDL: gl.constexpr):  # fmt: skip
+def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.constexpr):
     """Rows and weights of all tiles of a program, step by step."""
+    buffers, full, empty = ring
+    turns, steps, tiles, sizes, plane = work
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
     EACH: gl.constexpr = 1 if GATED else 2  # tiles of columns beside each other
@@ -89,8 +85,10 @@ def load_tiles(given, weight, co, buffers, full, empty, turns, steps, tiles, siz
 
 
 @gluon.jit
-def find_deviations(before, found, known, taken, turns, tiles, sizes, plane, PDL: gl.constexpr, PAIR: gl.constexpr):
+def find_deviations(before, deviations, work, PDL: gl.constexpr, PAIR: gl.constexpr):
     """Of the rows of each tile, for each group in its turn."""
+    found, known, taken = deviations
+    turns, steps, tiles, sizes, plane = work
     BM: gl.constexpr = found.type.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
     if PDL:
@@ -108,11 +106,12 @@ def find_deviations(before, found, known, taken, turns, tiles, sizes, plane, PDL
 
 
 @gluon.jit
-def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
+def add_steps(ring, own, other, stage, phase, waits, steps):
     """The sums of two tiles of weights, one behind the other, and the stage that follows.
 
     A phase tells a load only from the one before it: a group waits until the other has seen all loads before its own.
     """
+    buffers, full, empty = ring
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
     BW: gl.constexpr = buffers[1].type.shape[1]
@@ -121,9 +120,8 @@ def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
     mbarrier.wait(own, waits)
     for number in range(steps):
         mbarrier.wait(full.index(stage), phase)
-        token = warpgroup_mma(
-            buffers[0].index(stage), buffers[1].index(stage).permute((1, 0)), sums, is_async=True
-        )
+        weight = buffers[1].index(stage).permute((1, 0))
+        token = warpgroup_mma(buffers[0].index(stage), weight, sums, is_async=True)
         sums = warpgroup_mma_wait(1, deps=(token,))
         mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=number > 0)
         stage, phase = next_stage(stage, phase, STAGES)
@@ -135,11 +133,11 @@ def add_steps(buffers, full, empty, own, other, stage, phase, waits, steps):
 
 @gluon.jit
 def finish(
-    sums, gates, tile_n, deviation, made, after, residual, residual_stride, weight, inner, co, where, plane,
-    layout: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
-    EVEN_N: gl.constexpr,
+    sums, gates, tile_n, deviation, goal, where, plane, layout: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr,
 ):  # fmt: skip
     """All that follows the sums of a tile."""
+    made, after, residual, residual_stride, weight, inner, co = goal
     BN: gl.constexpr = weight.block_type.shape[0]
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     matrix = (weight, inner, co, tile_n, column, column < co)
@@ -156,14 +154,14 @@ def finish(
 
 @gluon.jit
 def multiply_tiles(
-    buffers, full, empty, begins, found, known, taken, after, made, residual, residual_stride, weight, inner, co, turns, steps,
-    tiles, sizes, plane, GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
+    ring, begins, deviations, goal, work, GROUP: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
     NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
     """Every other turn of a program, from number ``GROUP`` on."""
-    STAGES: gl.constexpr = full.type.shape[0]
-    BM: gl.constexpr = buffers[0].type.shape[1]
-    BN: gl.constexpr = weight.block_type.shape[0]
+    turns, steps, tiles, sizes, plane = work
+    STAGES: gl.constexpr = ring[1].type.shape[0]
+    BM: gl.constexpr = ring[0][0].type.shape[1]
+    BN: gl.constexpr = goal[4].block_type.shape[0]
     ACROSS: gl.constexpr = min(32, BN // 8)
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [WARPS, 1], [1, 0])
     if PDL:
@@ -171,37 +169,36 @@ def multiply_tiles(
     skipped = GROUP * steps
     stage, phase = skipped % STAGES, skipped // STAGES % 2
     for turn in range(GROUP, turns, 2):
+        waits = (turn // 2 + 1 - GROUP) % 2
         sums, stage, phase = add_steps(
-            buffers, full, empty, begins.index(GROUP), begins.index(1 - GROUP), stage, phase,
-            (turn // 2 + 1 - GROUP) % 2, steps,
-        )  # fmt: skip
+            ring, begins[GROUP].index(0), begins[1 - GROUP].index(0), stage, phase, waits, steps
+        )
         phase ^= (stage + steps) // STAGES % 2  # the other group's steps are between
         stage = (stage + steps) % STAGES
         row0, place = tile_of(turn, tiles, sizes, BM)
         inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
         where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
         deviation = (where[1], where[1])
-        if found is not None:
+        if deviations is not None:
+            found, known, taken = deviations
             mbarrier.wait(known.index(GROUP), turn // 2 % 2)
-            deviation = (
-                found.index(2 * GROUP).load(where[1].type.layout), found.index(2 * GROUP + 1).load(where[1].type.layout)
-            )  # fmt: skip
+            mean, rstd = found.index(2 * GROUP), found.index(2 * GROUP + 1)
+            deviation = (mean.load(where[1].type.layout), rstd.load(where[1].type.layout))
             mbarrier.arrive(taken.index(GROUP), count=1)
         first, second = gl.split(sums.reshape((BM, 2, BN)).permute((0, 2, 1)))
         if GATED:
             finish(
-                first, second, place, deviation, made, after, residual, residual_stride, weight, inner, co, where,
-                plane, layout, True, ACTIVATION, NORM_ACTIVATION, EVEN_N,
-            )  # fmt: skip
+                first, second, place, deviation, goal, where, plane, layout, True, ACTIVATION, NORM_ACTIVATION, EVEN_N
+            )
         else:
+            tile_n, co = 2 * place, goal[6]
             finish(
-                first, first, 2 * place, deviation, made, after, residual, residual_stride, weight, inner, co, where,
-                plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N,
-            )  # fmt: skip
-            if (2 * place + 1) * BN < co:
+                first, first, tile_n, deviation, goal, where, plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N
+            )
+            if (tile_n + 1) * BN < co:
                 finish(
-                    second, second, 2 * place + 1, deviation, made, after, residual, residual_stride, weight, inner, co,
-                    where, plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+                    second, second, tile_n + 1, deviation, goal, where, plane, layout, False, ACTIVATION,
+                    NORM_ACTIVATION, EVEN_N,
                 )  # fmt: skip
 
 
@@ -212,59 +209,46 @@ def multiply_in_turns(
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
     taps, steps, each, parts, polls, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
-    PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr, BM: gl.constexpr,
-    BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
+    PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
     before = (moments, parts, c1, input_eps)
     after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
     made = (out, normalized, made_moments)
+    goal = (made, after, residual, residual_stride, weight, inner, co)
     per = gl.load(count)
-    plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
-    tiles = working_tiles(per, n_out, batch, BM)
+    sizes, tiles = (per, n_out, batch), working_tiles(per, n_out, batch, BM)
     number, programs = gl.program_id(0), gl.num_programs(0)
     turns = (tiles * gl.cdiv(co, BN if GATED else 2 * BN) - number + programs - 1) // programs
+    work = (turns, steps, tiles, sizes, batch.to(gl.int64) * n_out)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
-    barrier: gl.constexpr = mbarrier.MBarrierLayout()
     buffers = (
         gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], rows_layout),
         gl.allocate_shared_memory(weight.dtype, [STAGES, 2 * BN, BK], weight.layout),
     )
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
-    for turn in gl.static_range(STAGES):
-        mbarrier.init(full.index(turn), count=2)  # rows and weights
-        mbarrier.init(empty.index(turn), count=1)
-    begins = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-    mbarrier.init(begins.index(0), count=1)
-    mbarrier.init(begins.index(1), count=1)
+    full, empty = make_barriers(STAGES, 2, 1)  # rows and weights fill a stage
+    ring, begins = (buffers, full, empty), make_barriers(1, 1, 1)
     if turns > 0:
         if moments is not None:
             found = gl.allocate_shared_memory(gl.float32, [4, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-            known = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-            taken = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
-            for group in gl.static_range(2):
-                mbarrier.init(known.index(group), count=1)
-                mbarrier.init(taken.index(group), count=1)
+            known, taken = make_barriers(2, 1, 1)
+            deviations = (found, known, taken)
             fence_async_shared()
             gl.warp_specialize([
-                (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
-                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
-                (multiply_tiles, (buffers, full, empty, begins, found, known, taken, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
-                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
-                (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
-                (find_deviations, (before, found, known, taken, turns, tiles, sizes, plane, PDL, PAIR)),
+                (multiply_tiles, (ring, begins, deviations, goal, work, 0, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+                                  PDL, PAIR)),
+                (multiply_tiles, (ring, begins, deviations, goal, work, 1, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N,
+                                  PDL, PAIR)),
+                (load_tiles, (given, weight, co, ring, work, GATED, PDL)),
+                (find_deviations, (before, deviations, work, PDL, PAIR)),
             ], [WARPS, 1, READERS], [216, 24, 56])  # fmt: skip
         else:
             fence_async_shared()
             gl.warp_specialize([
-                (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 0, GATED, ACTIVATION,
-                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
-                (multiply_tiles, (buffers, full, empty, begins, None, None, None, after, made, residual,
-                                  residual_stride, weight, inner, co, turns, steps, tiles, sizes, plane, 1, GATED, ACTIVATION,
-                                  NORM_ACTIVATION, EVEN_N, PDL, PAIR)),
-                (load_tiles, (given, weight, co, buffers, full, empty, turns, steps, tiles, sizes, GATED, PDL)),
+                (multiply_tiles, (ring, begins, None, goal, work, 0, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL,
+                                  PAIR)),
+                (multiply_tiles, (ring, begins, None, goal, work, 1, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, PDL,
+                                  PAIR)),
+                (load_tiles, (given, weight, co, ring, work, GATED, PDL)),
             ], [WARPS, 1], [232, 24])  # fmt: skip
