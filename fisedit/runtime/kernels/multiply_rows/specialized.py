@@ -33,7 +33,14 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     load_residual,
     share_part,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import find_patches, has_work, next_step, tap_rows, which_rows
+from fisedit.runtime.kernels.multiply_rows.steps import (
+    find_patches,
+    has_work,
+    next_step,
+    own_tile,
+    tap_rows,
+    which_rows,
+)
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
 LOADERS, GATHERERS = 1, 4
@@ -262,12 +269,12 @@ def share_tasks(
     return made[0], made[1], made[2], deviation
 
 
-@gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
+@gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def multiply_specialized(
     out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
     norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, each, parts, polls, input_eps,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr,
@@ -284,7 +291,8 @@ def multiply_specialized(
     layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
-    row0, tile_n = gl.program_id(0) * BM, gl.program_id(1)
+    tile_m, tile_n = own_tile(across)
+    row0 = tile_m * BM
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, _ = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))

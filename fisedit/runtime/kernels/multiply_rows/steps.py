@@ -50,6 +50,35 @@ def has_work(first, where, per, n_out, batch, GATHER: tl.constexpr):
 
 
 @triton.jit
+def own_tile(across):
+    """Of a program, which tile of rows and which of columns. Programs beside each other have the same rows if
+    ``across``, or else the same weights: what one of them reads is in L2 for the next."""
+    first, second = tl.program_id(0), tl.program_id(1)
+    return tl.where(across > 0, second, first), tl.where(across > 0, first, second)
+
+
+@triton.jit
+def working_tiles(per, n_out, batch, BM: tl.constexpr):
+    """How many tiles of rows that keep their padding are more than that."""
+    total, behind = 0, 0
+    for sample in range(batch):
+        begin, end = tl.maximum(sample * n_out // BM, behind), (sample * n_out + per - 1) // BM + 1
+        total += tl.maximum(end - begin, 0)
+        behind = tl.maximum(behind, end)
+    return total
+
+
+@triton.jit
+def working_tile(number, per, n_out, batch, BM: tl.constexpr):
+    """The ``number``-th of them."""
+    tile, behind = number, 0
+    for sample in range(batch):
+        tile += tl.where(tile >= behind, tl.maximum(sample * n_out // BM - behind, 0), 0)
+        behind = tl.maximum(behind, (sample * n_out + per - 1) // BM + 1)
+    return tile
+
+
+@triton.jit
 def load_weight(matrix, half, at, step, within, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr):
     """The tile ``[BK, BN]`` from channel ``at`` on; of a gate if ``half`` is how many rows come before its own."""
     weight, inner, _, tile_n, column, kept = matrix

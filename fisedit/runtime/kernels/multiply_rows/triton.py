@@ -28,7 +28,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     load_residual,
     share_part,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, which_rows
+from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, own_tile, which_rows
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
@@ -107,12 +107,12 @@ def _multiply_tile(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
+@triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def _multiply(
     out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
     norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, each, parts, polls, input_eps,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
     PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
@@ -125,7 +125,8 @@ def _multiply(
     made = (out, normalized, made_moments)
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
-    row0, tile_n = tl.program_id(0) * BM, tl.program_id(1)
+    tile_m, tile_n = own_tile(across)
+    row0 = tile_m * BM
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + tl.arange(0, BN)
     matrix = (weight, inner, co, tile_n, column, column < co)
@@ -209,7 +210,8 @@ def _launch(
     tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
-    grid = (tiles_m, tiles_n, splits)  # programs beside each other read the same weights, which come from memory
+    across = sum(more.numel() for more in (rows, rows2, rows3) if more is not None) > weight.numel()
+    grid = (tiles_n, tiles_m, splits) if across else (tiles_m, tiles_n, splits)
     if turns:
         grid = (min(cdiv(tiles_n, 1 if gated else 2) * tiles_m, multiprocessors(rows.device)), 1, 1)
     size = config.m * config.n * (2 if gated else 1)
@@ -225,7 +227,7 @@ def _launch(
         sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
         cdiv(steps, splits), 0 if moments is None else moments.shape[1],
-        POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, input_eps,
+        POLLS if tiles_n * tiles_m * splits <= multiprocessors(rows.device) else 0, int(across), input_eps,
         ADDRESSES=addresses, GATED=gated, ACTIVATION=ACTIVATIONS[activation],
         NORM_ACTIVATION=ACTIVATIONS[norm_activation], PIECE=piece if splits > 1 else 0,
         EVEN_N=co % config.n == 0, PDL=pdl, PAIR=batch <= 2, WIDE=(n_in + 16 * positions) * c1 >= 2**31,

@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
 from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights
-from fisedit.runtime.kernels.multiply_rows.steps import which_rows
+from fisedit.runtime.kernels.multiply_rows.steps import which_rows, working_tile, working_tiles
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
 WARPS: gl.constexpr = gl.constexpr(4)
@@ -30,52 +30,35 @@ REGISTERS = 168
 
 
 @triton.jit
-def working_tiles(per, n_out, batch, BM: tl.constexpr):
-    """How many tiles of rows are more than padding."""
-    total, behind = 0, 0
-    for sample in range(batch):
-        begin, end = tl.maximum(sample * n_out // BM, behind), (sample * n_out + per - 1) // BM + 1
-        total += tl.maximum(end - begin, 0)
-        behind = tl.maximum(behind, end)
-    return total
-
-
-@triton.jit
-def working_tile(number, per, n_out, batch, BM: tl.constexpr):
-    """The ``number``-th of them."""
-    tile, behind = number, 0
-    for sample in range(batch):
-        tile += tl.where(tile >= behind, tl.maximum(sample * n_out // BM - behind, 0), 0)
-        behind = tl.maximum(behind, (sample * n_out + per - 1) // BM + 1)
-    return tile
-
-
-@triton.jit
-def tile_of(turn, tiles, sizes, BM: tl.constexpr):
-    """The first row of what a program has at ``turn``, and of which weights. Programs beside each other have the same
-    weights, which come from memory; rows are in L2."""
+def tile_of(turn, work, BM: tl.constexpr):
+    """The first row of what a program has at ``turn``, and of which weights; in the order of :func:`own_tile`."""
+    tiles_m, tiles_n, across = work[2]
+    per, n_out, batch = work[3]
     index = tl.program_id(0) + turn * tl.num_programs(0)
-    tile_n = index // tiles
-    return working_tile(index - tile_n * tiles, sizes[0], sizes[1], sizes[2], BM) * BM, tile_n
+    length = tl.where(across > 0, tiles_n, tiles_m)
+    line = index // length
+    place = index - line * length
+    tile_m, tile_n = tl.where(across > 0, line, place), tl.where(across > 0, place, line)
+    return working_tile(tile_m, per, n_out, batch, BM) * BM, tile_n
 
 
 @gluon.jit
 def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.constexpr):
     """Rows and weights of all tiles of a program, step by step."""
     buffers, full, empty = ring
-    turns, steps, tiles, sizes, plane = work
+    turns, steps = work[0], work[1]
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
     EACH: gl.constexpr = 1 if GATED else 2  # tiles of columns beside each other
     other = co if GATED else weight.block_type.shape[0]
-    _, place = tile_of(0, tiles, sizes, BM)
+    _, place = tile_of(0, work, BM)
     early = gl.minimum(STAGES, steps)
     for ahead in range(early):
         ask_weights((weight, place * EACH, other), buffers, full, ahead, ahead, True)
     wait_for_kernel(PDL)
     stage, phase = 0, 1
     for turn in range(turns):
-        row0, place = tile_of(turn, tiles, sizes, BM)
+        row0, place = tile_of(turn, work, BM)
         for number in range(steps):
             if (turn > 0) | (number >= early):
                 mbarrier.wait(empty.index(stage), phase)
@@ -88,14 +71,14 @@ def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.const
 def find_deviations(before, deviations, work, PDL: gl.constexpr, PAIR: gl.constexpr):
     """Of the rows of each tile, for each group in its turn."""
     found, known, taken = deviations
-    turns, steps, tiles, sizes, plane = work
+    turns, sizes, plane = work[0], work[3], work[4]
     BM: gl.constexpr = found.type.shape[1]
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
     if PDL:
         tl.extra.cuda.gdc_wait()
     for turn in range(turns):
         group, phase = turn % 2, (turn // 2) % 2
-        row0, _ = tile_of(turn, tiles, sizes, BM)
+        row0, _ = tile_of(turn, work, BM)
         inside = gl.arange(0, BM, layout=layout)
         where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
         mean, rstd = load_deviation(before, where, plane, 512 // BM)
@@ -132,22 +115,29 @@ def add_steps(ring, own, other, stage, phase, waits, steps):
 
 
 @gluon.jit
-def finish(
-    sums, gates, tile_n, deviation, goal, where, plane, layout: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr,
-):  # fmt: skip
-    """All that follows the sums of a tile."""
-    made, after, residual, residual_stride, weight, inner, co = goal
+def begin(tile_n, goal, where, layout: gl.constexpr, GATED: gl.constexpr, EVEN_N: gl.constexpr):
+    """What :func:`finish_tile` needs besides sums and deviations, asked for before a tile's steps: it may come from
+    memory."""
+    _, after, residual, residual_stride, weight, inner, co = goal
     BN: gl.constexpr = weight.block_type.shape[0]
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     matrix = (weight, inner, co, tile_n, column, column < co)
+    columns = load_columns(after, where, matrix, GATED, EVEN_N)
+    return matrix, columns, load_residual(residual, residual_stride, where, matrix, EVEN_N)
+
+
+@gluon.jit
+def finish(
+    sums, gates, begun, deviation, goal, where, plane, layout: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr,
+):  # fmt: skip
+    """All that follows the sums of a tile; ``begun``: from :func:`begin`."""
+    matrix, columns, extra = begun
     if GATED:
         gates = gl.convert_layout(gates, layout)
     sums = gl.convert_layout(sums, layout)
-    columns = load_columns(after, where, matrix, GATED, EVEN_N)
-    extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
     finish_tile(
-        sums, gates, columns, extra, deviation, made, after, where, matrix, plane, residual is not None, GATED,
+        sums, gates, columns, extra, deviation, goal[0], goal[1], where, matrix, plane, goal[2] is not None, GATED,
         ACTIVATION, NORM_ACTIVATION, EVEN_N,
     )  # fmt: skip
 
@@ -158,7 +148,7 @@ def multiply_tiles(
     NORM_ACTIVATION: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr,
 ):  # fmt: skip
     """Every other turn of a program, from number ``GROUP`` on."""
-    turns, steps, tiles, sizes, plane = work
+    turns, steps, sizes, plane = work[0], work[1], work[3], work[4]
     STAGES: gl.constexpr = ring[1].type.shape[0]
     BM: gl.constexpr = ring[0][0].type.shape[1]
     BN: gl.constexpr = goal[4].block_type.shape[0]
@@ -169,15 +159,20 @@ def multiply_tiles(
     skipped = GROUP * steps
     stage, phase = skipped % STAGES, skipped // STAGES % 2
     for turn in range(GROUP, turns, 2):
+        row0, place = tile_of(turn, work, BM)
+        inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
+        tile_n = place if GATED else 2 * place
+        more = (tile_n + 1) * BN < goal[6]
+        begun = begin(tile_n, goal, where, layout, GATED, EVEN_N)
+        if not GATED:
+            begun_too = begin(gl.where(more, tile_n + 1, tile_n), goal, where, layout, False, EVEN_N)
         waits = (turn // 2 + 1 - GROUP) % 2
         sums, stage, phase = add_steps(
             ring, begins[GROUP].index(0), begins[1 - GROUP].index(0), stage, phase, waits, steps
         )
         phase ^= (stage + steps) // STAGES % 2  # the other group's steps are between
         stage = (stage + steps) % STAGES
-        row0, place = tile_of(turn, tiles, sizes, BM)
-        inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
         deviation = (where[1], where[1])
         if deviations is not None:
             found, known, taken = deviations
@@ -188,26 +183,25 @@ def multiply_tiles(
         first, second = gl.split(sums.reshape((BM, 2, BN)).permute((0, 2, 1)))
         if GATED:
             finish(
-                first, second, place, deviation, goal, where, plane, layout, True, ACTIVATION, NORM_ACTIVATION, EVEN_N
+                first, second, begun, deviation, goal, where, plane, layout, True, ACTIVATION, NORM_ACTIVATION, EVEN_N
             )
         else:
-            tile_n, co = 2 * place, goal[6]
             finish(
-                first, first, tile_n, deviation, goal, where, plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N
+                first, first, begun, deviation, goal, where, plane, layout, False, ACTIVATION, NORM_ACTIVATION, EVEN_N
             )
-            if (tile_n + 1) * BN < co:
+            if more:
                 finish(
-                    second, second, tile_n + 1, deviation, goal, where, plane, layout, False, ACTIVATION,
+                    second, second, begun_too, deviation, goal, where, plane, layout, False, ACTIVATION,
                     NORM_ACTIVATION, EVEN_N,
                 )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls"])
+@gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def multiply_in_turns(
     out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
     norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
     rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, each, parts, polls, input_eps,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
@@ -218,10 +212,9 @@ def multiply_in_turns(
     made = (out, normalized, made_moments)
     goal = (made, after, residual, residual_stride, weight, inner, co)
     per = gl.load(count)
-    sizes, tiles = (per, n_out, batch), working_tiles(per, n_out, batch, BM)
-    number, programs = gl.program_id(0), gl.num_programs(0)
-    turns = (tiles * gl.cdiv(co, BN if GATED else 2 * BN) - number + programs - 1) // programs
-    work = (turns, steps, tiles, sizes, batch.to(gl.int64) * n_out)
+    tiles_m, tiles_n = working_tiles(per, n_out, batch, BM), gl.cdiv(co, BN if GATED else 2 * BN)
+    turns = gl.cdiv(tiles_m * tiles_n - gl.program_id(0), gl.num_programs(0))
+    work = (turns, steps, (tiles_m, tiles_n, across), (per, n_out, batch), batch.to(gl.int64) * n_out)
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
     buffers = (
         gl.allocate_shared_memory(weight.dtype, [STAGES, BM, BK], rows_layout),
