@@ -80,13 +80,72 @@ class ModelState:
 
 @dataclass
 class _Seen:
-    """What the last reading saw of a module: while the same objects are in it, only the mutable ones are read again."""
+    """What the last reading saw of a module: while the same objects are in it, only the mutable ones are read again.
 
-    objects: list[Any]
+    Args:
+        held: the dictionary of its attributes and its registries, with what was in each; those with nothing: ``empty``.
+    """
+
+    module: nn.Module
+    kind: type
+    held: list[tuple[dict[str, Any], list[str], list[Any]]]
+    empty: list[dict[str, Any]]
     facts: dict[str, Any]
     children: list[tuple[str, nn.Module]] = field(default_factory=list)
     tensors: list[tuple[str, Tensor]] = field(default_factory=list)
     mutable: list[tuple[str, Any]] = field(default_factory=list)
+
+    def holds(self) -> bool:
+        """Whether the same objects are still in it."""
+        if type(self.module) is not self.kind or vars(self.module) is not self.held[0][0] or any(self.empty):
+            return False
+        return all(
+            list(current) == keys and all(map(operator.is_, values, current.values()))
+            for current, keys, values in self.held
+        )
+
+
+@dataclass
+class _Registered:
+    """The modules of a model that are registered, in the order in which they are met, their names and their tensors."""
+
+    seen: list[tuple[str, _Seen]] = field(default_factory=list)
+    names: dict[int, str] = field(default_factory=dict)  # by identity
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensor_names: dict[int, str] = field(default_factory=dict)
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether nothing of it was replaced."""
+        return bool(self.seen) and self.seen[0][1].module is model and all(seen.holds() for _, seen in self.seen)
+
+    def add(self, name: str, module: nn.Module, known: Mapping[int, _Seen]) -> list[tuple[str, _Seen]]:
+        """Add a module and all that are registered in it, each under the first name that it is met by.
+
+        Args:
+            known: of modules by identity; one that holds is not looked at again.
+        Returns: what was added.
+        """
+        first, waiting = len(self.seen), deque([(name, module)])
+        self.names[id(module)] = name
+        while waiting:
+            name, module = waiting.popleft()
+            seen = known.get(id(module))
+            if seen is None or not seen.holds():
+                seen = _first_look(module)
+            self.seen.append((name, seen))
+            prefix = f"{name}." if name else ""
+            for key, child in seen.children:
+                if id(child) not in self.names:
+                    self.names[id(child)] = prefix + key
+                    waiting.append((prefix + key, child))
+            for key, tensor in seen.tensors:
+                self.add_tensor(prefix + key, tensor)
+        return self.seen[first:]
+
+    def add_tensor(self, name: str, tensor: Tensor) -> str:
+        known = self.tensor_names.setdefault(id(tensor), name)
+        self.tensors[known] = tensor
+        return known
 
 
 class Fingerprinter:
@@ -103,63 +162,36 @@ class Fingerprinter:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, _Seen] = {}
+        self._registered = _Registered()
 
     def read(self, model: nn.Module) -> Fingerprint:
-        reading = _Reading(self._seen)
-        fingerprint = reading.read(model)
-        self._seen = reading.seen
-        return fingerprint
+        if not self._registered.holds(model):
+            registered, before = _Registered(), self._registered.seen
+            registered.add("", model, {id(seen.module): seen for _, seen in before})
+            self._registered = registered
+        return _Reading(self._registered).read()
 
 
 class _Reading:
-    def __init__(self, before: dict[int, _Seen]) -> None:
-        self.before = before
-        self.seen: dict[int, _Seen] = {}
-        self.names: dict[int, str] = {}  # of the modules met, by identity
-        self.waiting: deque[tuple[str, nn.Module]] = deque()
-        self.tensors: dict[str, Tensor] = {}
-        self.tensor_names: dict[int, str] = {}
+    """What is in the mutable attributes of registered modules, and of modules that are met there."""
+
+    def __init__(self, registered: _Registered) -> None:
+        self.waiting = deque(registered.seen)
+        self.found = _Registered([], dict(registered.names), dict(registered.tensors), dict(registered.tensor_names))
         self.described: dict[int, Any] = {}
 
-    def read(self, model: nn.Module) -> Fingerprint:
+    def read(self) -> Fingerprint:
         modules: dict[str, Mapping[str, Any]] = {}
-        looked: deque[tuple[str, _Seen]] = deque()
-        self._meet("", model)
-        while self.waiting or looked:
-            if self.waiting:  # all registered modules and tensors first, so that they have the names that users know
-                name, module = self.waiting.popleft()
-                looked.append((name, self._look(name, module)))
-            else:
-                name, seen = looked.popleft()
-                described = {key: self.describe(f"{name}.{key}".removeprefix("."), v) for key, v in seen.mutable}
-                modules[name] = seen.facts | described if described else seen.facts
-        return Fingerprint(modules, _tensor_facts(self.tensors))
+        while self.waiting:
+            name, seen = self.waiting.popleft()
+            described = {key: self.describe(f"{name}.{key}".removeprefix("."), v) for key, v in seen.mutable}
+            modules[name] = seen.facts | described if described else seen.facts
+        return Fingerprint(modules, _tensor_facts(self.found.tensors))
 
-    def _meet(self, name: str, module: nn.Module) -> str:
-        known = self.names.get(id(module))
-        if known is None:
-            known = self.names[id(module)] = name
-            self.waiting.append((name, module))
-        return known
-
-    def _look(self, name: str, module: nn.Module) -> _Seen:
-        """What is in a module, without what is inside its mutable attributes."""
-        state = vars(module)
-        objects: list[Any] = [type(module), *state, *state.values()]
-        for kind in _REGISTRIES:
-            registry = _registry(module, kind)
-            objects += [*registry, *registry.values()]
-        seen = self.before.get(id(module))
-        if seen is None or len(seen.objects) != len(objects) or not all(map(operator.is_, seen.objects, objects)):
-            seen = _first_look(module, objects)
-        self.seen[id(module)] = seen
-        prefix = f"{name}." if name else ""
-        for key, child in seen.children:
-            self._meet(prefix + key, child)
-        for key, tensor in seen.tensors:
-            self._tensor(prefix + key, tensor)
-        return seen
+    def meet(self, name: str, module: nn.Module) -> str:
+        if id(module) not in self.found.names:
+            self.waiting += self.found.add(name, module, {})
+        return self.found.names[id(module)]
 
     def describe(self, name: str, value: Any) -> Any:
         """``value`` as something to compare: plain values themselves, the rest by what is in it."""
@@ -169,9 +201,9 @@ class _Reading:
         if kind is float:
             return _rounded(value)
         if isinstance(value, Tensor):
-            return "tensor", self._tensor(name, value)
+            return "tensor", self.found.add_tensor(name, value)
         if isinstance(value, nn.Module):
-            return "module", self._meet(name, value)
+            return "module", self.meet(name, value)
         if isinstance(value, np.generic):
             return self.describe(name, value.item())
         if isinstance(value, (type, types.BuiltinFunctionType, enum.Enum)):
@@ -201,20 +233,18 @@ class _Reading:
         attributes = {} if _is_library(type(value)) else getattr(value, "__dict__", {})
         return id(type(value)), {key: self.describe(f"{name}.{key}", item) for key, item in attributes.items()}
 
-    def _tensor(self, name: str, tensor: Tensor) -> str:
-        known = self.tensor_names.setdefault(id(tensor), name)
-        self.tensors[known] = tensor
-        return known
-
 
 def _registry(module: nn.Module, name: str) -> dict[str, Any]:
     registry = vars(module).get(name)
     return registry if isinstance(registry, dict) else {}  # TorchScript has none; it is refused at the first call
 
 
-def _first_look(module: nn.Module, objects: list[Any]) -> _Seen:
+def _first_look(module: nn.Module) -> _Seen:
     state = vars(module)
-    seen = _Seen(objects, {"class": id(type(module))})
+    registries = [registry for name in _REGISTRIES if isinstance(registry := state.get(name), dict)]
+    held = [(current, list(current), list(current.values())) for current in (state, *registries) if current]
+    seen = _Seen(module, type(module), held, [registry for registry in registries if not registry],
+                 {"class": id(type(module))})  # fmt: skip
     seen.children = [(key, child) for key, child in _registry(module, "_modules").items() if child is not None]
     for name in ("_parameters", "_buffers"):
         seen.tensors += [(key, tensor) for key, tensor in _registry(module, name).items() if tensor is not None]
@@ -292,8 +322,8 @@ def _samples(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
                 if stride is not None:
                     groups[tensor.device, tensor.dtype][name] = tensor.as_strided((SAMPLES,), (stride,))
         for group in groups.values():
-            rows = torch.stack(list(group.values())).view(torch.uint8).cpu().numpy()  # [tensors, bytes]
-            data, length = rows.tobytes(), rows.shape[1]
+            data = torch.cat(list(group.values())).view(torch.uint8).cpu().numpy().tobytes()
+            length = len(data) // len(group)
             taken |= {name: data[i * length : (i + 1) * length] for i, name in enumerate(group)}
     return taken
 
