@@ -13,7 +13,7 @@ if DEVICE == "cpu":
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from fisedit.runtime.kernels.multiply_rows.steps import own_tile, working_tile, working_tiles  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows.steps import tile_at, working_tile, working_tiles  # noqa: E402
 
 TILE = 16
 
@@ -27,8 +27,8 @@ def _list_working(out, per, n_out, batch, BM: tl.constexpr):
 
 
 @triton.jit
-def _list_own(out, across):
-    tile_m, tile_n = own_tile(across)
+def _list_tiles(out, across):
+    tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
     at = out + (tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)) * 2
     tl.store(at, tile_m)
     tl.store(at + 1, tile_n)
@@ -49,6 +49,6 @@ def test_tiles_with_work_are_those_that_hold_rows(batch: int, per: int, n_out: i
 def test_programs_beside_each_other_share_rows_or_weights(across: int) -> None:
     grid = (3, 4)
     out = torch.full((12, 2), -1, dtype=torch.int32, device=DEVICE)
-    _list_own[grid](out, across)
+    _list_tiles[grid](out, across)
     tiles = [tuple(tile) for tile in out.tolist()]
     assert tiles == [(number // 3, number % 3) if across else (number % 3, number // 3) for number in range(12)]

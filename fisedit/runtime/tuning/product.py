@@ -189,10 +189,10 @@ def wide(tile: Config, product: Product) -> int:
 
 @cache
 def fit(tile: Config, product: Product, rows: int) -> Config:
-    """A tile with its work split as the model likes best."""
-    tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
+    """A tile with its work split as the model likes best; in turns, it is not split."""
     if tile.turns:
         return tile
+    tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))

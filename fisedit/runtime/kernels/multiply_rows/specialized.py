@@ -37,8 +37,8 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     find_patches,
     has_work,
     next_step,
-    own_tile,
     tap_rows,
+    tile_at,
     which_rows,
 )
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
@@ -46,7 +46,8 @@ from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_befo
 LOADERS, GATHERERS = 1, 4
 """Warps that load rows as they lie, and that gather them: a warp more loads the weights."""
 READERS: gl.constexpr = gl.constexpr(2)
-"""Warps that add up the moments of rows."""
+AHEAD: gl.constexpr = gl.constexpr(512)
+"""Warps that add up the moments of rows, and how many of their parts they load at a time."""
 HALF = 113 * 1024
 """Bytes of shared memory, so that two programs fit into a multiprocessor."""
 
@@ -180,7 +181,7 @@ def find_deviation(before, found, known, row0, per, n_out, batch, plane, PDL: gl
     where, _ = which_rows(row0, inside, per, n_out, batch, False, PAIR)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    mean, rstd = load_deviation(before, where, plane, 512 // found.type.shape[1])
+    mean, rstd = load_deviation(before, where, plane, AHEAD // found.type.shape[1])
     found.index(0).store(mean)
     found.index(1).store(rstd)
     mbarrier.arrive(known, count=1)
@@ -291,7 +292,7 @@ def multiply_specialized(
     layout: gl.constexpr = gl.BlockedLayout([1, EACH], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
-    tile_m, tile_n = own_tile(across)
+    tile_m, tile_n = tile_at(gl.program_id(0), gl.program_id(1), across)
     row0 = tile_m * BM
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, _ = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)

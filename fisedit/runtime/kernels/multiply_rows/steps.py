@@ -50,11 +50,10 @@ def has_work(first, where, per, n_out, batch, GATHER: tl.constexpr):
 
 
 @triton.jit
-def own_tile(across):
-    """Of a program, which tile of rows and which of columns. Programs beside each other have the same rows if
-    ``across``, or else the same weights: what one of them reads is in L2 for the next."""
-    first, second = tl.program_id(0), tl.program_id(1)
-    return tl.where(across > 0, second, first), tl.where(across > 0, first, second)
+def tile_at(place, line, across):
+    """Which tile of rows and which of columns is the ``place``-th of a ``line``: of the same rows if ``across``, or
+    else of the same weights. What one program reads is in L2 for those beside it."""
+    return tl.where(across > 0, line, place), tl.where(across > 0, place, line)
 
 
 @triton.jit

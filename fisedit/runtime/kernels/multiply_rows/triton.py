@@ -28,7 +28,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     load_residual,
     share_part,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, own_tile, which_rows
+from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, tile_at, which_rows
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
@@ -125,7 +125,7 @@ def _multiply(
     made = (out, normalized, made_moments)
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
-    tile_m, tile_n = own_tile(across)
+    tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
     row0 = tile_m * BM
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + tl.arange(0, BN)

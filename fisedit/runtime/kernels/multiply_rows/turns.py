@@ -19,8 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
-from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights
-from fisedit.runtime.kernels.multiply_rows.steps import which_rows, working_tile, working_tiles
+from fisedit.runtime.kernels.multiply_rows.specialized import AHEAD, READERS, ask_rows, ask_weights
+from fisedit.runtime.kernels.multiply_rows.steps import tile_at, which_rows, working_tile, working_tiles
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
 WARPS: gl.constexpr = gl.constexpr(4)
@@ -31,14 +31,14 @@ REGISTERS = 168
 
 @triton.jit
 def tile_of(turn, work, BM: tl.constexpr):
-    """The first row of what a program has at ``turn``, and of which weights; in the order of :func:`own_tile`."""
+    """The first row of what a program has at ``turn``, and of which weights."""
     tiles_m, tiles_n, across = work[2]
     per, n_out, batch = work[3]
     index = tl.program_id(0) + turn * tl.num_programs(0)
     length = tl.where(across > 0, tiles_n, tiles_m)
     line = index // length
     place = index - line * length
-    tile_m, tile_n = tl.where(across > 0, line, place), tl.where(across > 0, place, line)
+    tile_m, tile_n = tile_at(place, line, across)
     return working_tile(tile_m, per, n_out, batch, BM) * BM, tile_n
 
 
@@ -81,7 +81,7 @@ def find_deviations(before, deviations, work, PDL: gl.constexpr, PAIR: gl.conste
         row0, _ = tile_of(turn, work, BM)
         inside = gl.arange(0, BM, layout=layout)
         where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
-        mean, rstd = load_deviation(before, where, plane, 512 // BM)
+        mean, rstd = load_deviation(before, where, plane, AHEAD // BM)
         mbarrier.wait(taken.index(group), phase ^ 1)
         found.index(2 * group).store(mean)
         found.index(2 * group + 1).store(rstd)
@@ -222,7 +222,7 @@ def multiply_in_turns(
     )
     full, empty = make_barriers(STAGES, 2, 1)  # rows and weights fill a stage
     ring, begins = (buffers, full, empty), make_barriers(1, 1, 1)
-    if turns > 0:
+    if turns > 0:  # registers: of the second group, and of those that load; the first group has the rest
         if moments is not None:
             found = gl.allocate_shared_memory(gl.float32, [4, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
             known, taken = make_barriers(2, 1, 1)
