@@ -151,10 +151,10 @@ def test_sizes_of_real_models(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
-@pytest.mark.parametrize("split", [1, 3])
-def test_three_samples_by_warps_of_different_tasks(dtype: torch.dtype, split: int) -> None:
+@pytest.mark.parametrize(("split", "turns"), [(1, False), (3, False), (1, True)])
+def test_three_samples_by_warps_of_different_tasks(dtype: torch.dtype, split: int, turns: bool) -> None:
     """On a CPU, by the other kernel."""
-    config = Config(64, 64, 64, 4, 4, split, specialized=True)
+    config = Config(64, 64, 64, 4, 4, split, specialized=True, turns=turns)
     rows, recorded = random(3, 40, 64, dtype=dtype), random(3, 50, 64, seed=1, dtype=dtype)
     sources = torch.randint(-1, 90, (1, 40, 9), generator=torch.Generator().manual_seed(2)).int().to(DEVICE)
     weight, residual = random(64, 9 * 64, seed=3, dtype=dtype) / 24, random(3, 40, 64, seed=4, dtype=dtype)
@@ -163,7 +163,7 @@ def test_three_samples_by_warps_of_different_tasks(dtype: torch.dtype, split: in
     check(dtype, 37, config, rows=rows, weight=weight[:, :192].contiguous(), bias=random(64, seed=6, dtype=dtype))
 
 
-@pytest.mark.skipif(not specializes(), reason="needs a GPU of compute capability 9.0")
+@pytest.mark.skipif(DEVICE == "cpu" or not specializes(), reason="needs a GPU of compute capability 9.0")
 @pytest.mark.parametrize("tile", TURNS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_more_tiles_than_programs(tile: Config, dtype: torch.dtype) -> None:
