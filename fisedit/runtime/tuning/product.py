@@ -62,8 +62,9 @@ HOPELESS = 1.3
 """Times the best estimate: tiles in turns that take longer by the model are not timed."""
 LIBRARY_BETWEEN = 1.5
 """µs on an H100, by calls of whole models under several such numbers."""
-BARRIERS = 512
-"""Bytes of shared memory at most by which warps of different tasks wait for each other."""
+BARRIERS, DEVIATION = 512, 8
+"""Bytes of shared memory at most by which warps of different tasks wait for each other, and of what they tell of a
+row."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,8 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
 def _deepest(tile: Config, product: Product, memory: int) -> int:
     """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
     rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, wide(tile, product)))
-    return (memory - (BARRIERS if tile.specialized else 0)) // (rows + weights) + (tile.m < 64)
+    beside = BARRIERS + DEVIATION * tile.m if tile.specialized else 0
+    return (memory - beside) // (rows + weights) + (tile.m < 64)
 
 
 START, SPLIT, SPLIT_SPECIALIZED = 1.7, 2.9, 3.7

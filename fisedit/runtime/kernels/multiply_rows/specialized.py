@@ -173,15 +173,20 @@ def load_sources(
 
 
 @gluon.jit
-def find_deviation(before, found, known, row0, per, n_out, batch, plane, PDL: gl.constexpr, PAIR: gl.constexpr,
-                   WARPS: gl.constexpr):  # fmt: skip
-    """What :func:`load_deviation` gives, into shared memory, while other warps multiply."""
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    inside = gl.arange(0, found.type.shape[1], layout=layout)
-    where, _ = which_rows(row0, inside, per, n_out, batch, False, PAIR)
+def deviation_of(before, row0, sizes, plane, PAIR: gl.constexpr, BM: gl.constexpr):
+    """What :func:`load_deviation` gives for the rows of a tile, by warps of their own."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
+    inside = gl.arange(0, BM, layout=layout)
+    where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
+    return load_deviation(before, where, plane, AHEAD // BM)
+
+
+@gluon.jit
+def find_deviation(before, found, known, row0, sizes, plane, PDL: gl.constexpr, PAIR: gl.constexpr):
+    """Mean and deviation of each row into shared memory, while other warps multiply."""
     if PDL:
         tl.extra.cuda.gdc_wait()
-    mean, rstd = load_deviation(before, where, plane, AHEAD // found.type.shape[1])
+    mean, rstd = deviation_of(before, row0, sizes, plane, PAIR, found.type.shape[1])
     found.index(0).store(mean)
     found.index(1).store(rstd)
     mbarrier.arrive(known, count=1)
@@ -257,7 +262,7 @@ def share_tasks(
         made = gl.warp_specialize([
             (add_steps, (buffers, full, empty, task, GATED, EVEN_N, SPLIT, PDL)),
             (load_sources, (given, weights, buffers, full, empty, row0, first, last, GATED, PDL)),
-            (find_deviation, (before, found, known, row0, per, n_out, batch, plane, PDL, PAIR, READERS)),
+            (find_deviation, (before, found, known, row0, (per, n_out, batch), plane, PDL, PAIR)),
         ], [LOADERS, READERS], [REGISTERS, 48])  # fmt: skip
         mbarrier.wait(known, 0)
         deviation = (found.index(0).load(where[1].type.layout), found.index(1).load(where[1].type.layout))

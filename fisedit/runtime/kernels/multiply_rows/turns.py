@@ -18,8 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_deviation, load_residual
-from fisedit.runtime.kernels.multiply_rows.specialized import AHEAD, READERS, ask_rows, ask_weights
+from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_residual
+from fisedit.runtime.kernels.multiply_rows.specialized import READERS, ask_rows, ask_weights, deviation_of
 from fisedit.runtime.kernels.multiply_rows.steps import tile_at, which_rows, working_tile, working_tiles
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before, wait_for_kernel
 
@@ -71,17 +71,13 @@ def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.const
 def find_deviations(before, deviations, work, PDL: gl.constexpr, PAIR: gl.constexpr):
     """Of the rows of each tile, for each group in its turn."""
     found, known, taken = deviations
-    turns, sizes, plane = work[0], work[3], work[4]
     BM: gl.constexpr = found.type.shape[1]
-    layout: gl.constexpr = gl.BlockedLayout([1], [32], [READERS], [0])
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for turn in range(turns):
+    for turn in range(work[0]):
         group, phase = turn % 2, (turn // 2) % 2
         row0, _ = tile_of(turn, work, BM)
-        inside = gl.arange(0, BM, layout=layout)
-        where, _ = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], False, PAIR)
-        mean, rstd = load_deviation(before, where, plane, AHEAD // BM)
+        mean, rstd = deviation_of(before, row0, work[3], work[4], PAIR, BM)
         mbarrier.wait(taken.index(group), phase ^ 1)
         found.index(2 * group).store(mean)
         found.index(2 * group + 1).store(rstd)
