@@ -19,6 +19,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Annotated, Any
@@ -105,7 +106,7 @@ def measure_edit(
     step, start = subject.step(ours), wait(device)
     with ours.edit(base, mask) as edit:
         entered = (wait(device) - start) * 1e3
-        first = [milliseconds(lambda t=t: step(t), device) for t in subject.timesteps[:WARM]]  # type: ignore[misc]
+        first = [milliseconds(partial(step, timestep), device) for timestep in subject.timesteps[:WARM]]
         timed, out = loop(step, subject.timesteps[WARM:], device)
     assert subject.wanted is not None
     error = relative_error(out, subject.wanted, mask)
@@ -335,7 +336,7 @@ def measured(subject: Subject) -> Iterator[None]:
     try:
         yield
     finally:
-        subject.dense = subject.ours = subject.unet = None  # type: ignore[assignment]
+        del subject.dense, subject.ours, subject.unet
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():

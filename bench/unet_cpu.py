@@ -133,7 +133,7 @@ def fastest_dense(
             if "channels last" in name:
                 sample = sample.contiguous(memory_format=torch.channels_last)
             given = {**call, "sample": sample}
-            times[name].append(seconds(lambda v=variant, g=given: v(timestep=500.0, **g), device))  # type: ignore[misc]
+            times[name].append(seconds(partial(variant, timestep=500.0, **given), device))
     medians = {name: median(values[1:]) for name, values in times.items()}
     return min(medians, key=medians.__getitem__), medians
 
@@ -149,7 +149,7 @@ def measure(
             unet(timestep=timestep, **call)
     with unet.edit(base, mask) as edit:
         for timestep in timesteps:
-            times.append(seconds(lambda t=timestep: dense(timestep=t, **call), device))  # type: ignore[misc]
+            times.append(seconds(partial(dense, timestep=timestep, **call), device))
             unet(timestep=timestep, **call)
     report = edit.report()
     assert report.macs_dense is not None and report.macs_sparse is not None

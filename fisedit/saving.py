@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -228,7 +228,7 @@ def _pack_kinds(cache: StepCache) -> dict[str, dict[str, str]]:
 def _unpack_kinds(packed: Mapping[str, Mapping[str, str]]) -> Kinds:
     if unknown := [kind for kind in packed if kind not in get_args(Kind)]:
         raise ValueError(f"{unknown[0]!r} is no kind of values")
-    return {kind: {slot: _dtype(name) for slot, name in of.items()} for kind, of in packed.items()}  # type: ignore[misc]
+    return {cast(Kind, kind): {slot: _dtype(name) for slot, name in of.items()} for kind, of in packed.items()}
 
 
 def _pack_signature(signature: Signature, packer: Packer) -> dict[str, Any]:

@@ -474,4 +474,4 @@ class Tiers:
 
 def place_of(tier: Tier) -> Place:
     """The budget that a tier counts to."""
-    return "host" if tier in ("pinned", "pageable") else tier  # type: ignore[return-value]
+    return "host" if tier == "pinned" or tier == "pageable" else tier
