@@ -20,13 +20,24 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from fisedit.runtime.kernels.attend_rows.config import GROUP, GROUPS
 from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, place_of, recorded_rows, store_rows, work_of
-from fisedit.runtime.kernels.stages import next_stage, wait_for_kernel
+from fisedit.runtime.kernels.stages import make_barriers, next_stage, wait_for_kernel
 
 LOADERS = 4
 REGISTERS = {"REGISTERS": 144, "LOADER_REGISTERS": 80, "maxnreg": 128}
 """Of a thread that attends, of one that loads, and of each on average."""
+LATE: tl.constexpr = tl.constexpr(2)
+"""Blocks of keys that are asked for behind one before those who attend hear of it."""
 ROWS: tl.constexpr = tl.constexpr(GROUP)
 TILE: tl.constexpr = tl.constexpr(GROUP * GROUPS)
+
+
+@gluon.jit
+def places_of(read, sample, head, number, HEAD_DIM: gl.constexpr, ADDRESSES: gl.constexpr, ALIGN: gl.constexpr):
+    """Where the active rows of a head lie, and where its recorded rows would begin if the table counted them so."""
+    rows, batch_stride, head_stride, _, recorded, recorded_batch, recorded_stride = read
+    own = rows + tl.multiple_of(sample.to(gl.int64) * batch_stride + head * head_stride, ALIGN)
+    there = recorded_rows(rows, recorded, sample, recorded_batch, number, recorded_stride, ADDRESSES, ALIGN)
+    return own, head * HEAD_DIM + there
 
 
 @gluon.jit
@@ -35,43 +46,67 @@ def load_keys(
     HEAD_DIM: gl.constexpr, ADDRESSES: gl.constexpr, SHARED: gl.constexpr, EVEN: gl.constexpr, ALIGN: gl.constexpr,
     PDL: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Keys and values, block by block, and tile by tile; where each lies is known a block ahead."""
-    STAGES: gl.constexpr = full[0].type.shape[0]
+    """Keys and values, block by block, and tile by tile; where each lies is known a block ahead.
+
+    What lies in shared memory has to be fenced before matrix units read it: here, ``LATE`` blocks after it was asked
+    for, and not by each group that attends.
+    """
+    STAGES: gl.constexpr = full.type.shape[0]
     BN: gl.constexpr = buffers[0].type.shape[1]
     D: gl.constexpr = buffers[0].type.shape[2]
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     column = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     inside = gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
     wait_for_kernel(PDL)
-    stage, phase = 0, 1
+    asked = 0
     for tile in range(first_tile, last_tile):
         pair, _, begin, stop = place_of(tile, work, TILE, SHARED)
         sample = pair // heads
         head = pair - sample * heads
+        places = (
+            places_of(read[0], sample, head, number, HEAD_DIM, ADDRESSES, ALIGN),
+            places_of(read[1], sample, head, number, HEAD_DIM, ADDRESSES, ALIGN),
+        )
         own_table = table + sample * table_batch
         position = begin * BN + inside
         index = gl.load(own_table + position, mask=None if EVEN else position < keys, other=None if EVEN else 0)
         for _ in range(begin, stop):
             position = gl.minimum(position + BN, (stop - 1) * BN + inside)
             following = gl.load(own_table + position, mask=None if EVEN else position < keys, other=None if EVEN else 0)
-            active = index < number
+            active, stage = index < number, asked % STAGES
+            mbarrier.wait(empty.index(stage), (asked // STAGES + 1) % 2)
             for kind in gl.static_range(2):
-                rows, batch_stride, head_stride, row_stride, recorded, recorded_batch, recorded_stride = read[kind]
-                own = rows + tl.multiple_of(sample.to(gl.int64) * batch_stride + head * head_stride, ALIGN)
-                there = head * HEAD_DIM + recorded_rows(
-                    rows, recorded, sample, recorded_batch, number, recorded_stride, ADDRESSES, ALIGN
-                )
-                offset = tl.multiple_of(index * gl.where(active, row_stride, recorded_stride), ALIGN)
+                own, there = places[kind]
+                offset = tl.multiple_of(index * gl.where(active, read[kind][3], read[kind][6]), ALIGN)
                 at = gl.where(active, own, there)[:, None] + (offset[:, None] + column[None, :])
-                mbarrier.wait(empty[kind].index(stage), phase)
                 if HEAD_DIM == D:
                     async_copy.async_copy_global_to_shared(buffers[kind].index(stage), at)
                 else:
                     of_head = (column < HEAD_DIM)[None, :] & (inside >= 0)[:, None]
                     async_copy.async_copy_global_to_shared(buffers[kind].index(stage), at, mask=of_head)
-                async_copy.mbarrier_arrive(full[kind].index(stage), increment_count=False)
-            stage, phase = next_stage(stage, phase, STAGES)
+            async_copy.commit_group()
+            async_copy.wait_group(LATE)
+            fence_async_shared()
+            mbarrier.arrive(full.index((asked + STAGES - LATE) % STAGES), count=1, pred=asked >= LATE)
+            asked += 1
             index = following
+    async_copy.wait_group(0)
+    fence_async_shared()
+    for left in gl.static_range(LATE):
+        block = asked - LATE + left
+        mbarrier.arrive(full.index((block + STAGES) % STAGES), count=1, pred=block >= 0)
+
+
+@gluon.jit
+def halves(x):
+    """The columns of a tile in two tensors, each number in the thread that has it."""
+    return gl.split(x.reshape((x.shape[0], 2, x.shape[1] // 2)).permute((0, 2, 1)))
+
+
+@gluon.jit
+def add_eighths(x):
+    """Sums of each row over every eighth column, ``[ROWS, 8]``: each thread adds up its own numbers."""
+    return gl.sum(x.reshape((x.shape[0], x.shape[1] // 8, 8)), 1)
 
 
 @gluon.jit
@@ -79,48 +114,51 @@ def attend_keys(
     queries, buffers, full, empty, begin, stop, stage, phase, keys, scale, s_layout: gl.constexpr,
     o_layout: gl.constexpr, EVEN: gl.constexpr,
 ):  # fmt: skip
-    """Weighted sum of values ``[ROWS, D]``, row maxima in units of log2, and row sums, over some blocks of keys."""
-    STAGES: gl.constexpr = full[0].type.shape[0]
+    """Weighted sum of values ``[ROWS, D]``, row maxima in units of log2, and row sums, over some blocks of keys.
+
+    A block is weighed in four parts: the values of one are added while the next is weighed.
+    """
+    STAGES: gl.constexpr = full.type.shape[0]
     BN: gl.constexpr = buffers[0].type.shape[1]
     D: gl.constexpr = buffers[0].type.shape[2]
     top = gl.full([ROWS], -1.0e30, gl.float32, layout=gl.SliceLayout(1, s_layout))
-    total = gl.full([ROWS], 0.0, gl.float32, layout=gl.SliceLayout(1, s_layout))
-    sums = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
     nothing = gl.zeros([ROWS, BN], gl.float32, layout=s_layout)
+    total = add_eighths(nothing)
+    sums = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
     inside = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
     for block in range(begin, stop):
-        mbarrier.wait(full[0].index(stage), phase)
-        fence_async_shared()
-        k = buffers[0].index(stage).permute((1, 0))
+        mbarrier.wait(full.index(stage), phase)
+        k, values = buffers[0].index(stage).permute((1, 0)), buffers[1].index(stage)
         logits = warpgroup_mma(queries, k, nothing, use_acc=False, is_async=True)
         logits = warpgroup_mma_wait(0, deps=(logits,))  # [ROWS, BN]
-        mbarrier.arrive(empty[0].index(stage), count=1)
         if not EVEN:
             logits = gl.where((block * BN + inside < keys)[None, :], logits, float("-inf"))
         higher = gl.maximum(top, gl.max(logits, 1) * scale)
-        weights = gl.exp2(logits * scale - higher[:, None])
         fade = gl.exp2(top - higher)
-        total = total * fade + gl.sum(weights, 1)
         top = higher
-        sums = sums * gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
-        weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, o_layout, 2))
-        mbarrier.wait(full[1].index(stage), phase)
-        fence_async_shared()
-        sums = warpgroup_mma(weights, buffers[1].index(stage), sums, is_async=True)
+        total *= gl.convert_layout(fade, gl.SliceLayout(1, total.type.layout))[:, None]
+        sums *= gl.convert_layout(fade, gl.SliceLayout(1, o_layout))[:, None]
+        lower, upper = halves(logits)
+        parts = halves(lower) + halves(upper)
+        for number in gl.static_range(4):
+            shift = gl.convert_layout(higher, gl.SliceLayout(1, parts[number].type.layout))[:, None]
+            weights = gl.exp2(parts[number] * scale - shift)
+            total += gl.convert_layout(add_eighths(weights), total.type.layout)
+            weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, o_layout, 2))
+            sums = warpgroup_mma(weights, values.slice(number * (BN // 4), BN // 4), sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=(sums,))
-        mbarrier.arrive(empty[1].index(stage), count=1)
+        mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
-    return sums, top, total, stage, phase
+    return sums, top, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout)), stage, phase
 
 
 @gluon.jit
 def skip_keys(full, empty, begin, stop, stage, phase):
     """Blocks of keys that no row of a group attends to."""
-    STAGES: gl.constexpr = full[0].type.shape[0]
+    STAGES: gl.constexpr = full.type.shape[0]
     for _ in range(begin, stop):
-        for kind in gl.static_range(2):
-            mbarrier.wait(full[kind].index(stage), phase)
-            mbarrier.arrive(empty[kind].index(stage), count=1)
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage), count=1)
         stage, phase = next_stage(stage, phase, STAGES)
     return stage, phase
 
@@ -196,19 +234,7 @@ def attend_specialized(
         gl.allocate_shared_memory(TYPE, [STAGES, BN, D], layout),
         gl.allocate_shared_memory(TYPE, [STAGES, BN, D], layout),
     )
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    full = (
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-    )
-    empty = (
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-        gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER),
-    )
-    for turn in gl.static_range(STAGES):
-        for kind in gl.static_range(2):
-            mbarrier.init(full[kind].index(turn), count=32 * LOADERS)
-            mbarrier.init(empty[kind].index(turn), count=TILE // ROWS)
+    full, empty = make_barriers(STAGES, 1, TILE // ROWS)
     fence_async_shared()
     read = (
         (key, key_batch, key_head, key_row, recorded_key, recorded_key_batch, recorded_key_row),
