@@ -187,7 +187,7 @@ def test_machines_are_told_apart() -> None:
     here = Machine.of("cpu")
     assert here.pytorch == torch.__version__ and here.fisedit != "none"
     other = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "0.1.0")
-    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-9.json"
+    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-10.json"
     assert other.file_name != here.file_name
 
 

@@ -190,15 +190,25 @@ def test_both_forms_of_a_norm_are_compiled(monkeypatch: pytest.MonkeyPatch) -> N
     assert sorted(seen[4:]) == sorted([(tuning.RULE, 3), (tuning.LIBRARY, 3), (tuning.RULE, 0), (tuning.LIBRARY, 0)])
 
 
-def test_a_layer_norm_is_timed_with_every_way() -> None:
-    """It is a launch behind ours; other norms are a part of ours."""
-    given = arguments(1)
-    layer, other = (given | {"norm": NORMS[name]} for name in ("layer_norm", "normalize"))
-    for way, norms in ((tuning.LIBRARY, (True, True)), (tuning.RULE, (True, False))):
-        assert tuple("norm" in tuning.bare(each, way) for each in (layer, other)) == norms
-        assert all(isinstance(tuning.Call(each).rehearse(way), tuple) for each in (layer, other))
-    folded = given | {"norm": NORMS["layer_norm"] | {"norm_moments": True}}
-    assert "norm" not in tuning.bare(folded, tuning.RULE)  # the next product does it
+def test_a_way_is_timed_with_all_that_follows_its_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is the layer's own comes from another place each time, as it does in a model of many layers."""
+    given = arguments(1) | {"norm": NORMS["layer_norm"], "center": random(OUTPUTS, seed=1)}
+    ran: list[dict[str, Any]] = []
+
+    def time_way(runs: Any) -> float:
+        for each in runs:
+            each()
+        return 1.0
+
+    monkeypatch.setattr(tuning, "run", lambda way, given: ran.append(given))
+    monkeypatch.setattr(tuning, "time_way", time_way)
+    monkeypatch.setattr(tuning, "copies_beyond_l2", lambda *own, most: [own, tuple(t.clone() for t in own)])
+    assert tuning.Stopwatch(given)(tuning.RULE, 8) == 1.0
+    first, second = ran
+    assert {*first} == {*second} == {*given, "moments"} and first["norm"] is given["norm"]
+    for name in ("weight", "bias", "center"):
+        assert first[name] is given[name] and second[name].equal(given[name]) and second[name] is not given[name]
+    assert second["residual"] is first["residual"] and first["residual"].shape == (2, 8, OUTPUTS)
 
 
 def test_a_product_of_rows_with_moments_is_timed_with_them() -> None:
@@ -206,9 +216,9 @@ def test_a_product_of_rows_with_moments_is_timed_with_them() -> None:
     reads = arguments(1) | {"rows": random(2, ACTIVE, 160, seed=1), "center": random(OUTPUTS, seed=1)}
     for parts in (0, 2):
         given = reads | {"moments": torch.zeros(2, parts, 2, ACTIVE, device=DEVICE)}
-        assert tuning.bare(given, tuning.LIBRARY)["moments"].shape == (2, 1, 2, ACTIVE)
-        assert tuning.bare(given, tuning.RULE)["moments"].shape == (2, 3, 2, ACTIVE)
-    assert "moments" not in tuning.bare(arguments(1), tuning.RULE)
+        assert tuning.timed(given, tuning.LIBRARY)["moments"].shape == (2, 1, 2, ACTIVE)
+        assert tuning.timed(given, tuning.RULE)["moments"].shape == (2, 3, 2, ACTIVE)
+    assert "moments" not in tuning.timed(arguments(1), tuning.RULE)
     assert tuning.Product.of(reads).key != tuning.Product.of(arguments(1) | {"rows": reads["rows"]}).key
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,13 +160,13 @@ def test_cudnn_attends_nothing_in_a_rehearsal(tmp_path: Path, monkeypatch: pytes
 def test_rows_to_time_are_attended_like_those_of_a_graph() -> None:
     """Twelve of them, two of which are padding, at the first positions of the map, in both kinds of memory."""
     given = arguments()
-    sized = tuning.Stopwatch(given).with_rows(12)
+    sized = tuning.Stopwatch(given).with_rows(12, 10)
     assert sized["query"].shape == (2, 12, HEADS * DIM) and sized["query"].stride() == (12 * 96, 96, 1)
     assert int(sized["count"]) == 10 and tuning.has_ways(sized)
     assert sized["table"].tolist() == [[*range(10), *range(22, 36)]]
     out, wanted = tuning.run(RULE, sized), reference.attend_rows(**sized)
     torch.testing.assert_close(out[:, :10], wanted[:, :10], atol=2e-3, rtol=0)
-    many = tuning.Stopwatch(given).with_rows(32)  # past the map's end
+    many = tuning.Stopwatch(given).with_rows(32, 28)  # past the map's end
     assert int(many["table"].max()) < 32
 
     pointers = torch.tensor([rows.data_ptr() for rows in given["recorded_key"]], device=DEVICE)
@@ -194,6 +195,15 @@ def test_ways_are_few(attention: tuning.Attention) -> None:
         rule = choose_config(typical(number), attention.keys, 64, 2 * attention.heads, 2, True)
         assert rule.programs in {way.programs for way in configs if way.m == rule.m}
         assert len(configs) >= 4 and all(way.m <= max(64, number) for way in configs)
+
+
+def test_a_further_round_of_tiles_counts() -> None:
+    """Of a tile for each program, 1025 queries have 120 tiles and 1280 have 140, of 132 multiprocessors."""
+    attention, tile = tuning.Attention(2, 10, 64, 4096, torch.float16), tuning.SPECIALIZED
+    assert tuning.actives(tile, attention, 1280) == (1025, 1280)
+    assert tuning.actives(tile, attention, 384) == tuning.actives(replace(tile, programs=132), attention, 384) == (352,)
+    assert tuning.actives(replace(tile, programs=132), attention, 1280) == (1152,)
+    assert tuning.actives(tuning.CUDNN, attention, 1280) == (1152,)
 
 
 @pytest.mark.parametrize("attention", SD2, ids=lambda attention: str(attention.keys))

@@ -55,7 +55,7 @@ class Shape(Hashable, Protocol):
         ...
 
 
-SCHEMA = 9
+SCHEMA = 10
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 

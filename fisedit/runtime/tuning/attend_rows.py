@@ -7,6 +7,7 @@ import math
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import mean
 from typing import Any
 
 import torch
@@ -15,10 +16,17 @@ from torch import Tensor
 from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows import reference
 from fisedit.runtime.kernels.attend_rows import triton as kernel
-from fisedit.runtime.kernels.attend_rows.config import Config, best_programs, choose_config, deepen, partial_bytes
+from fisedit.runtime.kernels.attend_rows.config import (
+    MULTIPROCESSORS,
+    Config,
+    best_programs,
+    choose_config,
+    deepen,
+    partial_bytes,
+)
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
-from fisedit.runtime.kernels.launch import current, specializes
-from fisedit.runtime.row_plan import LOCKS, bucket, buckets, typical
+from fisedit.runtime.kernels.launch import cdiv, current, specializes
+from fisedit.runtime.row_plan import LOCKS, bucket, buckets, smallest, typical
 from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
 
 CUDNN = "cudnn"
@@ -130,6 +138,17 @@ def candidates(attention: Attention, number: int) -> list[Way]:
     return ways + [CUDNN] * (attention.head_dim <= LARGEST_CUDNN and work >= LEAST_WORK)
 
 
+def actives(way: Way, attention: Attention, number: int) -> tuple[int, ...]:
+    """With how many queries active a way is timed for a padded number: typically many; or the fewest and the most, if
+    between them a further round of tiles begins."""
+    ends = smallest(number), number
+    if isinstance(way, Config) and not way.programs:
+        pairs = attention.batch * attention.heads
+        if len({cdiv(cdiv(active, way.m) * pairs, MULTIPROCESSORS) for active in ends}) > 1:
+            return ends
+    return (typical(number),)
+
+
 class Call:
     """An ``attend_rows`` with a table by its arguments; see :class:`fisedit.runtime.tuning.choose.Call`."""
 
@@ -192,22 +211,26 @@ class Stopwatch:
         shape = (attention.batch, attention.keys, query.shape[2])
         self.maps = copies_beyond_l2(*(_random(query, *shape) for _ in range(2)), most=16)
         self.recorded = [tuple(map(self.read_as_given, pair)) for pair in self.maps]
-        self.sized: tuple[int, dict[str, Any]] = (0, {})
+        self.sized: tuple[tuple[int, int], dict[str, Any]] = ((0, 0), {})
 
     def __call__(self, way: Any, number: int) -> float:
         """µs for ``number`` queries of each sample; infinite where the GPU or a library cannot do it."""
-        if self.sized[0] != number:
-            self.sized = (number, self.with_rows(number))
-        given = self.sized[1]
-        runs = [
-            partial(run, way, {**given, "recorded_key": key, "recorded_value": value}) for key, value in self.recorded
-        ]
-        if way == CUDNN:
-            try:
-                runs[0]()
-            except RuntimeError:  # not for these shapes, this GPU or this build of PyTorch
-                return math.inf
-        return time_way(runs)
+        times = []
+        for active in actives(way, Attention.of(self.given), number):
+            if self.sized[0] != (number, active):
+                self.sized = ((number, active), self.with_rows(number, active))
+            given = self.sized[1]
+            runs = [
+                partial(run, way, {**given, "recorded_key": key, "recorded_value": value})
+                for key, value in self.recorded
+            ]
+            if way == CUDNN:
+                try:
+                    runs[0]()
+                except RuntimeError:  # not for these shapes, this GPU or this build of PyTorch
+                    return math.inf
+            times.append(time_way(runs))
+        return mean(times)
 
     def read_as_given(self, recorded: Tensor) -> Tensor:
         """A map ``[B, R, C]``, or the addresses int64 ``[B]`` of its samples."""
@@ -215,14 +238,15 @@ class Stopwatch:
             return recorded
         return torch.tensor([sample.data_ptr() for sample in recorded], device=recorded.device)
 
-    def with_rows(self, number: int) -> dict[str, Any]:
-        """The arguments for ``number`` queries: slices of one buffer, as projections of one product are."""
+    def with_rows(self, number: int, active: int) -> dict[str, Any]:
+        """The arguments for ``number`` queries, ``active`` of them no padding: slices of one buffer, as projections of
+        one product are."""
         batch, _, width = self.given["query"].shape
         masks, positions = self.given["table"].shape
         query, key, value = _random(self.given["query"], batch, number, 3 * width).chunk(3, -1)
         place = torch.arange(positions, device=self.given["table"].device, dtype=torch.int32)
-        table = place.where(place < typical(number), place + number).repeat(masks, 1)  # [M, R]
-        count = torch.full_like(self.given["count"], typical(number))
+        table = place.where(place < active, place + number).repeat(masks, 1)  # [M, R]
+        count = torch.full_like(self.given["count"], active)
         return {**self.given, "query": query, "key": key, "value": value, "table": table, "count": count}
 
 

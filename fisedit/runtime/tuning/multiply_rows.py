@@ -80,9 +80,7 @@ class Call:
         return run(way, self.given)
 
     def rehearse(self, way: Any) -> Any:
-        given = bare(self.given, way)
-        made = run(way, given)
-        return (made, made, _no_moments(made)) if "norm" in self.given and "norm" not in given else made
+        return run(way, timed(self.given, way))
 
     def prepare(self, ways: Iterable[Any]) -> None:
         """Rows may come with moments or without, as another way of their own product gives them."""
@@ -163,29 +161,25 @@ def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
     return out
 
 
-def bare(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
-    """What a way is timed with: of our kernel the product, with the moments of its rows if it takes them, for each of
-    what follows is another kernel to compile and changes little; of the library all of it, and of both a layer norm
-    that is a launch of its own. Before rows that come with moments, the library's product needs a layer norm."""
-    rows = given["rows"]
-    if given.get("center") is not None:
-        parts = 1 if way == LIBRARY else cdiv(rows.shape[2], 64)  # about as many tiles as the product before has
-        given = {**given, "moments": rows.new_ones(2, parts, *rows.shape[:2], dtype=torch.float32)}
-    if way == LIBRARY:
+def timed(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
+    """What a way is timed with. Rows that may come with moments do: for our kernel in as many parts as the product
+    before has tiles, about. Before a library's product, a layer norm takes them."""
+    if given.get("center") is None:
         return given
-    activation = given["activation"] if given["gated"] else "none"
-    norm = given.get("norm")
-    if not (norm is not None and norm["norm_affine"] is None and not norm["norm_moments"]):
-        given = {name: value for name, value in given.items() if name != "norm"}
-    return {**given, "bias": None, "affine": None, "residual": None, "full": False, "activation": activation}
+    rows = given["rows"]
+    parts = 1 if way == LIBRARY else cdiv(rows.shape[2], 64)
+    return {**given, "moments": rows.new_ones(2, parts, *rows.shape[:2], dtype=torch.float32)}
 
 
 class Stopwatch:
-    """Times the ways of a product on its very arguments, their rows repeated, weights coming from memory."""
+    """Times the ways of a product on its very arguments, their rows repeated; what is the layer's own comes from
+    memory."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.real = given, max(1, int(given["count"]))
-        self.weights = copies_beyond_l2(given["weight"], most=16)
+        own = [name for name in ("weight", "bias", "center") if given.get(name) is not None]
+        copies = copies_beyond_l2(*(given[name] for name in own), most=16)
+        self.copies = [dict(zip(own, copy, strict=True)) for copy in copies]
         self.sized: tuple[int, dict[str, Any]] = (0, {})
 
     def __call__(self, way: Any, number: int) -> float:
@@ -195,8 +189,8 @@ class Stopwatch:
         times = []
         for active in actives(way, Product.of(self.given), number):
             count = torch.full_like(self.given["count"], active)
-            given = bare({**self.sized[1], "count": count}, way)
-            times.append(time_way([partial(run, way, {**given, "weight": weight}) for (weight,) in self.weights]))
+            given = timed({**self.sized[1], "count": count}, way)
+            times.append(time_way([partial(run, way, {**given, **copy}) for copy in self.copies]))
         return mean(times)
 
     def with_rows(self, number: int) -> dict[str, Any]:

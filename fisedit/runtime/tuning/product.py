@@ -56,10 +56,12 @@ SHARED_MEMORY = 227 * 1024
 MULTIPROCESSORS = 132
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
+KERNELS = ((False, False), (True, False), (True, True))
+"""Whether tiles are specialized, and taken in turns."""
 TIMED = 3
 """Tiles of each kernel that are timed: those that the model takes for the fastest."""
-HOPELESS = 1.3
-"""Times the best estimate: tiles in turns that take longer by the model are not timed."""
+HOPELESS = 1.4
+"""Times the best estimate: tiles that take longer by the model are not timed."""
 LIBRARY_BETWEEN = 1.5
 """µs on an H100, by calls of whole models under several such numbers."""
 BARRIERS, DEVIATION = 512, 8
@@ -177,10 +179,9 @@ def ways(product: Product, rows: int) -> list[Way]:
     if not tiles:
         return [RULE, LIBRARY]
     most = HOPELESS * estimate(tiles[0], product, rows)
-    plain = [tile for tile in tiles if not tile.specialized][:TIMED]
-    specialized = [tile for tile in tiles if tile.specialized and not tile.turns][:TIMED]
-    turns = [tile for tile in tiles if tile.turns and estimate(tile, product, rows) < most]
-    return [*plain, *specialized, *turns, LIBRARY]
+    hopeful = [tile for tile in tiles if estimate(tile, product, rows) <= most]
+    kernels = ([tile for tile in hopeful if (tile.specialized, tile.turns) == kernel] for kernel in KERNELS)
+    return [*(tile for each in kernels for tile in each[:TIMED]), LIBRARY]
 
 
 def wide(tile: Config, product: Product) -> int:
