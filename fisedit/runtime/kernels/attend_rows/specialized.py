@@ -23,7 +23,7 @@ from fisedit.runtime.kernels.attend_rows.parts import PIECE, finish_shared, plac
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, wait_for_kernel
 
 LOADERS = 4
-REGISTERS = {"REGISTERS": 144, "LOADER_REGISTERS": 80, "maxnreg": 128}
+REGISTERS = {"REGISTERS": 152, "LOADER_REGISTERS": 56, "maxnreg": 128}
 """Of a thread that attends, of one that loads, and of each on average."""
 LATE: tl.constexpr = tl.constexpr(2)
 """Blocks of keys that are asked for behind one before those who attend hear of it."""
@@ -33,7 +33,8 @@ TILE: tl.constexpr = tl.constexpr(GROUP * GROUPS)
 
 @gluon.jit
 def places_of(read, sample, head, number, HEAD_DIM: gl.constexpr, ADDRESSES: gl.constexpr, ALIGN: gl.constexpr):
-    """Where the active rows of a head lie, and where its recorded rows would begin if the table counted them so."""
+    """Where the active rows of a head lie, and where its recorded rows would begin if the table counted them so. Looked
+    up for each block: kept from one to the next, it was slower."""
     rows, batch_stride, head_stride, _, recorded, recorded_batch, recorded_stride = read
     own = rows + tl.multiple_of(sample.to(gl.int64) * batch_stride + head * head_stride, ALIGN)
     there = recorded_rows(rows, recorded, sample, recorded_batch, number, recorded_stride, ADDRESSES, ALIGN)
@@ -63,10 +64,6 @@ def load_keys(
         pair, _, begin, stop = place_of(tile, work, TILE, SHARED)
         sample = pair // heads
         head = pair - sample * heads
-        places = (
-            places_of(read[0], sample, head, number, HEAD_DIM, ADDRESSES, ALIGN),
-            places_of(read[1], sample, head, number, HEAD_DIM, ADDRESSES, ALIGN),
-        )
         own_table = table + sample * table_batch
         position = begin * BN + inside
         index = gl.load(own_table + position, mask=None if EVEN else position < keys, other=None if EVEN else 0)
@@ -76,7 +73,7 @@ def load_keys(
             active, stage = index < number, asked % STAGES
             mbarrier.wait(empty.index(stage), (asked // STAGES + 1) % 2)
             for kind in gl.static_range(2):
-                own, there = places[kind]
+                own, there = places_of(read[kind], sample, head, number, HEAD_DIM, ADDRESSES, ALIGN)
                 offset = tl.multiple_of(index * gl.where(active, read[kind][3], read[kind][6]), ALIGN)
                 at = gl.where(active, own, there)[:, None] + (offset[:, None] + column[None, :])
                 if HEAD_DIM == D:
@@ -116,7 +113,9 @@ def attend_keys(
 ):  # fmt: skip
     """Weighted sum of values ``[ROWS, D]``, row maxima in units of log2, and row sums, over some blocks of keys.
 
-    A block is weighed in four parts: the values of one are added while the next is weighed.
+    A block is weighed in four parts: the values of one are added while the next is weighed. Behind them comes the
+    product with the next keys: all but the last values are waited for first, else registers were too few, and the
+    compiler let each product wait for the one before. After the last block it is the same one again, for nobody.
     """
     STAGES: gl.constexpr = full.type.shape[0]
     BN: gl.constexpr = buffers[0].type.shape[1]
@@ -126,11 +125,15 @@ def attend_keys(
     total = add_eighths(nothing)
     sums = gl.zeros([ROWS, D], gl.float32, layout=o_layout)
     inside = gl.arange(0, BN, layout=gl.SliceLayout(0, s_layout))
+    mbarrier.wait(full.index(stage), phase)
+    k = buffers[0].index(stage).permute((1, 0))
+    logits = warpgroup_mma(queries, k, nothing, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(0, deps=(logits,))  # [ROWS, BN]
     for block in range(begin, stop):
-        mbarrier.wait(full.index(stage), phase)
-        k, values = buffers[0].index(stage).permute((1, 0)), buffers[1].index(stage)
-        logits = warpgroup_mma(queries, k, nothing, use_acc=False, is_async=True)
-        logits = warpgroup_mma_wait(0, deps=(logits,))  # [ROWS, BN]
+        after, phase_after = next_stage(stage, phase, STAGES)
+        more = block + 1 < stop
+        ahead = gl.where(more, after, stage)
+        mbarrier.wait(full.index(ahead), gl.where(more, phase_after, phase))
         if not EVEN:
             logits = gl.where((block * BN + inside < keys)[None, :], logits, float("-inf"))
         higher = gl.maximum(top, gl.max(logits, 1) * scale)
@@ -145,10 +148,14 @@ def attend_keys(
             weights = gl.exp2(parts[number] * scale - shift)
             total += gl.convert_layout(add_eighths(weights), total.type.layout)
             weights = gl.convert_layout(weights.to(queries.dtype), gl.DotOperandLayout(0, o_layout, 2))
-            sums = warpgroup_mma(weights, values.slice(number * (BN // 4), BN // 4), sums, is_async=True)
-        sums = warpgroup_mma_wait(0, deps=(sums,))
+            values = buffers[1].index(stage).slice(number * (BN // 4), BN // 4)
+            sums = warpgroup_mma(weights, values, sums, is_async=True)
+        sums = warpgroup_mma_wait(1, deps=(sums,))
+        k = buffers[0].index(ahead).permute((1, 0))
+        logits = warpgroup_mma(queries, k, nothing, use_acc=False, is_async=True)
+        sums, logits = warpgroup_mma_wait(0, deps=(sums, logits))
         mbarrier.arrive(empty.index(stage), count=1)
-        stage, phase = next_stage(stage, phase, STAGES)
+        stage, phase = after, phase_after
     return sums, top, gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, s_layout)), stage, phase
 
 
