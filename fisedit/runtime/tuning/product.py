@@ -56,10 +56,9 @@ SHARED_MEMORY = 227 * 1024
 MULTIPROCESSORS = 132
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
-KERNELS = ((False, False), (True, False), (True, True))
-"""Whether tiles are specialized, and taken in turns."""
 TIMED = 3
-"""Tiles of each kernel that are timed: those that the model takes for the fastest."""
+"""Tiles of a kernel that are timed: those that the model takes for the fastest. Of the first kernel it is one where
+others can do it: theirs are seldom slower."""
 HOPELESS = 1.4
 """Times the best estimate: tiles that take longer by the model are not timed."""
 LIBRARY_BETWEEN = 1.5
@@ -180,8 +179,10 @@ def ways(product: Product, rows: int) -> list[Way]:
         return [RULE, LIBRARY]
     most = HOPELESS * estimate(tiles[0], product, rows)
     hopeful = [tile for tile in tiles if estimate(tile, product, rows) <= most]
-    kernels = ([tile for tile in hopeful if (tile.specialized, tile.turns) == kernel] for kernel in KERNELS)
-    return [*(tile for each in kernels for tile in each[:TIMED]), LIBRARY]
+    plain = [tile for tile in hopeful if not tile.specialized]
+    specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:TIMED]
+    turns = [tile for tile in hopeful if tile.turns][:TIMED]
+    return [*plain[: 1 if specialized else TIMED], *specialized, *turns, LIBRARY]
 
 
 def wide(tile: Config, product: Product) -> int:
