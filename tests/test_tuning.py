@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.row_plan import bucket, buckets, smallest, typical  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning import product as product_module  # noqa: E402
-from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
+from fisedit.runtime.tuning.choose import choose_way, fastest, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import actives, candidates, estimate, wide  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
@@ -453,3 +453,16 @@ def test_the_model_knows_what_is_slower() -> None:
     small, large = Config(32, 64, 128, 4, 6), Config(128, 256, 64, 8, 3)
     assert estimate(large, many, 3072) < estimate(small, many, 3072)
     assert estimate(small, few, 16) < estimate(large, few, 16)
+
+
+@pytest.mark.parametrize(
+    ("fused", "faster", "wins"), [("gelu gated", 3.0, False), ("gelu gated", 5.0, True), ("bias", 3.0, True)]
+)
+def test_a_gated_product_in_turns_is_slower_in_a_call(fused: str, faster: float, wins: bool, tmp_path: Path) -> None:
+    """It takes some microseconds more there than alone, so that it has to be faster by more."""
+    shape, timings = product(0, (1280, 0), 10240, fused), Timings.load(DEVICE, tmp_path)
+    ways = shape.ways(384)
+    turns = [way for way in ways if isinstance(way, Config) and way.turns]
+    for way in ways:
+        timings.put(shape, 384, way, 40.0 - faster * (way in turns))
+    assert turns and (fastest(timings.expect(shape, 384)) in turns) == wins

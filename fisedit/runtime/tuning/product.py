@@ -61,8 +61,8 @@ TIMED = 3
 others can do it: theirs are seldom slower."""
 HOPELESS = 1.4
 """Times the best estimate: tiles that take longer by the model are not timed."""
-LIBRARY_BETWEEN = 1.5
-"""µs on an H100, by calls of whole models under several such numbers."""
+LIBRARY_BETWEEN, GATED_TURNS_BETWEEN = 1.5, 4.0
+"""µs on an H100, by calls of whole models: of a library's product, and of a gated one in turns."""
 BARRIERS, DEVIATION = 512, 8
 """Bytes of shared memory at most by which warps of different tasks wait for each other, and of what they tell of a
 row."""
@@ -109,6 +109,8 @@ class Product:
 
     def between(self, way: Any) -> float:
         """See :class:`Shape`. Where kernels may start before those in front of them end, a library's do not."""
+        if isinstance(way, Config):
+            return GATED_TURNS_BETWEEN if way.turns and self.gated else 0.0
         return LIBRARY_BETWEEN if way == LIBRARY and starts_early() else 0.0
 
     def workspace(self, way: Any, rows: int) -> int:
