@@ -5,7 +5,7 @@
 
 *Of the model*: the best of those tiles that it takes for the fastest of a kernel, over the best that was timed of it.
 *A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed. *Between
-other kernels*: what is chosen since a library's product counts for more there, over the best of what was timed alone.
+other kernels*: what is chosen since some ways count for more there, over the best of what was timed alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ import typer
 
 from fisedit.runtime.calibration import Timings
 from fisedit.runtime.kernels.multiply_rows.triton import Config
-from fisedit.runtime.tuning.product import GATHERED, LIBRARY, LIBRARY_BETWEEN, ROWS, TILES, WEIGHTS, Product, estimate
+from fisedit.runtime.tuning.product import (
+    GATED_TURNS_BETWEEN,
+    GATHERED,
+    LIBRARY,
+    LIBRARY_BETWEEN,
+    ROWS,
+    TILES,
+    WEIGHTS,
+    Product,
+    estimate,
+)
 
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
@@ -98,7 +108,7 @@ def a_bucket_further(measured: list[Measured]) -> list[float]:
 
 
 def between_other_kernels(measured: list[Measured]) -> list[float]:
-    """What is chosen where a library's product counts for more than it takes alone, over the best alone."""
+    """What is chosen where some ways count for more than they take alone, over the best alone."""
     found = []
     for one in measured:
         times = {**one.tiles, LIBRARY: one.pytorch}
@@ -131,7 +141,8 @@ def main(
     print(line("a bucket further", a_bucket_further(measured)))
     print(line("between other kernels", between_other_kernels(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
-          f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more")  # fmt: skip
+          f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more, a gated one in turns for "
+          f"{GATED_TURNS_BETWEEN}")  # fmt: skip
     machine = kept["machine"]
     print(f"\n{machine['device']}; torch {machine['pytorch']}, triton {machine['triton']}")
 
