@@ -43,8 +43,7 @@ class Replay:
         self._row: Row | None = None  # the buffer of what depends on the timestep alone
         timestep = executable.before.get("timestep")
         self._of_timestep = [Input.value(name) for name in timestep.values] if timestep is not None else []
-        values = [wanted for wanted in self.step.inputs if wanted.kind == "value"]
-        self._values = [wanted for wanted in values if wanted not in self._of_timestep]
+        self._values: list[Input] = []  # results of the edit stage
         self._each_call = [wanted for wanted in self.step.inputs if wanted.kind not in ("value", "table")]
         self._memo: Memo | None = None
         self._constants: Mapping[str, Any] | None = None  # another object after weights were moved
@@ -57,7 +56,7 @@ class Replay:
         with torch.inference_mode(False), torch.no_grad():  # else its buffers could only be written in that mode
             ran = self.executable.prepare(inputs, memo)
             if self._constants is not self.executable.constants:
-                self._constants, self.graph = self.executable.constants, None
+                self._take_constants(self.executable.constants)
             values, self._memo = ran or memo is not self._memo, None
             self._fill(inputs, source, memo, values)
             self._memo = memo
@@ -74,6 +73,13 @@ class Replay:
         """Hold nothing of the session any more but what lies in the buffers."""
         self._memo = None
         self._seen.clear()
+
+    def _take_constants(self, constants: Mapping[str, Any]) -> None:
+        """What is made of the weights is read where it lies."""
+        self._constants, self.graph = constants, None
+        values = [wanted for wanted in self.step.inputs if wanted.kind == "value" and wanted not in self._of_timestep]
+        self._values = [wanted for wanted in values if wanted.name not in constants]
+        self._buffers |= {wanted: constants[wanted.name] for wanted in values if wanted.name in constants}
 
     def _fill(self, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, values: bool) -> None:
         """Bring the buffers up to date; what is the same as in the last call is not copied again.
@@ -92,10 +98,7 @@ class Replay:
                 continue
             news[wanted] = seen
             buffer = self._buffers.get(wanted)
-            if wanted.kind == "value" and wanted.name in self.executable.constants:
-                self.graph = None if buffer is not value else self.graph
-                self._buffers[wanted] = value  # read where it is
-            elif buffer is None or buffer.shape != value.shape:
+            if buffer is None or buffer.shape != value.shape:
                 self._buffers[wanted], self.graph = value.clone(memory_format=torch.preserve_format), None
             else:
                 copies.add(buffer, value)
