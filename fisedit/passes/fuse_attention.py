@@ -7,7 +7,7 @@ from torch.fx import Graph, GraphModule, Node
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.fused import count, take_over
-from fisedit.passes.ir import args, aten, fisedit, is_op, rows_of
+from fisedit.passes.ir import args, aten, fisedit, is_op, rows_of, tensor
 from fisedit.passes.read_in_place import recorded_map
 from fisedit.runtime.plan import Table
 
@@ -53,6 +53,8 @@ def _attend(graph: Graph, node: Node) -> Node:
     elif len(node.args) > 6:  # active rows alone
         key, value = (_split_rows(operand) or operand for operand in (key, value))
         key_count = rows.table(graph, Table("counts", kind.level))
+    else:
+        key, value = (_text_rows(operand, heads) or operand for operand in (key, value))
     number, locks = count(graph, kind.level), rows.table(graph, Table("locks", kind.level))
     arguments = (query, key, value, recorded_key, recorded_value, table, number, key_count, locks, heads, scale)
     return rows.call(graph, fisedit.attend_rows.default, arguments, rows=kind)
@@ -64,6 +66,21 @@ def _split_rows(operand: Node) -> Node | None:
         return None
     split = args(operand)[0]
     return args(split)[0] if split.meta.get("converts") else None
+
+
+def _text_rows(operand: Node, heads: int) -> Node | None:
+    """The text's keys or values ``[B, L, h*d]`` that ``operand`` ``[B, h, L, d]`` is a view of: one the less to be made
+    for each edit."""
+    swapped = is_op(operand, aten.transpose.int) and sorted(axis % 4 for axis in args(operand)[1:3]) == [1, 2]
+    permuted = is_op(operand, aten.permute.default) and list(args(operand)[1]) == [0, 2, 1, 3]
+    if not (swapped or permuted):
+        return None
+    split = args(operand)[0]
+    if not is_op(split, aten.reshape.default, aten.view.default, aten.unflatten.int) or "val" not in split.meta:
+        return None
+    source, (batch, length, number, channels) = args(split)[0], tensor(split).shape
+    side_by_side = number == heads and tensor(source).shape == (batch, length, heads * channels)
+    return source if side_by_side else None
 
 
 def _renewed_map(operand: Node) -> Node | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import models
 import pytest
@@ -192,6 +193,33 @@ def test_keys_of_active_rows_are_counted() -> None:
         (attention,) = gm.graph.find_nodes(op="call_function", target=getattr(fisedit, op).default)
         tables = [node.meta["table"].kind for node in attention.all_input_nodes if "table" in node.meta]
         assert kind in tables
+
+
+class OverText(Block):
+    def __init__(self, split: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.split = split
+
+    def tokens(self, tokens: Tensor, sample: Tensor, text: Tensor) -> Tensor:
+        query = self.q(tokens).unflatten(2, (2, 4)).transpose(1, 2)
+        out = F.scaled_dot_product_attention(query, self.split(self.k(text)), self.split(self.v(text)))
+        return out.transpose(1, 2).flatten(2)
+
+
+SPLITS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "transposed": (lambda rows: rows.unflatten(2, (2, 4)).transpose(1, 2), 3),
+    "permuted": (lambda rows: rows.reshape(*rows.shape[:2], 2, 4).permute(0, 2, 1, 3), 3),
+    "channels of a head apart": (lambda rows: rows.unflatten(2, (4, 2)).permute(0, 3, 1, 2), 4),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_rows_of_the_text_are_read_where_heads_lie_side_by_side(name: str) -> None:
+    split, dimensions = SPLITS[name]
+    gm, _ = fused(OverText(split).eval())
+    (attention,) = gm.graph.find_nodes(op="call_function", target=fisedit.attend_rows.default)
+    assert [len(operand.meta["val"].shape) for operand in attention.args[1:3]] == [dimensions] * 2
+    assert error(OverText(split).eval(), gm) < 1e-5
 
 
 class Gated(Block):
