@@ -235,11 +235,11 @@ class Cases:
         c = self.level.channels
         heads = c // HEAD
         query = self.rows(c)
-        key, value = (self.make(BATCH, heads, TEXT, HEAD) for _ in range(2))
+        key, value = (self.make(BATCH, TEXT, c) for _ in range(2))
         attend_rows = self.kernels["attend_rows"]
         runs = [partial(attend_rows, query, key, value, None, None, None, self.count, None, self.locks, heads, None)]
-        split = query.unflatten(2, (heads, HEAD)).transpose(1, 2).contiguous()  # [B, h, N, d]
-        library = [partial(F.scaled_dot_product_attention, split, key, value)]
+        split = [rows.unflatten(2, (heads, HEAD)).transpose(1, 2).contiguous() for rows in (query, key, value)]
+        library = [partial(F.scaled_dot_product_attention, *split)]  # [B, h, N, d]
         macs = 2 * BATCH * self.number * TEXT * c
         moved = [query, query, key, value]
         return self.case("attend_rows", f"text, {heads} heads, {TEXT} keys", macs, moved, runs, library)

@@ -123,7 +123,7 @@ def test_keys_in_one_piece(dim: int, programs: int) -> None:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("config", [Config(16, 64, 4, 1), Config(32, 16, 4, 2, 3), None], ids=str)
 def test_text(dtype, config) -> None:
-    """Few words, keys and values of any strides, the default scale."""
+    """Few words, keys and values of any strides or as rows, the default scale."""
     query = random(2, 20, HEADS * 40, seed=0, dtype=dtype)
     key = random(2, 13, HEADS, 40, seed=1, dtype=dtype).transpose(1, 2)
     value = random(2, HEADS, 13, 48, seed=2, dtype=dtype)[..., :40]
@@ -135,6 +135,9 @@ def test_text(dtype, config) -> None:
     }
     check(attend_rows(*given, config=config), wanted, dtype)
     check(reference.attend_rows(*(t.double() for t in given[:3]), *given[3:]), wanted, torch.float64)
+    rows = torch.cat([key.transpose(1, 2).flatten(2), value.transpose(1, 2).flatten(2)], 2).chunk(2, 2)
+    check(attend_rows(query, *rows, *given[3:], config=config), wanted, dtype)  # slices of one product
+    check(reference.attend_rows(query.double(), *(t.double() for t in rows), *given[3:]), wanted, torch.float64)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

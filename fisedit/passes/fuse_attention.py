@@ -76,9 +76,12 @@ def _text_rows(operand: Node, heads: int) -> Node | None:
     if not (swapped or permuted):
         return None
     split = args(operand)[0]
-    if not is_op(split, aten.reshape.default, aten.view.default, aten.unflatten.int) or "val" not in split.meta:
+    if not is_op(split, aten.reshape.default, aten.view.default, aten.unflatten.int):
         return None
-    source, (batch, length, number, channels) = args(split)[0], tensor(split).shape
+    source = args(split)[0]
+    if "val" not in split.meta or "val" not in source.meta:
+        return None
+    batch, length, number, channels = tensor(split).shape
     side_by_side = number == heads and tensor(source).shape == (batch, length, heads * channels)
     return source if side_by_side else None
 

@@ -22,7 +22,8 @@ def attend_rows(
 
     Args:
         query: ``[B, N, h*d]``, the last dimension contiguous.
-        key, value: active rows ``[B, N, h*d]`` or, of text, ``[B, h, L, d]``; the last dimension contiguous.
+        key, value: active rows ``[B, N, h*d]`` or, of text, ``[B, L, h*d]`` or ``[B, h, L, d]``; the last dimension
+            contiguous.
         recorded_key, recorded_value: recorded rows ``[B, R, h*d]``; ``None`` without ``table``. The Triton kernel also
             takes int64 ``[B]``: the device address of each sample's contiguous ``[R, h*d]`` rows, a multiple of 16.
         table: int32 ``[M, R]``: v < N is active row v, v >= N recorded row v - N; ``None``: all of ``key`` is read.
