@@ -141,8 +141,8 @@ def main(
     print(line("a bucket further", a_bucket_further(measured)))
     print(line("between other kernels", between_other_kernels(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
-          f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more, a gated one in turns for "
-          f"{GATED_TURNS_BETWEEN}")  # fmt: skip
+          f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more, a gated one in "
+          f"turns for {GATED_TURNS_BETWEEN}")  # fmt: skip
     machine = kept["machine"]
     print(f"\n{machine['device']}; torch {machine['pytorch']}, triton {machine['triton']}")
 
