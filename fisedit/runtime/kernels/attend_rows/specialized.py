@@ -26,7 +26,7 @@ LOADERS = 4
 REGISTERS = {"REGISTERS": 152, "LOADER_REGISTERS": 56, "maxnreg": 128}
 """Of a thread that attends, of one that loads, and of each on average."""
 LATE: tl.constexpr = tl.constexpr(2)
-"""Blocks of keys that are asked for behind one before those who attend hear of it."""
+"""Blocks of keys asked for behind one before those who attend hear of it; a pipeline is two deeper at least."""
 ROWS: tl.constexpr = tl.constexpr(GROUP)
 TILE: tl.constexpr = tl.constexpr(GROUP * GROUPS)
 
