@@ -5,7 +5,8 @@
     python bench/kernel_code.py --tiles --only 128x128   those whose line matches a regular expression
 
 Instructions are those of a warp: before the main loop, in one of its rounds (0: there is no loop with products), and
-after it, all branches counted. Compiled for an H100 (sm_90); needs Triton's own ``ptxas`` and ``cuobjdump``, on Linux.
+after it, all branches counted. Waits are those of a round for products on their way: with too few registers, the
+compiler waits for each. Compiled for an H100 (sm_90); needs Triton's own ``ptxas`` and ``cuobjdump``, on Linux.
 """
 
 from __future__ import annotations
@@ -58,12 +59,14 @@ class Absent:
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel; ``spilled``: bytes of a thread that registers did not hold."""
+    """A compiled kernel; ``waits``: how often a round of its loop waits for products; ``spilled``: bytes of a thread
+    that registers did not hold."""
 
     name: str
     before: int
     loop: int
     after: int
+    waits: int
     registers: int
     spilled: int
     shared: int
@@ -82,8 +85,9 @@ def _dump(option: str, path: Path) -> str:
     return subprocess.run([CUOBJDUMP, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _parts(sass: str) -> tuple[int, int, int]:
-    """Instructions before the innermost loop that multiplies matrices, in it, and after it."""
+def _parts(sass: str) -> tuple[int, int, int, int]:
+    """Instructions before the innermost loop that multiplies matrices, in it, and after it; those in it that wait for
+    products."""
     lines = [(int(place, 16), op, rest) for place, op, rest in LINE.findall(sass)]
     best: list[int] | None = None
     for place, op, rest in lines:
@@ -95,8 +99,9 @@ def _parts(sass: str) -> tuple[int, int, int]:
         if multiplies and (best is None or len(body) < len(best)):
             best = body
     if best is None:
-        return len(lines), 0, 0
-    return sum(at < best[0] for at, _, _ in lines), len(best), sum(at > best[-1] for at, _, _ in lines)
+        return len(lines), 0, 0, 0
+    waits = sum(op.startswith("WARPGROUP.DEPBAR") for at, op, _ in lines if best[0] <= at <= best[-1])
+    return sum(at < best[0] for at, _, _ in lines), len(best), sum(at > best[-1] for at, _, _ in lines), waits
 
 
 @contextmanager
@@ -199,10 +204,10 @@ def main(
     only: Annotated[str, typer.Option(help="A regular expression for the lines to show.")] = "",
 ) -> None:
     """Compile and count."""
-    print("| kernel | before | loop | after | registers | spilled | shared, KB |\n| --- |" + " ---: |" * 6)
+    print("| kernel | before | loop | after | waits | registers | spilled | shared, KB |\n| --- |" + " ---: |" * 7)
     for name, code in tiles(only) if tiled else chosen(only):
-        print(f"| {name}: `{code.name}` | {code.before} | {code.loop} | {code.after} | {code.registers} "
-              f"| {code.spilled} | {code.shared / 1024:.0f} |", flush=True)  # fmt: skip
+        print(f"| {name}: `{code.name}` | {code.before} | {code.loop} | {code.after} | {code.waits} "
+              f"| {code.registers} | {code.spilled} | {code.shared / 1024:.0f} |", flush=True)  # fmt: skip
     environment = describe_environment(torch.device("cpu"))
     print(f"\ntriton {triton.__version__}, for sm_90; {environment_line(environment)}")
 
