@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import each_kernel
+import in_call
 import pytest
 import storage_quality
 import tile_model
 import torch
+import typer
 import unet
 from kernel_table import KernelTime, markdown, profile_call, totals
 from masks import blob, family, occupancy
@@ -235,6 +237,35 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timings.put(product, 256, LIBRARY, 2.0)  # between other kernels it counts for more than three
     assert sorted(tile_model.between_other_kernels(list(tile_model.read(timings.table)))) == [1.0, 1.0, 1.5]
     assert tile_model.line("nothing", []) == "| nothing | 0 | | | |"
+
+
+def test_in_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Launches that start early count from the end of the one in front; PyTorch's products are passed over."""
+
+    def layer(kind: str, way: str, alone: float) -> dict[str, Any]:
+        costs = {way: alone, "library": 99.0}
+        return {"kind": kind, "key": ["2 x 64 to 64", "float16", "bias"], "rows": 64, "chosen": way, "costs": costs}
+
+    tile = "64x64x64 w4 s4 /1"
+    layers = [layer("linear", tile, 3.0), layer("linear", "library", 5.0), layer("self-attention", "cudnn", 7.0),
+              layer("linear", f"{tile} specialized in turns", 4.0), layer("linear", tile, 3.0)]  # fmt: skip
+    times = [("copy", 0.0, 1.0), ("_multiply", 0.5, 4.5), ("nvjet", 5.0, 5.0), ("multiply_in_turns", 9.0, 5.0),
+             ("_multiply", 13.0, 5.0)]  # fmt: skip
+    launches = [{"name": name, "start": start, "microseconds": each} for name, start, each in times]
+    environment = {"device": "a GPU", "device type": "cuda", "torch": "2", "diffusers": "0", "date": "today"}
+    profile = {"layers": layers, "launches": launches}
+    path = tmp_path / "unet.json"
+    path.write_text(json.dumps({"environment": environment, "SD": {"call, blob 5%": profile}}))
+    in_call.main(path, most=12)
+    out = capsys.readouterr().out
+    assert "SD, blob 5%: 3 products, 10 µs alone, +2 within the call" in out and out.endswith("today\n")
+    assert "| linear, 2 x 64 to 64, bias | 64 | 64x64x64 w4 s4 /1 | 2 | 3.0 | 4.0 | +2 |" in out
+    assert "| 64x64x64 w4 s4 /1 specialized in turns | 1 | 4.0 | 4.0 | +0 |" in out
+    with pytest.raises(ValueError, match="2 launches of products do not fit 3 layers"):
+        in_call.compare({"layers": layers, "launches": launches[:-1]})
+    path.write_text(json.dumps({"environment": environment, "SD": {}}))
+    with pytest.raises(typer.BadParameter, match="no profile"):
+        in_call.main(path)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
