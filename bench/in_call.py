@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import typer
+from kernel_table import PROFILE, Launch, added
 
 from fisedit.environment import environment_line
 from fisedit.runtime.tuning.product import LIBRARY
 
 KERNELS = ("multiply_specialized", "multiply_in_turns", "_multiply")
-PROFILE = "call, "
-"""In front of the names of profiles."""
 
 
 @dataclass(frozen=True)
@@ -49,15 +48,6 @@ def kernel_of(way: str) -> str:
     return KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if way.endswith(" specialized") else KERNELS[2]
 
 
-def times_within(launches: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, float]]:
-    """The name of each launch, and µs from the end of all before it to its own: what it adds to the call."""
-    last = None
-    for launch in sorted(launches, key=lambda launch: launch["start"]):
-        end = launch["start"] + launch["microseconds"]
-        yield launch["name"], 0.0 if last is None else max(0.0, end - last)
-        last = end if last is None else max(last, end)
-
-
 def compare(profile: Mapping[str, Any]) -> list[Layer]:
     """The products of a profiled call, those first that differ most.
 
@@ -67,8 +57,9 @@ def compare(profile: Mapping[str, Any]) -> list[Layer]:
     products = [
         layer for layer in profile["layers"] if layer["kind"] != "self-attention" and layer["chosen"] != LIBRARY
     ]
-    launches = [(name, time) for name, time in times_within(profile["launches"]) if name in KERNELS]
-    if [kernel_of(layer["chosen"]) for layer in products] != [name for name, _ in launches]:
+    every = [Launch(**launch) for launch in profile["launches"]]
+    launches = [(launch, time) for launch, time in added(every) if launch.name in KERNELS]
+    if [kernel_of(layer["chosen"]) for layer in products] != [launch.name for launch, _ in launches]:
         raise ValueError(f"{len(launches)} launches of products do not fit {len(products)} layers")
     found: dict[tuple[str, int, str], list[tuple[float, float]]] = defaultdict(list)
     for layer, (_, time) in zip(products, launches, strict=True):
@@ -91,20 +82,28 @@ def table(layers: Sequence[Layer]) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Argument(help="What bench/unet.py wrote with --output.")],
+    results: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="What bench/unet.py wrote with --output.")
+    ],
     most: Annotated[int, typer.Option(help="Lines of a table.")] = 12,
 ) -> None:
     """Print a table for each profiled call."""
     values = json.loads(results.read_text(encoding="utf-8"))
-    profiles = [(model, name, profile) for model, found in values.items() if isinstance(found, dict)
-                for name, profile in found.items() if name.startswith(PROFILE)]  # fmt: skip
+    profiles = {(model, name): profile for model, found in values.items()
+                for name, profile in found.items() if name.startswith(PROFILE)}  # fmt: skip
     if not profiles:
         raise typer.BadParameter(f'no profile in {results}; run bench/unet.py with --profile "blob 5%"')
-    for model, name, profile in profiles:
-        layers = compare(profile)
-        print(f"\n{model}, {name.removeprefix(PROFILE)}: {sum(one.number for one in layers)} products, "
+    for (model, name), profile in profiles.items():
+        call = f"{model}, {name.removeprefix(PROFILE)}"
+        try:
+            layers = compare(profile)
+        except ValueError as error:
+            raise typer.BadParameter(f"{results}, {call}: {error}; profile it with these kernels") from error
+        print(f"\n{call}: {sum(one.number for one in layers)} products by kernels of ours, "
               f"{sum(one.number * one.alone for one in layers):.0f} µs alone, "
-              f"{sum(one.more for one in layers):+.0f} within the call\n\n{table(layers[:most])}")  # fmt: skip
+              f"{sum(one.more for one in layers):+.0f} within the call")  # fmt: skip
+        if layers:
+            print(f"\n{table(layers[:most])}")
     print(f"\n{environment_line(values['environment'])}")
 
 

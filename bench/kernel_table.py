@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+PROFILE = "call, "
+"""In front of the mask, in the names of profiled calls among the results of ``unet.py``."""
+
 
 @dataclass(frozen=True)
 class Launch:
     """One run of a kernel (on a CPU: of an operator): µs from the first one's start, and its own.
 
     Kernels that start before the one before them ends also count their waiting: what a launch adds to a call is the
-    time between its end and that of the one before it.
+    time between its end and that of all before it, see :func:`added`.
     """
 
     name: str
@@ -56,6 +59,14 @@ def profile_call(call: Callable[[], Any], device: torch.device) -> list[Launch]:
     found = sorted((event for event in events if event.get("cat") in kinds), key=lambda event: event["ts"])
     begin = found[0]["ts"] if found else 0.0
     return [Launch(e["name"], e["ts"] - begin, e["dur"], tuple(e["args"].get("grid", ()))) for e in found]
+
+
+def added(launches: Sequence[Launch]) -> Iterator[tuple[Launch, float]]:
+    """Each launch, in the order of their starts, and µs that it adds to the call; nothing for the first."""
+    last = None
+    for launch in sorted(launches, key=lambda launch: launch.start):
+        yield launch, 0.0 if last is None else max(0.0, launch.end - last)
+        last = launch.end if last is None else max(last, launch.end)
 
 
 def totals(launches: Sequence[Launch]) -> list[KernelTime]:

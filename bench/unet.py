@@ -27,8 +27,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from calls import Loop, Subject, compiled, float32_output, loop, milliseconds, prepare, relative_error, wait
+from kernel_table import PROFILE, profile_call, totals
 from kernel_table import markdown as kernel_markdown
-from kernel_table import profile_call, totals
 from masks import blob, family
 from published import MODELS, TINY
 from roofline import Work, count_work, mean_work, peak_of
@@ -389,7 +389,7 @@ def measure_model(
         print(f"{name}, {kind}: dense {row.dense:.2f} ms, edit {row.ours:.2f} ms, {row.ratio:.2f}x", flush=True)
         results.put(name, "rows", [{**asdict(row), "ratio": row.ratio} for row in rows])
     for kind in profile:
-        results.put(name, f"call, {kind}", profile_edit(subject, base, masks[kind][0]))
+        results.put(name, PROFILE + kind, profile_edit(subject, base, masks[kind][0]))
     results.put(name, "GiB", memory(subject, base))
     if variants:
         results.put(name, "variants", measure_variants(subject, base, masks, variants, rows, max(2, repeats // 2)))

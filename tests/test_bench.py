@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import tile_model
 import torch
 import typer
 import unet
-from kernel_table import KernelTime, markdown, profile_call, totals
+from kernel_table import PROFILE, KernelTime, Launch, markdown, profile_call, totals
 from masks import blob, family, occupancy
 from published import MODELS, TINY, arguments, build
 from roofline import Work, count_work, peak_of
@@ -240,7 +240,7 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_in_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Launches that start early count from the end of the one in front; PyTorch's products are passed over."""
+    """Launches that start early count from the end of those in front; PyTorch's products are passed over."""
 
     def layer(kind: str, way: str, alone: float) -> dict[str, Any]:
         costs = {way: alone, "library": 99.0}
@@ -248,24 +248,31 @@ def test_in_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     tile = "64x64x64 w4 s4 /1"
     layers = [layer("linear", tile, 3.0), layer("linear", "library", 5.0), layer("self-attention", "cudnn", 7.0),
-              layer("linear", f"{tile} specialized in turns", 4.0), layer("linear", tile, 3.0)]  # fmt: skip
-    times = [("copy", 0.0, 1.0), ("_multiply", 0.5, 4.5), ("nvjet", 5.0, 5.0), ("multiply_in_turns", 9.0, 5.0),
-             ("_multiply", 13.0, 5.0)]  # fmt: skip
-    launches = [{"name": name, "start": start, "microseconds": each} for name, start, each in times]
+              layer("linear", f"{tile} specialized in turns", 4.0), layer("linear", f"{tile} specialized", 2.0),
+              layer("linear", tile, 3.0)]  # fmt: skip
+    times = [Launch("copy", 0.0, 1.0), Launch("_multiply", 0.5, 4.5), Launch("nvjet", 5.0, 5.0),
+             Launch("multiply_in_turns", 9.0, 5.0), Launch("multiply_specialized", 9.5, 3.0),
+             Launch("_multiply", 13.0, 5.0)]  # fmt: skip
+    profile = {"layers": layers, "launches": [asdict(launch) for launch in reversed(times)]}
     environment = {"device": "a GPU", "device type": "cuda", "torch": "2", "diffusers": "0", "date": "today"}
-    profile = {"layers": layers, "launches": launches}
     path = tmp_path / "unet.json"
-    path.write_text(json.dumps({"environment": environment, "SD": {"call, blob 5%": profile}}))
-    in_call.main(path, most=12)
-    out = capsys.readouterr().out
-    assert "SD, blob 5%: 3 products, 10 µs alone, +2 within the call" in out and out.endswith("today\n")
+
+    def run(found: dict[str, Any]) -> str:
+        path.write_text(json.dumps({"environment": environment, "SD": found}))
+        in_call.main(path, most=12)
+        return capsys.readouterr().out
+
+    out = run({"dense": {}, f"{PROFILE}blob 5%": profile})
+    assert "SD, blob 5%: 4 products by kernels of ours, 12 µs alone, +0 within the call" in out
     assert "| linear, 2 x 64 to 64, bias | 64 | 64x64x64 w4 s4 /1 | 2 | 3.0 | 4.0 | +2 |" in out
     assert "| 64x64x64 w4 s4 /1 specialized in turns | 1 | 4.0 | 4.0 | +0 |" in out
-    with pytest.raises(ValueError, match="2 launches of products do not fit 3 layers"):
-        in_call.compare({"layers": layers, "launches": launches[:-1]})
-    path.write_text(json.dumps({"environment": environment, "SD": {}}))
+    assert "| 64x64x64 w4 s4 /1 specialized | 1 | 2.0 | 0.0 | -2 |" in out and out.endswith("today\n")
+    none = run({f"{PROFILE}blob 5%": {"layers": [], "launches": []}})
+    assert "0 products" in none and "|" not in none
+    with pytest.raises(typer.BadParameter, match="SD, blob 5%: 3 launches of products do not fit 4 layers"):
+        run({f"{PROFILE}blob 5%": {**profile, "launches": profile["launches"][1:]}})
     with pytest.raises(typer.BadParameter, match="no profile"):
-        in_call.main(path)
+        run({"dense": {}})
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="needs Triton's assembler")
