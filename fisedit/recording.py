@@ -361,7 +361,8 @@ class RecordSession:
         cache = StepCache(call.batch, kept, device=call.device)
         if program.fused:  # looked at now, while the GPU is busy for long, and kept
             views, loads = program.replays().reads
-            cache.is_resident((*views, *loads))
+            if cache.is_resident((*views, *loads)):
+                cache.addresses(views)
         results = [clone_detached(output) for output in outputs]
         made = self.recording.calls[key] = self.recording.keep(call, cache, results, span, self.texts)
         made.graph, made.kv = program.digest, program.kv

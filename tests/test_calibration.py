@@ -33,13 +33,9 @@ class Layer:
     names: tuple[Candidate, ...] = ("rows", "tile")
     kind: str = "conv"
     key: tuple[Any, ...] = KEY
-    late: str = ""
 
     def ways(self, rows: int) -> Sequence[Candidate]:
         return self.names
-
-    def between(self, way: Candidate) -> float:
-        return 100.0 if way == self.late else 0.0
 
 
 LAYER = Layer()
@@ -55,14 +51,6 @@ class Stopwatch:
     def __call__(self, candidate: Candidate, rows: int) -> float:
         self.asked.append((candidate, rows))
         return self.microseconds[str(candidate)] * rows
-
-
-def test_what_a_candidate_takes_more_between_other_kernels_counts(tmp_path: Path) -> None:
-    """It is no part of what is kept."""
-    timings, layer = Timings.load("cpu", tmp_path), Layer(late="tile")
-    timings.fill(layer, [64], Stopwatch(rows=3.0, tile=2.0))
-    assert timings.expect(layer, 64) == {"rows": 192.0, "tile": 228.0}
-    assert timings.times(layer, 64) == {"rows": 192.0, "tile": 128.0}
 
 
 def test_each_candidate_is_measured_once(tmp_path: Path) -> None:
@@ -187,7 +175,7 @@ def test_machines_are_told_apart() -> None:
     here = Machine.of("cpu")
     assert here.pytorch == torch.__version__ and here.fisedit != "none"
     other = Machine("NVIDIA H100 80GB HBM3", "2.11.0", "3.6.0", "0.1.0")
-    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-10.json"
+    assert other.file_name == "NVIDIA-H100-80GB-HBM3-torch2.11.0-triton3.6.0-fisedit0.1.0-11.json"
     assert other.file_name != here.file_name
 
 

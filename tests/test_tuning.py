@@ -20,14 +20,14 @@ from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.kernels.compilers import Compilers  # noqa: E402
 from fisedit.runtime.kernels.finish_rows import triton as finish_rows  # noqa: E402
 from fisedit.runtime.kernels.gather_patches import triton as gather_patches  # noqa: E402
-from fisedit.runtime.kernels.launch import current, rehearse  # noqa: E402
+from fisedit.runtime.kernels.launch import current, rehearse, starts_early  # noqa: E402
 from fisedit.runtime.kernels.multiply_norm_rows import reference as norm_reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import reference  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.row_plan import bucket, buckets, smallest, typical  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning import product as product_module  # noqa: E402
-from fisedit.runtime.tuning.choose import choose_way, fastest, run_fastest  # noqa: E402
+from fisedit.runtime.tuning.choose import choose_way, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import actives, candidates, estimate, wide  # noqa: E402
 
 ACTIVE, POSITIONS, CHANNELS, OUTPUTS = 5, 9, 64, 96
@@ -437,14 +437,14 @@ def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:
 
 
 def test_a_way_is_timed_where_a_round_more_begins() -> None:
-    """1281 to 1536 rows of two samples: 11 or 12 tiles of rows by 12 of columns, on 132 multiprocessors."""
-    shape, tile = product(9, (1280, 0), 1536), Config(128, 128, 64, 8, 4)
-    assert actives(tile, shape, 768) == (641, 768)
+    """3585 to 3840 rows of two samples: 29 or 30 tiles of rows by 9 of columns, on 132 multiprocessors."""
+    shape, tile = product(9, (1280, 0), 1152), Config(128, 128, 64, 8, 4)
+    assert actives(tile, shape, 1920) == (1793, 1920)
     assert actives(replace(tile, split=2), product(9, (1280, 0), 640), 768) == (typical(768),)  # up to 120 programs
-    assert actives(tuning.LIBRARY, shape, 768) == (typical(768),)
-    full = product(9, (1280, 0), 1536, "bias full")
-    assert actives(tile, full, 768) == (768,)
-    assert estimate(tile, full, 640) < estimate(tile, shape, 768) < estimate(tile, full, 768)
+    assert actives(tuning.LIBRARY, shape, 1920) == (typical(1920),)
+    full = product(9, (1280, 0), 1152, "bias full")
+    assert actives(tile, full, 1920) == (1920,)
+    assert estimate(tile, full, 1792) < estimate(tile, shape, 1920) < estimate(tile, full, 1920)
 
 
 def test_the_model_knows_what_is_slower() -> None:
@@ -455,14 +455,50 @@ def test_the_model_knows_what_is_slower() -> None:
     assert estimate(small, few, 16) < estimate(large, few, 16)
 
 
-@pytest.mark.parametrize(
-    ("fused", "faster", "wins"), [("gelu gated", 3.0, False), ("gelu gated", 5.0, True), ("bias", 3.0, True)]
-)
-def test_a_gated_product_in_turns_is_slower_in_a_call(fused: str, faster: float, wins: bool, tmp_path: Path) -> None:
-    """It takes some microseconds more there than alone, so that it has to be faster by more."""
-    shape, timings = product(0, (1280, 0), 10240, fused), Timings.load(DEVICE, tmp_path)
-    ways = shape.ways(384)
-    turns = [way for way in ways if isinstance(way, Config) and way.turns]
-    for way in ways:
-        timings.put(shape, 384, way, 40.0 - faster * (way in turns))
-    assert turns and (fastest(timings.expect(shape, 384)) in turns) == wins
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_a_way_takes_more_between_other_kernels_counts(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some take more than in a row of their own: they have to be faster by more."""
+    turns = Config(64, 64, 64, 4, 8, specialized=True, turns=True)
+    monkeypatch.setattr(tuning, "time_way", lambda runs: 10.0)
+    stopwatch = tuning.Stopwatch(arguments(1) | {"gated": gated, "residual": None})
+    times = [stopwatch(way, 8) for way in (replace(turns, turns=False), turns, tuning.LIBRARY)]
+    assert times == [10.0, 14.0 if gated else 10.0, 11.5 if starts_early() else 10.0]
+
+
+@pytest.mark.parametrize("case", ["feed-forward", "other rows", "no gate"])
+def test_the_second_layer_of_a_feed_forward_is_timed_behind_the_first(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It counts what it adds to the product in front of it, in the way that was chosen for that one."""
+    follows = case == "feed-forward"
+    ran: list[tuple[tuning.Way, bool]] = []
+    seen: list[tuple[tuning.Way, bool]] = []
+    weight = random(2 * CHANNELS, CHANNELS, seed=4)
+    first = arguments(1) | {"weight": weight, "residual": None, "gated": case != "no gate"}
+    made = random(2, ACTIVE, CHANNELS, seed=8)
+    second = arguments(1) | {"rows": made.clone() if case == "other rows" else made}
+
+    def run(way: tuning.Way, given: dict[str, Any]) -> torch.Tensor:
+        ran.append((way, given["weight"] is first["weight"]))
+        return made
+
+    def time_way(runs: Any) -> float:
+        ran.clear()
+        runs[0]()
+        seen.append(ran[0])
+        return sum(6.0 if of_first else (1.0 if way == tuning.LIBRARY else 2.0) for way, of_first in ran)
+
+    monkeypatch.setattr(tuning, "run", run)
+    monkeypatch.setattr(tuning, "time_way", time_way)
+    timings = Timings.load(DEVICE, tmp_path)
+    number, best = tuning.Call(first).number, tuning.Product.of(first).ways(8)[0]
+    timings.put(tuning.Product.of(first), number, best, 0.5)
+    with Compilers() as compilers, rehearse(compilers, decide=True):
+        run_fastest(tuning.Call(first), timings)
+        run_fastest(tuning.Call(second), timings)
+    shape = tuning.Product.of(second)
+    between = 0.0 if follows or not starts_early() else 1.5
+    times = {way: 1.0 + between if way == tuning.LIBRARY else 2.0 for way in shape.ways(number)}
+    assert timings.expect(shape, number) == times
+    before = [way for way, of_first in seen[-len(times) * len(tuning.Call(second).numbers) :] if of_first]
+    assert (best in before) == bool(before) == follows

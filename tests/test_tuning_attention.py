@@ -198,12 +198,12 @@ def test_ways_are_few(attention: tuning.Attention) -> None:
 
 
 def test_a_further_round_of_tiles_counts() -> None:
-    """Of a tile for each program, 1025 queries have 120 tiles and 1280 have 140, of 132 multiprocessors."""
-    attention, tile = tuning.Attention(2, 10, 64, 4096, torch.float16), tuning.SPECIALIZED
-    assert tuning.actives(tile, attention, 1280) == (1025, 1280)
+    """Of a tile for each program, 2305 queries have 130 tiles and 2560 have 140, of 132 multiprocessors."""
+    attention, tile = tuning.Attention(2, 5, 64, 4096, torch.float16), tuning.SPECIALIZED
+    assert tuning.actives(tile, attention, 2560) == (2305, 2560)
     assert tuning.actives(tile, attention, 384) == tuning.actives(replace(tile, programs=132), attention, 384) == (352,)
-    assert tuning.actives(replace(tile, programs=132), attention, 1280) == (1152,)
-    assert tuning.actives(tuning.CUDNN, attention, 1280) == (1152,)
+    assert tuning.actives(replace(tile, programs=132), attention, 2560) == (2432,)
+    assert tuning.actives(tuning.CUDNN, attention, 2560) == (2432,)
 
 
 @pytest.mark.parametrize("attention", SD2, ids=lambda attention: str(attention.keys))

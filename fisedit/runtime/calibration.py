@@ -50,12 +50,8 @@ class Shape(Hashable, Protocol):
         """The candidates that are worth measuring for a number of rows of each sample."""
         ...
 
-    def between(self, way: Any) -> float:
-        """µs that a candidate takes more between other kernels than in a row of its own, where it is measured."""
-        ...
 
-
-SCHEMA = 10
+SCHEMA = 11
 """Of the file. Raise it when kernels change so much that older timings mislead."""
 VARIABLE = "FISEDIT_CALIBRATE"
 
@@ -156,11 +152,10 @@ class Timings:
                     self.put(shape, number, way, measure(way, number))
 
     def expect(self, shape: Shape, rows: int) -> dict[Candidate, float]:
-        """µs between other kernels, for a number of rows, of each candidate that was measured and can run."""
+        """µs for a number of rows, of each candidate that was measured and can run."""
         times = self.times(shape, rows)
         ways = shape.ways(rows) if times else ()
-        found = {way: times.get(str(way), math.inf) + shape.between(way) for way in ways}
-        return {way: time for way, time in found.items() if math.isfinite(time)}
+        return {way: time for way in ways if math.isfinite(time := times.get(str(way), math.inf))}
 
     @contextmanager
     def collect(self) -> Iterator[list[Choice]]:

@@ -22,8 +22,9 @@ SMALLEST = 8
 
 
 def bucket(rows: int, positions: int) -> int:
-    """``rows`` rounded up to 8, 12, 16, 24, 32, 48, 64, then 80, 96, 112, 128, 160, 192, ...; at most all
-    ``positions``. What pads large numbers of rows is computed by a library's products too: hence more of them."""
+    """``rows`` rounded up to 8, 12, 16, 24, 32, 48, 64, then 80, 96, 112, 128, 160, 192, ..., 512, 576, 640, ...; at
+    most all ``positions``. Of large numbers there are more: what pads them is computed by a library's products, too,
+    and which way is fastest changes with every round of tiles."""
     step = _step(rows)
     size = -(-max(rows, SMALLEST) // step) * step
     return min(size, positions)
@@ -51,7 +52,7 @@ def typical(padded: int) -> int:
 def _step(rows: int) -> int:
     """From the next smaller bucket to that of ``rows``."""
     power = 1 << max(rows - 1, SMALLEST - 1).bit_length()  # the next power of two
-    return power // 8 if power > 64 else power // 4
+    return power // (16 if power > 512 else 8 if power > 64 else 4)
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,14 @@ class Rehearsal:
         decide: whether what can be done in several ways is timed now; else the ways to time are compiled.
         news: whether anything was compiled, or is left to be decided.
         skipped: whether a library was to do anything that it did not do.
+        last: the last op that was run of those that can be done in several ways.
         seen: what was prepared already, of the ops that are alike.
     """
 
     decide: bool
     news: bool = False
     skipped: bool = False
+    last: Any = None
     seen: set[Hashable] = field(default_factory=set)
 
     def first(self, form: Hashable) -> bool:

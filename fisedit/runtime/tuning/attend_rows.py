@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.attend_rows.config import (
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
 from fisedit.runtime.kernels.launch import cdiv, current, specializes
 from fisedit.runtime.row_plan import LOCKS, bucket, buckets, smallest, typical
-from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 
 CUDNN = "cudnn"
 Way = str | Config
@@ -105,10 +105,6 @@ class Attention:
         """See :class:`fisedit.runtime.calibration.Shape`."""
         return candidates(self, rows)
 
-    def between(self, way: Any) -> float:
-        """See :class:`fisedit.runtime.calibration.Shape`: little, beside what an attention takes."""
-        return 0.0
-
     @property
     def tiles(self) -> tuple[Config, ...]:
         largest = next(largest for largest in TILES if self.head_dim <= largest)
@@ -173,8 +169,8 @@ class Call:
         for way in ways:
             run(way, self.given)
 
-    def stopwatch(self) -> Stopwatch:
-        return Stopwatch(self.given)
+    def stopwatch(self, front: Front | None) -> Stopwatch:
+        return Stopwatch(self.given)  # by itself: what is in front of it takes little beside it
 
 
 def run(way: Way, given: Mapping[str, Any]) -> Tensor:

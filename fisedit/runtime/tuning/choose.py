@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -52,9 +53,22 @@ class Call(Protocol):
         """Have compiled, in a rehearsal, what other numbers of rows will run."""
         ...
 
-    def stopwatch(self) -> Measure:
-        """What times its ways for other numbers of rows as well."""
+    def stopwatch(self, front: Front | None) -> Measure:
+        """What times its ways for other numbers of rows as well, between other kernels; ``front`` is the op before."""
         ...
+
+
+@dataclass(frozen=True)
+class Front:
+    """The op in front of another one, what it made, and what is known of its ways."""
+
+    call: Call
+    made: Any
+    timings: Timings
+
+    def way(self, number: int) -> Hashable:
+        """How it is computed for so many rows."""
+        return fastest(self.timings.expect(self.call.shape, number))
 
 
 def timings_of(device: torch.device) -> Timings:
@@ -82,26 +96,30 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
         variants = list(dict.fromkeys(call.variant(way) for ways in unknown.values() for way in ways))
         made = [call.rehearse(way) for way in (variants if rehearsal.first(call.form) else variants[:1])]
         return made[0]
+    front = rehearsal.last if rehearsal is not None else None
     with for_real():
-        way = choose_way(call, timings, measure)
+        way = choose_way(call, timings, measure, front)
     if rehearsal is not None and rehearsal.decide and rehearsal.first(call.form):  # no other mask will wait
         call.prepare({call.variant(fastest(timings.expect(call.shape, number))) for number in call.numbers})
-    return call.run(way)
+    made = call.run(way)
+    if rehearsal is not None:
+        rehearsal.last = Front(call, made, timings)
+    return made
 
 
-def choose_way(call: Call, timings: Timings, measure: Measure | None = None) -> Hashable:
+def choose_way(call: Call, timings: Timings, measure: Measure | None = None, front: Front | None = None) -> Hashable:
     """The fastest way of a call; the rule where nothing is known and can be timed.
 
     What is not known is timed, except while a CUDA graph is captured: run it once before.
 
     Args:
-        measure: instead of the call's stopwatch.
+        measure: instead of the call's stopwatch. front: the op before.
     """
     settled = timings.settled(call.shape, call.number)
     if settled is not None:
         return settled
     if unknown_ways(call, timings):
-        timings.fill(call.shape, call.numbers, measure or call.stopwatch())
+        timings.fill(call.shape, call.numbers, measure or call.stopwatch(front))
         timings.save()  # a process that is killed keeps them
     expected = timings.expect(call.shape, call.number)
     way = fastest(expected)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from statistics import mean
 from typing import Any
 
@@ -21,7 +22,7 @@ from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.row_plan import bucket, buckets
-from fisedit.runtime.tuning.choose import RULE, form_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
@@ -93,8 +94,16 @@ class Call:
             for form in forms:
                 run(way, form)
 
-    def stopwatch(self) -> Stopwatch:
-        return Stopwatch(self.given)
+    def stopwatch(self, front: Front | None) -> Stopwatch:
+        if front is None or not isinstance(front.call, Call) or not self.follows(front.call, front.made):
+            return Stopwatch(self.given)
+        return Stopwatch(self.given, Before(Stopwatch(front.call.given), front.way))
+
+    def follows(self, product: Call, made: Any) -> bool:
+        """Whether it is the second layer of a feed-forward, whose first layer is ``product``."""
+        rows = made[0] if isinstance(made, tuple) else made
+        second = product.shape.gated and self.given["sources"] is None and product.numbers == self.numbers
+        return second and bool(rows.data_ptr() == self.given["rows"].data_ptr())
 
 
 def rows_of(given: Mapping[str, Any]) -> int:
@@ -173,10 +182,14 @@ def timed(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
 
 class Stopwatch:
     """Times the ways of a product on its very arguments, their rows repeated; what is the layer's own comes from
-    memory."""
+    memory.
 
-    def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.real = given, max(1, int(given["count"]))
+    The second layer of a feed-forward behind the first one, which leaves no multiprocessor free: in a row of its own, a
+    kernel begins while the one before it ends, which is itself, and some ways gain more from that than they do here.
+    """
+
+    def __init__(self, given: Mapping[str, Any], before: Before | None = None) -> None:
+        self.given, self.real, self.before = given, max(1, int(given["count"])), before
         own = [name for name in ("weight", "bias", "center") if given.get(name) is not None]
         copies = copies_beyond_l2(*(given[name] for name in own), most=16)
         self.copies = [dict(zip(own, copy, strict=True)) for copy in copies]
@@ -184,14 +197,27 @@ class Stopwatch:
 
     def __call__(self, way: Any, number: int) -> float:
         """µs for ``number`` rows of each sample; infinite where the GPU has too little for it."""
+        product = Product.of(self.given)
+        times = [self.time(self.runs(way, number, active), number, active) for active in actives(way, product, number)]
+        return mean(times) + (product.between(way) if self.before is None else 0.0)
+
+    def runs(self, way: Any, number: int, active: int) -> list[Callable[[], object]]:
+        """The same call over different copies."""
         if self.sized[0] != number:
             self.sized = (number, self.with_rows(number))
-        times = []
-        for active in actives(way, Product.of(self.given), number):
-            count = torch.full_like(self.given["count"], active)
-            given = timed({**self.sized[1], "count": count}, way)
-            times.append(time_way([partial(run, way, {**given, **copy}) for copy in self.copies]))
-        return mean(times)
+        count = torch.full_like(self.given["count"], active)
+        given = timed({**self.sized[1], "count": count}, way)
+        return [partial(run, way, {**given, **copy}) for copy in self.copies]
+
+    def time(self, runs: list[Callable[[], object]], number: int, active: int) -> float:
+        """µs of a call by itself, or those that it adds to the one in front of it."""
+        if self.before is None:
+            return time_way(runs)
+        before = self.before.watch.runs(self.before.way(number), number, active)
+        if (number, active) not in self.before.alone:
+            self.before.alone[number, active] = time_way(before)
+        both = [partial(_both, *pair) for pair in zip(cycle(before), runs, strict=False)]
+        return time_way(both) - self.before.alone[number, active]
 
     def with_rows(self, number: int) -> dict[str, Any]:
         """The arguments for ``number`` rows: the real ones over and over."""
@@ -199,3 +225,21 @@ class Stopwatch:
         names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
         changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
         return {**self.given, **changes}
+
+
+@dataclass
+class Before:
+    """The product in front of one that is timed.
+
+    Attributes:
+        way: how it is computed for so many rows. alone: µs by itself, by the rows of each sample, and those active.
+    """
+
+    watch: Stopwatch
+    way: Callable[[int], Hashable]
+    alone: dict[tuple[int, int], float] = field(default_factory=dict)
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()

@@ -108,7 +108,8 @@ class Product:
         return ways(self, rows)
 
     def between(self, way: Any) -> float:
-        """See :class:`Shape`. Where kernels may start before those in front of them end, a library's do not."""
+        """µs that a way takes more between other kernels than in a row of its own. Where kernels may start before those
+        in front of them end, a library's do not."""
         if isinstance(way, Config):
             return GATED_TURNS_BETWEEN if way.turns and self.gated else 0.0
         return LIBRARY_BETWEEN if way == LIBRARY and starts_early() else 0.0
