@@ -1,10 +1,10 @@
-"""What products take within a call, beside what they take alone: from what ``bench/unet.py`` wrote. It needs no GPU.
+"""What products take within a call, beside what they were timed to take: from what ``bench/unet.py`` wrote. It needs no GPU.
 
     python bench/unet.py --output unet.json --profile "blob 15%"
     python bench/in_call.py unet.json
 
 A product's time within a call is that from the end of the launch in front to its own end, in a profile of one call;
-alone, what the cost model knows. Where the two are far apart, a way may be chosen that is not the fastest there.
+timed, what the cost model knows. Where the two are far apart, a way may be chosen that is not the fastest there.
 Products that PyTorch computes are left out: they are several launches.
 """
 
@@ -35,12 +35,12 @@ class Layer:
     rows: int
     way: str
     number: int
-    alone: float
+    timed: float
     within: float
 
     @property
     def more(self) -> float:
-        return self.number * (self.within - self.alone)
+        return self.number * (self.within - self.timed)
 
 
 def kernel_of(way: str) -> str:
@@ -74,9 +74,9 @@ def compare(profile: Mapping[str, Any]) -> list[Layer]:
 
 def table(layers: Sequence[Layer]) -> str:
     """Markdown."""
-    lines = ["| product | rows | way | layers | alone, µs | within, µs | all of them: more, µs |",
+    lines = ["| product | rows | way | layers | timed, µs | within, µs | all of them: more, µs |",
              "| --- | ---: | --- | ---: | ---: | ---: | ---: |"]  # fmt: skip
-    lines += [f"| {one.shape} | {one.rows} | {one.way} | {one.number} | {one.alone:.1f} | {one.within:.1f} "
+    lines += [f"| {one.shape} | {one.rows} | {one.way} | {one.number} | {one.timed:.1f} | {one.within:.1f} "
               f"| {one.more:+.0f} |" for one in layers]  # fmt: skip
     return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def main(
         except ValueError as error:
             raise typer.BadParameter(f"{results}, {call}: {error}; profile it with these kernels") from error
         print(f"\n{call}: {sum(one.number for one in layers)} products by kernels of ours, "
-              f"{sum(one.number * one.alone for one in layers):.0f} µs alone, "
+              f"{sum(one.number * one.timed for one in layers):.0f} µs as timed, "
               f"{sum(one.more for one in layers):+.0f} within the call")  # fmt: skip
         if layers:
             print(f"\n{table(layers[:most])}")

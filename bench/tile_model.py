@@ -4,8 +4,7 @@
     python bench/tile_model.py --timings file.json   those of another one
 
 *Of the model*: the best of those tiles that it takes for the fastest of a kernel, over the best that was timed of it.
-*A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed. *Between
-other kernels*: what is chosen since some ways count for more there, over the best of what was timed alone.
+*A bucket further*: what was the fastest for the next smaller number of rows, over the best that was timed.
 """
 
 from __future__ import annotations
@@ -79,7 +78,9 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
 def errors(measured: list[Measured]) -> list[float]:
     """Logarithms of what the model takes over what was measured."""
     return [
-        math.log(estimate(tile, one.product, one.rows) / time) for one in measured for tile, time in one.tiles.items()
+        math.log((estimate(tile, one.product, one.rows) + one.product.between(tile)) / time)
+        for one in measured
+        for tile, time in one.tiles.items()
     ]
 
 
@@ -107,16 +108,6 @@ def a_bucket_further(measured: list[Measured]) -> list[float]:
     return found
 
 
-def between_other_kernels(measured: list[Measured]) -> list[float]:
-    """What is chosen where some ways count for more than they take alone, over the best alone."""
-    found = []
-    for one in measured:
-        times = {**one.tiles, LIBRARY: one.pytorch}
-        chosen = min(times, key=lambda way: times[way] + one.product.between(way))
-        found.append(times[chosen] / one.best)
-    return found
-
-
 def line(name: str, ratios: list[float]) -> str:
     if not ratios:
         return f"| {name} | 0 | | | |"
@@ -139,7 +130,6 @@ def main(
     for most in (1, 2, 3):
         print(line(f"of the model, the best of {most}", of_the_model(measured, most)))
     print(line("a bucket further", a_bucket_further(measured)))
-    print(line("between other kernels", between_other_kernels(measured)))
     print(f"\nby the model, a multiprocessor takes in a KB of rows by descriptor in {ROWS} µs, gathered in {GATHERED}, "
           f"and of weights in {WEIGHTS}; a library's product counts for {LIBRARY_BETWEEN} µs more, a gated one in "
           f"turns for {GATED_TURNS_BETWEEN}")  # fmt: skip

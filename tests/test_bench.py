@@ -222,28 +222,24 @@ def test_tile_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     timings.save()
     assert timings.path is not None
     tile_model.main(timings.path)
-    head, _, _, _, *ratios, further, between, _, _, _, _ = capsys.readouterr().out.splitlines()
+    head, _, _, _, *ratios, further, _, _, _, _ = capsys.readouterr().out.splitlines()
     assert head.startswith("3 products at a number of rows") and head.endswith(
         "takes +0% of them on average, off by 0%"
     )
     assert len(ratios) == 3 and all(line.endswith("| 6 | 0.0% | 0.0% | 0.0% |") for line in ratios)
-    assert (
-        further.startswith("| a bucket further | ") and between == "| between other kernels | 3 | 0.0% | 0.0% | 0.0% |"
-    )
+    assert further.startswith("| a bucket further | ")
     for rows, time, library in ((64, 1.0, 1e3), (128, 1.0, 1e3), (256, 3.0, 0.5)):
         timings.put(product, rows, tile, time)
         timings.put(product, rows, LIBRARY, library)
     assert sorted(tile_model.a_bucket_further(list(tile_model.read(timings.table)))) == [1.0, 6.0]
-    timings.put(product, 256, LIBRARY, 2.0)  # between other kernels it counts for more than three
-    assert sorted(tile_model.between_other_kernels(list(tile_model.read(timings.table)))) == [1.0, 1.0, 1.5]
     assert tile_model.line("nothing", []) == "| nothing | 0 | | | |"
 
 
 def test_in_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Launches that start early count from the end of those in front; PyTorch's products are passed over."""
 
-    def layer(kind: str, way: str, alone: float) -> dict[str, Any]:
-        costs = {way: alone, "library": 99.0}
+    def layer(kind: str, way: str, timed: float) -> dict[str, Any]:
+        costs = {way: timed, "library": 99.0}
         return {"kind": kind, "key": ["2 x 64 to 64", "float16", "bias"], "rows": 64, "chosen": way, "costs": costs}
 
     tile = "64x64x64 w4 s4 /1"
@@ -263,7 +259,7 @@ def test_in_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         return capsys.readouterr().out
 
     out = run({"dense": {}, f"{PROFILE}blob 5%": profile})
-    assert "SD, blob 5%: 4 products by kernels of ours, 12 µs alone, +0 within the call" in out
+    assert "SD, blob 5%: 4 products by kernels of ours, 12 µs as timed, +0 within the call" in out
     assert "| linear, 2 x 64 to 64, bias | 64 | 64x64x64 w4 s4 /1 | 2 | 3.0 | 4.0 | +2 |" in out
     assert "| 64x64x64 w4 s4 /1 specialized in turns | 1 | 4.0 | 4.0 | +0 |" in out
     assert "| 64x64x64 w4 s4 /1 specialized | 1 | 2.0 | 0.0 | -2 |" in out and out.endswith("today\n")
