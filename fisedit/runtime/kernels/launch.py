@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -23,21 +23,45 @@ class Rehearsal:
         decide: whether what can be done in several ways is timed now; else the ways to time are compiled.
         news: whether anything was compiled, or is left to be decided.
         skipped: whether a library was to do anything that it did not do.
-        last: the last op that was run of those that can be done in several ways.
         seen: what was prepared already, of the ops that are alike.
+        made: of the ops that can be done in several ways, what makes results like theirs. last: the one before.
     """
 
     decide: bool
     news: bool = False
     skipped: bool = False
-    last: Any = None
     seen: set[Hashable] = field(default_factory=set)
+    made: dict[Hashable, Callable[[], Any]] = field(default_factory=dict)
+    last: Any = None
 
     def first(self, form: Hashable) -> bool:
         """Whether ``form`` was not seen before; it is now."""
         known = form in self.seen
         self.seen.add(form)
         return not known
+
+    def once(self, form: Hashable, run: Callable[[], Any]) -> Any:
+        """What ``run`` gives; where that was run for the same ``form``, only memory laid out alike. A model's layers
+        repeat themselves, and to prepare a launch takes about as long as to make one."""
+        if form in self.made:
+            return self.made[form]()
+        made = run()
+        self.made[form] = results_like(made)
+        return made
+
+
+def results_like(made: Tensor | tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Makes tensors that lie as those of ``made`` do, without keeping them; one that is there twice stays one."""
+    several = isinstance(made, tuple)
+    parts: Sequence[Tensor] = made if isinstance(made, tuple) else [made]
+    firsts = [next(place for place, other in enumerate(parts) if other is part) for part in parts]
+    facts = [(part.shape, part.stride(), part.dtype, part.device) for part in parts]
+
+    def again() -> Any:
+        new = [torch.empty_strided(size, step, dtype=dtype, device=device) for size, step, dtype, device in facts]
+        return tuple(new[first] for first in firsts) if several else new[0]
+
+    return again
 
 
 _rehearsal: ContextVar[Rehearsal | None] = ContextVar("fisedit_rehearsal", default=None)

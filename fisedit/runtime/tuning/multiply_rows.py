@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import cycle
 from statistics import mean
 from typing import Any
@@ -22,7 +22,7 @@ from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.row_plan import bucket, buckets
-from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, Front, form_of, layout_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
@@ -65,14 +65,27 @@ class Call:
     see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
-        self.given, self.shape = given, Product.of(given)
-        rows, positions = rows_of(given), int(given["positions"])
-        self.number = rows if given["full"] else bucket(rows, max(rows, positions))
-        self.numbers = (rows,) if given["full"] else buckets(max(rows, positions))
+        self.given, self.rows = given, rows_of(given)
+
+    @cached_property
+    def shape(self) -> Product:
+        return Product.of(self.given)
+
+    @cached_property
+    def number(self) -> int:
+        return self.rows if self.given["full"] else bucket(self.rows, max(self.rows, self.given["positions"]))
+
+    @cached_property
+    def numbers(self) -> tuple[int, ...]:
+        return (self.rows,) if self.given["full"] else buckets(max(self.rows, self.given["positions"]))
 
     @property
     def form(self) -> Hashable:
         return self.shape, form_of(self.given)
+
+    @property
+    def layout(self) -> Hashable:
+        return layout_of(self.given)
 
     def variant(self, way: Any) -> Any:
         return replace(way, split=min(way.split, 2)) if isinstance(way, kernel.Config) else way

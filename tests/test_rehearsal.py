@@ -1,0 +1,120 @@
+"""What a rehearsal leaves out: launches that others are like. Nothing is launched here, so that no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from harness import Harness, masks  # noqa: E402
+from published import TINY, arguments, build  # noqa: E402
+
+from fisedit.runtime.calibration import Timings  # noqa: E402
+from fisedit.runtime.executor import Memo  # noqa: E402
+from fisedit.runtime.kernels.compilers import Compilers  # noqa: E402
+from fisedit.runtime.kernels.launch import Rehearsal, rehearse  # noqa: E402
+from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
+from fisedit.runtime.tuning import choose, multiply_rows  # noqa: E402
+
+CPU = torch.device("cpu")
+Launch = tuple[Any, ...]
+
+
+def facts(value: Any) -> Any:
+    """What a kernel is compiled for, and launched with, of an argument; not its address."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16
+    if hasattr(value, "block_shape"):  # a descriptor
+        return tuple(value.shape), tuple(value.strides), tuple(value.block_shape), facts(value.base)
+    return value
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
+    found: list[Launch] = []
+
+    def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
+        found.append((kernel, tuple(grid), *map(facts, args), tuple(kwargs.items())))
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fisedit.runtime.kernels.") and hasattr(module, "launch"):
+            monkeypatch.setattr(module, "launch", launch)
+    return found
+
+
+def test_launches_are_left_out_that_others_are_like(
+    tmp_path: Path, launched: list[Launch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a whole call: what is run once is what each layer of that layout would launch."""
+    timings, by_layout = Timings.load("cpu", tmp_path), defaultdict[Hashable, list[list[Launch]]](list)
+
+    def compute(given: dict[str, Any]) -> Any:
+        return choose.run_fastest(multiply_rows.Call(given), timings, lambda way, rows: float(way == "library"))
+
+    def each_time(self: Rehearsal, layout: Hashable, run: Callable[[], Any]) -> Any:
+        before = len(launched)
+        made = run()
+        by_layout[layout].append(launched[before:])
+        return made
+
+    monkeypatch.setattr(multiply_rows, "_compute", compute)
+    model = build(TINY, CPU, torch.float32)
+    h = Harness(model, arguments(TINY, TINY.size, CPU, torch.float32), provider="triton")
+    replays, mask = h.program.replays(), masks(TINY.size)["blob"]
+    replay = replays.take(LevelMasks(mask.expand(h.call.batch, -1, -1), replays.levels), h.call.batch, CPU)
+    replay.run(h.call.tensors, h.cache, Memo())  # fills its buffers
+    with Compilers() as compilers, rehearse(compilers, decide=True):
+        replay._call()
+    launched.clear()
+    with monkeypatch.context() as patched, Compilers() as compilers, rehearse(compilers):
+        patched.setattr(Rehearsal, "once", each_time)
+        replay._call()
+    every, repeated = len(launched), [runs for runs in by_layout.values() if len(runs) > 1]
+    assert repeated and all(run == runs[0] for runs in repeated for run in runs)
+    launched.clear()
+    with Compilers() as compilers, rehearse(compilers):
+        replay._call()
+    assert len(launched) == every - sum(len(runs[0]) * (len(runs) - 1) for runs in repeated) < every
+
+
+def test_what_is_left_out_has_memory_of_its_own() -> None:
+    """Laid out alike; a result that is there twice stays one."""
+    rows, moments = torch.empty(2, 3, 8).transpose(0, 1), torch.empty(2, 0, 3, dtype=torch.float64)
+    rehearsal, ran = Rehearsal(decide=False), list[str]()
+
+    def run() -> tuple[Tensor, Tensor, Tensor]:
+        ran.append("run")
+        return rows, rows, moments
+
+    first, second = rehearsal.once("layout", run), rehearsal.once("layout", run)
+    assert ran == ["run"] and first[0] is rows and second[0] is second[1] is not rows
+    assert [(t.shape, t.stride(), t.dtype) for t in second] == [(t.shape, t.stride(), t.dtype) for t in first]
+    assert second[0].data_ptr() != rows.data_ptr()
+    assert isinstance(rehearsal.once("one", lambda: rows), Tensor) and isinstance(rehearsal.once("one", run), Tensor)
+
+
+def test_a_layout_tells_all_that_kernels_are_compiled_for() -> None:
+    rows = torch.zeros(40)
+    given: dict[str, Any] = {
+        "rows": rows[:32].view(2, 16),
+        "count": torch.zeros(1),
+        "full": False,
+        "norm": {"eps": 1e-5},
+    }
+    others = [
+        {"rows": rows[1:33].view(2, 16)}, {"rows": rows[:32].view(16, 2).t()}, {"rows": rows[:16].view(1, 16)},
+        {"rows": rows[:32].view(2, 16).half()}, {"full": True}, {"norm": {"eps": 1e-6}}, {"count": None},
+    ]  # fmt: skip
+    layouts = [choose.layout_of(given | other) for other in others]
+    assert choose.layout_of(given) not in layouts and len(set(layouts)) == len(layouts)
+    assert choose.layout_of(given) == choose.layout_of(given | {"rows": torch.zeros(2, 16), "count": torch.ones(1)})
