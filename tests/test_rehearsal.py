@@ -111,7 +111,7 @@ def test_a_layout_tells_all_that_kernels_are_compiled_for() -> None:
         "full": False,
         "norm": {"eps": 1e-5},
     }
-    others = [
+    others: list[dict[str, Any]] = [
         {"rows": rows[1:33].view(2, 16)}, {"rows": rows[:32].view(16, 2).t()}, {"rows": rows[:16].view(1, 16)},
         {"rows": rows[:32].view(2, 16).half()}, {"full": True}, {"norm": {"eps": 1e-6}}, {"count": None},
     ]  # fmt: skip

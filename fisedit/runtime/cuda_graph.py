@@ -143,8 +143,10 @@ class Replay:
 
     def _capture(self) -> None:
         with CAPTURING:
+            start = time.monotonic()
             if not self._compile():
                 self._call()
+            rehearsed = time.monotonic()
             graph = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -152,6 +154,8 @@ class Replay:
                 self._results = self._call()
                 self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved
         self.graph = graph  # not before: a capture that fails leaves nothing to replay
+        milliseconds = (rehearsed - start) * 1e3, (time.monotonic() - rehearsed) * 1e3
+        logger.debug("rehearsed a call for %s in %.0f ms, captured it in %.0f ms", self.buckets, *milliseconds)
 
 
 class Copies:
