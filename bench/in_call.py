@@ -1,4 +1,5 @@
-"""What products take within a call, beside what they were timed to take: from what ``bench/unet.py`` wrote. It needs no GPU.
+"""What products take within a call, beside what they were timed to take: from what ``bench/unet.py`` wrote. No GPU is
+needed.
 
     python bench/unet.py --output unet.json --profile "blob 15%"
     python bench/in_call.py unet.json
