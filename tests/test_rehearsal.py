@@ -68,6 +68,7 @@ def test_launches_are_left_out_that_others_are_like(
         return made
 
     monkeypatch.setattr(multiply_rows, "_compute", compute)
+    monkeypatch.setattr(choose, "ALIGNMENT", 16)  # that of memory of a GPU is always the same
     model = build(TINY, CPU, torch.float32)
     h = Harness(model, arguments(TINY, TINY.size, CPU, torch.float32), provider="triton")
     replays, mask = h.program.replays(), masks(TINY.size)["blob"]
@@ -103,7 +104,8 @@ def test_what_is_left_out_has_memory_of_its_own() -> None:
     assert isinstance(rehearsal.once("one", lambda: rows), Tensor) and isinstance(rehearsal.once("one", run), Tensor)
 
 
-def test_a_layout_tells_all_that_kernels_are_compiled_for() -> None:
+def test_a_layout_tells_all_that_kernels_are_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "ALIGNMENT", 16)
     rows = torch.zeros(40)
     given: dict[str, Any] = {
         "rows": rows[:32].view(2, 16),

@@ -15,6 +15,8 @@ from triton.runtime.errors import OutOfResources
 from fisedit.runtime.calibration import Measure, Shape, Timings, time_on_gpu
 from fisedit.runtime.kernels.launch import Rehearsal, current, for_real
 
+ALIGNMENT = 256
+"""Bytes: libraries choose kernels by what addresses are multiples of, up to so many; Triton compiles for 16."""
 RULE = "rule"
 """The way of an op's own kernel, by its own rule: taken where nothing is known."""
 
@@ -169,8 +171,8 @@ def form_of(given: Mapping[str, Any], of_tensor: Callable[[torch.Tensor], Hashab
 
 
 def layout_of(given: Mapping[str, Any]) -> Hashable:
-    """Arguments with how their tensors lie in memory: kernels are compiled for addresses that are multiples of 16."""
-    return form_of(given, lambda t: (t.dtype, t.shape, t.stride(), t.data_ptr() % 16))
+    """Arguments with how their tensors lie in memory."""
+    return form_of(given, lambda t: (t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT))
 
 
 def time_way(runs: Sequence[Callable[[], object]]) -> float:
