@@ -1,4 +1,5 @@
-"""What a rehearsal leaves out, and a capture that runs out of memory. Nothing is launched here: no GPU is needed."""
+"""What a rehearsal leaves out and what it tells of its progress; a capture that runs out of memory. Nothing is launched
+here: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -20,16 +21,28 @@ if not torch.cuda.is_available():
 from harness import Harness, masks  # noqa: E402
 from published import TINY, arguments, build  # noqa: E402
 
+from fisedit.runtime import progress as progress_module  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cuda_graph import Replay  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.kernels.compilers import Compilers  # noqa: E402
 from fisedit.runtime.kernels.launch import Rehearsal, rehearse  # noqa: E402
+from fisedit.runtime.progress import Progress  # noqa: E402
 from fisedit.runtime.row_plan import Buckets, LevelMasks  # noqa: E402
 from fisedit.runtime.tuning import choose, multiply_rows  # noqa: E402
 
 CPU = torch.device("cpu")
 Launch = tuple[Any, ...]
+
+
+class Counted(Progress):
+    expected = finished = 0
+
+    def expect(self) -> None:
+        self.expected += 1
+
+    def done(self) -> None:
+        self.finished += 1
 
 
 def facts(value: Any) -> Any:
@@ -69,15 +82,19 @@ def test_launches_are_left_out_that_others_are_like(
         by_layout[layout].append(launched[before:])
         return made
 
-    monkeypatch.setattr(multiply_rows, "_compute", compute)
+    progress = Counted()
     monkeypatch.setattr(choose, "ALIGNMENT", 16)  # that of memory of a GPU is always the same
     model = build(TINY, CPU, torch.float32)
     h = Harness(model, arguments(TINY, TINY.size, CPU, torch.float32), provider="triton")
     replays, mask = h.program.replays(), masks(TINY.size)["blob"]
     replay = replays.take(LevelMasks(mask.expand(h.call.batch, -1, -1), replays.levels), h.call.batch, CPU)
     replay.run(h.call.tensors, h.cache, Memo())  # fills its buffers
-    with Compilers() as compilers, rehearse(compilers, decide=True):
-        replay._call()
+    monkeypatch.setattr(multiply_rows, "_compute", compute)
+    for decide in (False, True):
+        assert progress.finished == 0
+        with Compilers() as compilers, rehearse(compilers, decide, progress):
+            replay._call()
+    assert progress.finished == progress.expected >= len({point.rpartition(" ")[0] for point in timings.table}) > 9
     launched.clear()
     with monkeypatch.context() as patched, Compilers() as compilers, rehearse(compilers):
         patched.setattr(Rehearsal, "once", each_time)
@@ -88,6 +105,21 @@ def test_launches_are_left_out_that_others_are_like(
     with Compilers() as compilers, rehearse(compilers):
         replay._call()
     assert len(launched) == every - sum(len(runs[0]) * (len(runs) - 1) for runs in repeated) < every
+
+
+def test_progress_is_shown_where_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels and layers; what is quick shows nothing."""
+    shown = []
+    for delay in (60.0, 0.0):
+        monkeypatch.setattr(progress_module, "DELAY", delay)
+        with Progress() as progress, Compilers(progress=progress) as compilers:
+            made = [compilers.submit(abs, -number) for number in range(3)]
+            progress.expect()
+        assert [each.result() for each in made] == [0, 1, 2] and (progress._bar.n, progress._bar.total) == (3, 4)
+        shown.append(capsys.readouterr().err)
+    assert shown[0] == "" and "compiling and timing kernels for this GPU" in shown[1]
 
 
 def test_what_is_left_out_has_memory_of_its_own() -> None:

@@ -16,6 +16,7 @@ from fisedit.runtime.executor import Executable, Input, Keep, Memo, SlotSource
 from fisedit.runtime.kernels.compilers import Compilers
 from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
+from fisedit.runtime.progress import Progress
 from fisedit.runtime.row_plan import Buckets, Halos, LevelMasks, RowPlan
 from fisedit.runtime.timetable import Row, counted, same
 
@@ -129,12 +130,12 @@ class Replay:
         """Have all kernels compiled that a call needs, and all ways timed that are not known yet. Whether nothing was
         left to do: then all kernels are loaded, and a graph can be captured."""
         start = time.monotonic()
-        with Compilers() as compilers:
-            with rehearse(compilers) as rehearsal:
+        with Progress() as progress, Compilers(progress=progress) as compilers:
+            with rehearse(compilers, progress=progress) as rehearsal:
                 self._call()
             compiled = time.monotonic()
             if rehearsal.news:
-                with rehearse(compilers, decide=True):
+                with rehearse(compilers, decide=True, progress=progress):
                     self._call()
         if rehearsal.news:
             seconds = compiled - start, time.monotonic() - compiled

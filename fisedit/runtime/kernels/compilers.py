@@ -17,6 +17,8 @@ from importlib import import_module
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from fisedit.runtime.progress import Progress
+
 T = TypeVar("T")
 Job = dict[str, Any]
 """A call of ``triton.compile``, its kernel by module and name."""
@@ -31,18 +33,23 @@ class Compilers(ThreadPoolExecutor):
     """Threads that run what Triton submits to them in an ``AsyncCompileMode``; done when the block ends.
 
     Args:
+        progress: is told of each kernel.
         many: so many kernels must have been slow for each thread before processes are started, which takes some
             seconds. How many wait says little: who submits them wants Python's lock, too.
     """
 
-    def __init__(self, threads: int | None = None, many: int = 2) -> None:
+    def __init__(self, threads: int | None = None, many: int = 2, progress: Progress | None = None) -> None:
         self.threads = threads or min(MOST, os.cpu_count() or 1)
         super().__init__(self.threads)
-        self.many, self.slow, self.helpers = many, 0, list[Helper]()
+        self.many, self.slow, self.helpers, self.progress = many, 0, list[Helper](), progress
         self._free, self._lock = SimpleQueue[Helper](), threading.Lock()
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
-        return super().submit(self._compile, fn, *args, **kwargs)
+        future = super().submit(self._compile, fn, *args, **kwargs)
+        if (progress := self.progress) is not None:
+            progress.expect()
+            future.add_done_callback(lambda _: progress.done())
+        return future
 
     def _compile(self, fn: Callable[..., T], *args: Any, **kwargs: Any) -> T:
         job = job_of(fn)

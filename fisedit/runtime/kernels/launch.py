@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisedit.runtime.progress import Progress
+
 
 @dataclass
 class Rehearsal:
@@ -24,6 +26,7 @@ class Rehearsal:
         news: whether anything was compiled, or is left to be decided.
         skipped: whether a library was to do anything that it did not do.
         seen: what was prepared already, of the ops that are alike.
+        progress: is told of each shape of a layer that is to be timed.
         made: of the ops that can be done in several ways, what makes results like theirs. last: the one before.
     """
 
@@ -33,6 +36,7 @@ class Rehearsal:
     seen: set[Hashable] = field(default_factory=set)
     made: dict[Hashable, Callable[[], Any]] = field(default_factory=dict)
     last: Any = None
+    progress: Progress | None = None
 
     def first(self, form: Hashable) -> bool:
         """Whether ``form`` was not seen before; it is now."""
@@ -134,11 +138,11 @@ def current() -> Rehearsal | None:
 
 
 @contextmanager
-def rehearse(compilers: Executor, decide: bool = False) -> Iterator[Rehearsal]:
+def rehearse(compilers: Executor, decide: bool = False, progress: Progress | None = None) -> Iterator[Rehearsal]:
     """Launches inside compile on all processors at once and run nothing; done when the block ends."""
     from triton import AsyncCompileMode
 
-    rehearsal = Rehearsal(decide)
+    rehearsal = Rehearsal(decide, progress=progress)
     token = _rehearsal.set(rehearsal)
     try:
         with AsyncCompileMode(compilers) as mode:

@@ -109,13 +109,18 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
 
 
 def _rehearse(rehearsal: Rehearsal, call: Call, timings: Timings, measure: Measure | None) -> Any:
-    if not rehearsal.decide and (unknown := unknown_ways(call, timings)):
+    unknown, progress = unknown_ways(call, timings), rehearsal.progress
+    if unknown and not rehearsal.decide:
         rehearsal.news = True
+        if progress is not None and rehearsal.first((call.shape, call.numbers)):
+            progress.expect()
         variants = list(dict.fromkeys(call.variant(way) for ways in unknown.values() for way in ways))
         made = [call.rehearse(way) for way in (variants if rehearsal.first(call.form) else variants[:1])]
         return made[0]
     with for_real():
         way = choose_way(call, timings, measure, rehearsal.last)
+    if unknown and progress is not None:
+        progress.done()
     if rehearsal.decide and rehearsal.first(call.form):  # no other mask will wait
         call.prepare({call.variant(fastest(timings.expect(call.shape, number))) for number in call.numbers})
     return call.run(way)
