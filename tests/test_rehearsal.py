@@ -1,5 +1,4 @@
-"""What a rehearsal leaves out and what it tells of its progress; a capture that runs out of memory. Nothing is launched
-here: no GPU is needed."""
+"""What a rehearsal leaves out, and what it tells of its progress. Nothing is launched here: no GPU is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,11 @@ from published import TINY, arguments, build  # noqa: E402
 
 from fisedit.runtime import progress as progress_module  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
-from fisedit.runtime.cuda_graph import Replay  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.kernels.compilers import Compilers  # noqa: E402
 from fisedit.runtime.kernels.launch import Rehearsal, rehearse  # noqa: E402
 from fisedit.runtime.progress import Progress  # noqa: E402
-from fisedit.runtime.row_plan import Buckets, LevelMasks  # noqa: E402
+from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
 from fisedit.runtime.tuning import choose, multiply_rows  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -154,26 +151,3 @@ def test_a_layout_tells_all_that_kernels_are_compiled_for(monkeypatch: pytest.Mo
     layouts = [choose.layout_of(given | other) for other in others]
     assert choose.layout_of(given) not in layouts and len(set(layouts)) == len(layouts)
     assert choose.layout_of(given) == choose.layout_of(given | {"rows": torch.zeros(2, 16), "count": torch.ones(1)})
-
-
-def test_a_capture_without_memory_is_tried_again_with_what_is_unused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A capture that fails otherwise leaves nothing to replay."""
-    done, failures = list[str](), list[Exception]()
-
-    def record(replay: Replay) -> Any:
-        done.append("record")
-        if failures:
-            raise failures.pop()
-        return "graph"
-
-    monkeypatch.setattr(Replay, "_compile", lambda replay: True)
-    monkeypatch.setattr(Replay, "_record", record)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("empty"))
-    full = torch.OutOfMemoryError
-    for these, fails in (([], None), ([full()], None), ([full(), full()], full), ([ValueError()], ValueError)):
-        replay = object.__new__(Replay)
-        replay.graph, replay.buckets, failures[:] = None, Buckets(1, ()), these
-        with pytest.raises(fails) if fails else nullcontext():
-            replay._capture()
-        assert (replay.graph is None) == (fails is not None)
-    assert done == ["record", "record", "empty", "record", "record", "empty", "record", "record"]

@@ -148,28 +148,15 @@ class Replay:
             if not self._compile():
                 self._call()
             rehearsed = time.monotonic()
-            try:
-                self.graph = self._record()
-            except torch.OutOfMemoryError:  # a graph has memory of its own, and what is unused may not be free
-                torch.cuda.empty_cache()
-                self.graph = self._record()
-        milliseconds = (rehearsed - start) * 1e3, (time.monotonic() - rehearsed) * 1e3
-        logger.debug("rehearsed a call for %s in %.0f ms, captured it in %.0f ms", self.buckets, *milliseconds)
-
-    def _record(self) -> torch.cuda.CUDAGraph:
-        """A call as a graph. ``torch.cuda.graph`` would also give all unused memory back, each time."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.graph(graph).capture_stream  # always the same: libraries keep memory for each
-        torch.cuda.synchronize()
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 reserved = torch.cuda.memory_reserved(self.plan.device)
                 self._results = self._call()
                 self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved
-            finally:
-                graph.capture_end()
-        return graph
+        self.graph = graph  # not before: a capture that fails leaves nothing to replay
+        milliseconds = (rehearsed - start) * 1e3, (time.monotonic() - rehearsed) * 1e3
+        logger.debug("rehearsed a call for %s in %.0f ms, captured it in %.0f ms", self.buckets, *milliseconds)
 
 
 class Copies:
