@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ if not torch.cuda.is_available():
 from harness import Harness, masks  # noqa: E402
 from published import TINY, arguments, build  # noqa: E402
 
+from fisedit.runtime import kernels  # noqa: E402
 from fisedit.runtime import progress as progress_module  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
@@ -58,9 +59,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         found.append((kernel, tuple(grid), *map(facts, args), tuple(kwargs.items())))
 
-    for name, module in list(sys.modules.items()):
-        if name.startswith("fisedit.runtime.kernels.") and hasattr(module, "launch"):
-            monkeypatch.setattr(module, "launch", launch)
+    for path in Path(kernels.__file__).parent.glob("*/triton.py"):
+        monkeypatch.setattr(import_module(f"{kernels.__name__}.{path.parent.name}.triton"), "launch", launch)
     return found
 
 
