@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -417,8 +418,11 @@ def main(
     quick: Annotated[bool, typer.Option(help="Blobs of 5 and 15 % and four ragged masks.")] = False,
     edits: Annotated[bool, typer.Option(help="Edits under masks, too; else the ways to call the dense model.")] = True,
     tiny: Annotated[bool, typer.Option(help="A small model instead, on any device.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Tell how long graphs take to rehearse and to capture.")] = False,
 ) -> None:
     """Measure U-Net calls, dense and sparse."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("fisedit").setLevel(logging.DEBUG if verbose else logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     of = getattr(torch, dtype if device.type == "cuda" else "float32")
     environment = {**describe_environment(device), "dtype": str(of).removeprefix("torch."), "batch": 2}

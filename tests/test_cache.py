@@ -264,7 +264,8 @@ def test_the_gpu_runs_out_of_memory(
     base = recorded(unet, call)
     monkeypatch.undo()
     assert tiers_of(base) >= {"gpu", "pinned"} or tiers_of(base) == {"pinned"}
-    assert not base.partial and "ran out" in unet.tiers(base.blocks()[0].data.device).describe()  # type: ignore[union-attr]
+    data = base.blocks()[0].data
+    assert data is not None and not base.partial and "ran out" in unet.tiers(data.device).describe()
     assert same(edited(unet, call, base), wanted[0]) and same(two_rounds(unet, call, base), wanted[1])
 
 

@@ -27,7 +27,7 @@ from fisedit.runtime.kernels.attend_rows.config import (
 from fisedit.runtime.kernels.gather_keys.triton import gather_keys
 from fisedit.runtime.kernels.launch import cdiv, current, specializes
 from fisedit.runtime.row_plan import LOCKS, bucket, buckets, smallest, typical
-from fisedit.runtime.tuning.choose import RULE, Front, form_of, layout_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 
 CUDNN = "cudnn"
 Way = str | Config
@@ -155,10 +155,6 @@ class Call:
     @property
     def form(self) -> Hashable:
         return self.shape, form_of(self.given)
-
-    @property
-    def layout(self) -> Hashable:
-        return layout_of(self.given)
 
     def variant(self, way: Any) -> Any:
         return replace(way, programs=min(way.programs, 1)) if isinstance(way, Config) else way

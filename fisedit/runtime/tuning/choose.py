@@ -25,10 +25,13 @@ class Call(Protocol):
     """An op with its arguments.
 
     Attributes:
+        given: the arguments by name.
         shape: all but the number of rows.
         number: rows of each sample, padding included.
         numbers: all that it can be in a sparse edit, for which the ways are timed together.
     """
+
+    given: Mapping[str, Any]
 
     @property
     def shape(self) -> Shape: ...
@@ -42,11 +45,6 @@ class Call(Protocol):
     @property
     def form(self) -> Hashable:
         """What compiled kernels depend on, and the numbers of rows."""
-        ...
-
-    @property
-    def layout(self) -> Hashable:
-        """What the launches of a way depend on, but for the values in tensors and their addresses."""
         ...
 
     def variant(self, way: Hashable) -> Hashable:
@@ -103,7 +101,7 @@ def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) ->
     rehearsal = current()
     if rehearsal is None:
         return call.run(choose_way(call, timings, measure))
-    made = rehearsal.once(call.layout, lambda: _rehearse(rehearsal, call, timings, measure))
+    made = rehearsal.once(layout_of(call.given), lambda: _rehearse(rehearsal, call, timings, measure))
     rehearsal.last = Front(call, made, timings)
     return made
 
@@ -176,7 +174,7 @@ def form_of(given: Mapping[str, Any], of_tensor: Callable[[torch.Tensor], Hashab
 
 
 def layout_of(given: Mapping[str, Any]) -> Hashable:
-    """Arguments with how their tensors lie in memory."""
+    """Arguments with how their tensors lie in memory: all that launches depend on, but for values and addresses."""
     return form_of(given, lambda t: (t.dtype, t.shape, t.stride(), t.data_ptr() % ALIGNMENT))
 
 

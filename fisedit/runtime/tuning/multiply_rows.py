@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,7 +23,7 @@ from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.row_plan import bucket, buckets
-from fisedit.runtime.tuning.choose import RULE, Front, form_of, layout_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
@@ -82,10 +83,6 @@ class Call:
     @property
     def form(self) -> Hashable:
         return self.shape, form_of(self.given)
-
-    @property
-    def layout(self) -> Hashable:
-        return layout_of(self.given)
 
     def variant(self, way: Any) -> Any:
         return replace(way, split=min(way.split, 2)) if isinstance(way, kernel.Config) else way
@@ -229,8 +226,8 @@ class Stopwatch:
         before = self.before.watch.runs(self.before.way(number), number, active)
         if (number, active) not in self.before.alone:
             self.before.alone[number, active] = time_way(before)
-        both = [partial(_both, *pair) for pair in zip(cycle(before), runs, strict=False)]
-        return time_way(both) - self.before.alone[number, active]
+        both = time_way([partial(_both, *pair) for pair in zip(cycle(before), runs, strict=False)])
+        return both - self.before.alone[number, active] if math.isfinite(both) else both
 
     def with_rows(self, number: int) -> dict[str, Any]:
         """The arguments for ``number`` rows: the real ones over and over."""
