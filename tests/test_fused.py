@@ -22,6 +22,7 @@ from torch import Tensor, nn  # noqa: E402
 
 import fisedit  # noqa: E402
 from fisedit.passes.count_macs import count_macs  # noqa: E402
+from fisedit.runtime.cache.store import StepCache  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Input, Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
@@ -282,6 +283,30 @@ def test_no_fused_product_takes_weights_that_the_call_makes() -> None:
     nodes = h.program.graphs["edit"].graph.nodes
     products = [node for node in nodes if node.target is torch.ops.fisedit.multiply_rows.default]
     assert len(products) == 1 and sum("multiply" in str(node.target) for node in nodes) == 1
+
+
+def test_an_edit_finds_where_recorded_values_lie_already_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a call was recorded, when the GPU was busy for long; a call of an edit waits for no table of addresses."""
+    model, arguments = small()
+    unet, mask = fisedit.compile(model, provider="triton", dense="eager"), mask_of("blob")
+    with torch.no_grad(), unet.record() as base:
+        unet(**arguments)
+    looked: list[tuple[str, ...]] = []
+
+    def look(cache: StepCache, slots: tuple[str, ...], look: Any = StepCache._look) -> Any:
+        looked.append(slots)
+        return look(cache, slots)
+
+    monkeypatch.setattr(StepCache, "_look", look)
+    (cache,) = [call.cache for call in base.calls.values()]
+    tables = dict(cache._tables)
+    with torch.no_grad(), unet.edit(base, mask):
+        unet(**arguments)
+    assert not looked and tables and cache._tables == tables
+    cache._places.clear()
+    with torch.no_grad(), unet.edit(base, mask):
+        unet(**arguments)
+    assert looked
 
 
 OTHERS: dict[str, Callable[[], nn.Module]] = {
