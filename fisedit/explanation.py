@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
 from fisedit.passes.fused import get
-from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of
+from fisedit.passes.ir import PRODUCTS, args, fisedit, is_op, rows_of, tensor
 from fisedit.passes.layout import Level
 from fisedit.passes.plan_memory import all_rows, predict_peak
 from fisedit.program import Program
@@ -106,7 +106,7 @@ def attention_of(node: Node, dtype: torch.dtype) -> Attention:
 
 
 def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
-    """The shape of a ``multiply_rows`` node; ``full``: all rows of its level are active."""
+    """The shape of a product's node; ``full``: all rows of its level are active."""
     from fisedit.runtime.tuning.product import Product, fused_parts, norm_of
 
     names = ("bias", "affine", "residual", "activation", "gated", "center")
@@ -116,7 +116,9 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
     kind, first = rows_of(node), rows_of(get(node, "rows"))
     assert kind is not None and first is not None
     norm = norm_of(**node.kwargs) if is_op(node, fisedit.multiply_norm_rows.default) else ""
+    text = cast(Node | None, node.kwargs.get("key"))
     return Product(
+        text=(kind.channels // cast(int, node.kwargs["heads"]), tensor(text).shape[1]) if text is not None else (0, 0),
         taps=0 if sources is None else math.prod(sources.meta["table"].of.kernel),
         batch=kind.batch,
         channels=(first.channels, second, third),

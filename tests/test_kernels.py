@@ -192,6 +192,7 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
     return {
         "multiply_rows": product,
         "multiply_norm_rows": product,
+        "multiply_attend_rows": product,
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
@@ -219,7 +220,7 @@ def test_every_op_passes_opcheck() -> None:
         **fused_calls(),
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
+    named = {"multiply_attend_rows": {"key": torch.randn(2, 5, 8), "value": torch.randn(2, 5, 8), "heads": 2}}
     for name, arguments in calls.items():
-        library.opcheck(
-            getattr(torch.ops.fisedit, name).default, arguments, test_utils=("test_schema", "test_faketensor")
-        )
+        op = getattr(torch.ops.fisedit, name).default
+        library.opcheck(op, arguments, named.get(name), test_utils=("test_schema", "test_faketensor"))

@@ -36,7 +36,9 @@ def _count(node: Node, plan: MaskPlan | None) -> int:
     if node.target in PRODUCTS:
         rows = rows_of(node)
         assert plan is not None and rows is not None
-        return rows.batch * plan.rows(rows.level) * math.prod(_weight_shape(get(node, "weight")))
+        number, text = rows.batch * plan.rows(rows.level), node.kwargs.get("key")
+        attended = 2 * rows.channels * _text_length(text) if text is not None else 0
+        return number * (math.prod(_weight_shape(get(node, "weight"))) + attended)
     if node.target is fisedit.attend_rows.default:
         return _attend_rows(node, plan)
     if node.target is aten.linear.default:

@@ -30,6 +30,11 @@ def hoist_step_invariant(gm: GraphModule) -> PassResult:
     return PassResult(hoisted)
 
 
+def is_before_steps(node: Node) -> bool:
+    """Whether a node by itself makes nothing that changes from step to step within an edit."""
+    return _own_stage(node) <= STAGES.index("edit")
+
+
 def _own_stage(node: Node) -> int:
     if node.op == "placeholder":
         if node.meta.get("role") == "timestep":

@@ -27,6 +27,7 @@ from fisedit.passes.fuse_layer_norm import fuse_layer_norm
 from fisedit.passes.fuse_linear import fuse_linear
 from fisedit.passes.fuse_norms import fuse_norms
 from fisedit.passes.fuse_sums import fuse_sums
+from fisedit.passes.fuse_text_attention import fuse_text_attention
 from fisedit.passes.hoist_step_invariant import hoist_step_invariant
 from fisedit.passes.infer_domains import infer_domains
 from fisedit.passes.insert_cache_loads import insert_cache_loads
@@ -77,6 +78,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_layer_norm,
         fuse_norms,
         fold_layer_norm,
+        fuse_text_attention,
     ]
 
 

@@ -48,6 +48,7 @@ SCHEMAS = {
     "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
     'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, '
     "bool norm_moments=False) -> (Tensor, Tensor, Tensor)",
+    "multiply_attend_rows": f"({_PRODUCT}, *, Tensor key, Tensor value, int heads, float? scale=None) -> Tensor",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) "
     "-> Tensor",
@@ -124,6 +125,11 @@ def _(*product, **norm):
     out = _multiply_rows(*product)
     parts = -(-out.shape[2] // 64) if norm.get("norm_moments") else 0  # about as many tiles as a kernel has
     return out, torch.empty_like(out), out.new_empty(2, parts, *out.shape[:2], dtype=torch.float32)
+
+
+@library.register_fake("fisedit::multiply_attend_rows", lib=namespace)
+def _(*product, **text):
+    return _multiply_rows(*product)  # [B, N', h*d]
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)

@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit.runtime.calibration import copies_beyond_l2
+from fisedit.runtime.kernels.attend_rows.triton import attend_rows
 from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
 from fisedit.runtime.kernels.gather_patches.triton import gather_patches
 from fisedit.runtime.kernels.launch import cdiv
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
+from fisedit.runtime.kernels.multiply_rows.attend import multiply_attend
 from fisedit.runtime.row_plan import bucket, buckets
 from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
@@ -56,14 +58,20 @@ def multiply_norm_rows(
     return _compute({**dict(zip(NAMES, product, strict=False)), "norm": norm})
 
 
+def multiply_attend_rows(*product: Any, key: Tensor, value: Tensor, heads: int, scale: float | None = None) -> Tensor:
+    """As :func:`multiply_rows`."""
+    text = {"key": key, "value": value, "heads": heads, "scale": scale}
+    return _compute({**dict(zip(NAMES, product, strict=False)), "text": text})
+
+
 def _compute(given: Mapping[str, Any]) -> Any:
     device = given["rows"].device
     return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
 
 
 class Call:
-    """A ``multiply_rows`` by its arguments, or a ``multiply_norm_rows``, with those of the norm together as ``norm``;
-    see :class:`fisedit.runtime.tuning.choose.Call`."""
+    """A ``multiply_rows`` by its arguments, or one with a norm, or that attends, whose own are together as ``norm`` or
+    ``text``; see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.rows = given, rows_of(given)
@@ -127,6 +135,8 @@ def _no_moments(rows: Tensor) -> Tensor:
 
 def run(way: Way, given: Mapping[str, Any]) -> Any:
     """The rows; with a norm, them, what it makes of them, and their moments: one of these two."""
+    if (text := given.get("text")) is not None:
+        return _attend(way, given, text)
     if way == LIBRARY:
         return _library(**given)
     product, norm = dict(given), given.get("norm")
@@ -144,6 +154,18 @@ def run(way: Way, given: Mapping[str, Any]) -> Any:
     normalized = given["rows"].new_empty(len(given["rows"]), rows_of(given), Product.of(given).columns)  # [B, N', Co]
     out = multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"]))
     return out, normalized, _no_moments(out)
+
+
+def _attend(way: Way, given: Mapping[str, Any], text: Mapping[str, Any]) -> Tensor:
+    """What rows find in a text: by one kernel in a tile, or else by two."""
+    product = {name: value for name, value in given.items() if name != "text"}
+    if isinstance(way, kernel.Config):
+        names = ("rows", "weight", "bias", "moments", "center", "count")
+        own: dict[str, Any] = {name: product.get(name) for name in names}
+        return multiply_attend(**own, input_eps=product.get("input_eps", 0.0), **text, config=way)
+    queries = run(way, product)  # [B, N, h*d]
+    key, value, heads, scale = text.values()
+    return attend_rows(queries, key, value, None, None, None, given["count"], None, given["locks"], heads, scale)
 
 
 def _library(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from fisedit.runtime.kernels.launch import cdiv, specializes, starts_early
+from fisedit.runtime.kernels.multiply_rows.attend import blocks_of
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 from fisedit.runtime.row_plan import LOCKS, smallest, typical
@@ -76,6 +77,7 @@ class Product:
         taps: rows that an output reads; 0 for a linear layer.
         channels: of one row, of all three sources. outputs: rows of the weight.
         fused: what else is computed, from :func:`fused_parts`.
+        text: channels of a head and keys of the text that its rows attend to; zeros for none.
     """
 
     taps: int
@@ -84,6 +86,7 @@ class Product:
     outputs: int
     dtype: torch.dtype
     fused: str
+    text: tuple[int, int] = (0, 0)
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Product:
@@ -92,7 +95,10 @@ class Product:
         rows2, rows3 = (0 if more is None else more.shape[2] for more in (given["rows2"], given.get("rows3")))
         fused = fused_parts(given, given["full"], norm_of(**given["norm"]) if "norm" in given else "")
         taps = 0 if sources is None else sources.shape[2]
-        return Product(taps, len(rows), (rows.shape[2], rows2, rows3), given["weight"].shape[0], rows.dtype, fused)
+        channels, outputs = (rows.shape[2], rows2, rows3), given["weight"].shape[0]
+        text = given.get("text")
+        attends = (0, 0) if text is None else (outputs // text["heads"], text["key"].shape[1])
+        return Product(taps, len(rows), channels, outputs, rows.dtype, fused, attends)
 
     @property
     def kind(self) -> str:
@@ -101,7 +107,9 @@ class Product:
     @property
     def key(self) -> tuple[str, ...]:
         inputs = "+".join(str(channels) for channels in self.channels if channels)
-        return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), self.fused)
+        attends = f" heads of {self.text[0]}, {self.text[1]} keys" if self.text[1] else ""
+        fused = (self.fused + attends).strip()
+        return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), fused)
 
     def ways(self, rows: int) -> list[Way]:
         """The tiles that the model takes for the fastest, and PyTorch's product; see :class:`Shape`."""
@@ -161,6 +169,8 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
     if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
+    if product.text[1] and (tile.n != product.text[0] or tile.m < 16 * tile.warps or tile.turns):
+        return False  # a tile has the columns of one head, and a warp whole rows of them
     of_kernel = TURNS if tile.turns else SPECIALIZED if tile.specialized else TILES
     alike = [other for other in of_kernel if (other.m, other.n) == (tile.m, tile.n)]
     if len({other.warps for other in alike if other.k == tile.k}) > 1 and (tile.warps == 8) != (product.taps > 1):
@@ -176,14 +186,17 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
-    """See :meth:`Product.ways`. The rule stands in where there is no tile."""
+    """See :meth:`Product.ways`. The rule stands in where there is no tile; of the few tiles that a text leaves, whose
+    attention the model does not know, all that have warps of different tasks are timed."""
     tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))
     if not tiles:
         return [RULE, LIBRARY]
-    most = HOPELESS * estimate(tiles[0], product, rows)
+    most, some = HOPELESS * estimate(tiles[0], product, rows), TIMED
+    if product.text[1]:
+        most, some = math.inf, len(tiles)
     hopeful = [tile for tile in tiles if estimate(tile, product, rows) <= most]
     plain = [tile for tile in hopeful if not tile.specialized]
-    specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:TIMED]
+    specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:some]
     turns = [tile for tile in hopeful if tile.turns][:TIMED]
     return [*plain[: 1 if specialized else TIMED], *specialized, *turns, LIBRARY]
 
@@ -199,7 +212,11 @@ def fit(tile: Config, product: Product, rows: int) -> Config:
     if tile.turns:
         return tile
     tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
-    most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    most = (
+        1
+        if product.text[1]
+        else max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    )
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))
@@ -254,7 +271,7 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
 def _deepest(tile: Config, product: Product, memory: int) -> int:
     """How many steps of a product fit into so many bytes. Of few rows, one lies in the registers besides."""
     rows, weights = (size * tile.k * product.dtype.itemsize for size in (tile.m, wide(tile, product)))
-    beside = BARRIERS + DEVIATION * tile.m if tile.specialized else 0
+    beside = BARRIERS + DEVIATION * tile.m + text_bytes(product) if tile.specialized else 0
     return (memory - beside) // (rows + weights) + (tile.m < 64)
 
 
@@ -274,6 +291,12 @@ IN_LINES = 0.15
 TAKEN, BESIDE = 0.0108, 0.28
 """µs for each KB that a multiprocessor takes in for tiles in turns while all others do, half as long without them; and
 to finish 1024 numbers beside products."""
+
+
+def text_bytes(product: Product) -> int:
+    """Of shared memory, for one head of the keys and values that a tile's rows attend to."""
+    head_dim, keys = product.text
+    return 2 * sum(blocks_of(keys)) * head_dim * product.dtype.itemsize if keys else 0
 
 
 @cache
@@ -311,7 +334,7 @@ def workspace(way: Way, product: Product, rows: int) -> int:
     rows, item = product.batch * rows, product.dtype.itemsize
     if way == LIBRARY:
         gathered = rows * product.steps(1) * item if product.taps else 0
-        plain = product.fused in ("", "bias") and (product.taps > 0 or not product.channels[1])
+        plain = product.fused in ("", "bias") and (product.taps > 0 or not product.channels[1]) and not product.text[1]
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
     tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)

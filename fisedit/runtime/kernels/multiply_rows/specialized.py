@@ -63,15 +63,16 @@ def layout_of(rows: int, channels: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([rows, channels], gl.float16)
 
 
-def resources(m: int, n: int, k: int, warps: int, stages: int, gathers: bool) -> dict[str, Any]:
+def resources(m: int, n: int, k: int, warps: int, stages: int, gathers: bool, held: int = 0) -> dict[str, Any]:
     """What a launch needs besides its arguments: stages, warps that load, and registers, of the threads that gather and
     of each on average. Warps come by fours; as many programs share a multiprocessor as its memory holds, two at most.
 
     Args:
         m, k, warps, stages: of the tile. n: its rows of weights. gathers: whether rows are gathered.
+        held: bytes of shared memory besides its stages.
     """
     groups = warps // 4 + (2 if gathers else 1)
-    pairs = warps == 4 and stages * (m + n) * k * 2 <= HALF and not (gathers and n > 64)
+    pairs = warps == 4 and stages * (m + n) * k * 2 + held <= HALF and not (gathers and n > 64)
     each = 65536 // (128 * groups) // (2 if pairs else 1)
     own = 24
     if gathers:
