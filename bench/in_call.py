@@ -26,6 +26,8 @@ from fisedit.environment import environment_line
 from fisedit.runtime.tuning.product import LIBRARY
 
 KERNELS = ("multiply_specialized", "multiply_in_turns", "_multiply")
+ATTENDING = {"multiply_specialized": "multiply_attend_specialized", "_multiply": "_multiply_attend"}
+"""The kernels of products, and of those whose rows attend to a text."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,11 @@ class Layer:
         return self.number * (self.within - self.timed)
 
 
-def kernel_of(way: str) -> str:
-    """The kernel that computes a product in a way, by its name."""
-    return KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if way.endswith(" specialized") else KERNELS[2]
+def kernel_of(layer: Mapping[str, Any]) -> str:
+    """The kernel that computes a product in the chosen way, by its name."""
+    way, attends = layer["chosen"], layer["key"][-1].endswith(" keys")
+    name = KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if way.endswith(" specialized") else KERNELS[2]
+    return ATTENDING[name] if attends else name
 
 
 def compare(profile: Mapping[str, Any]) -> list[Layer]:
@@ -58,9 +62,10 @@ def compare(profile: Mapping[str, Any]) -> list[Layer]:
     products = [
         layer for layer in profile["layers"] if layer["kind"] != "self-attention" and layer["chosen"] != LIBRARY
     ]
+    known = {*KERNELS, *ATTENDING.values()}
     every = [Launch(**launch) for launch in profile["launches"]]
-    launches = [(launch, time) for launch, time in added(every) if launch.name in KERNELS]
-    if [kernel_of(layer["chosen"]) for layer in products] != [launch.name for launch, _ in launches]:
+    launches = [(launch, time) for launch, time in added(every) if launch.name in known]
+    if [kernel_of(layer) for layer in products] != [launch.name for launch, _ in launches]:
         raise ValueError(f"{len(launches)} launches of products do not fit {len(products)} layers")
     found: dict[tuple[str, int, str], list[tuple[float, float]]] = defaultdict(list)
     for layer, (_, time) in zip(products, launches, strict=True):

@@ -35,6 +35,7 @@ from triton.runtime import driver
 from fisedit.environment import describe_environment, environment_line
 from fisedit.runtime.kernels.attend_rows.config import Config
 from fisedit.runtime.kernels.attend_rows.triton import attend_rows
+from fisedit.runtime.kernels.multiply_rows.attend import multiply_attend
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
 from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.product import MULTIPROCESSORS, SHARED_MEMORY, SPECIALIZED, TILES, TURNS
@@ -112,9 +113,8 @@ def compiling() -> Iterator[list[Code]]:
     def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         made.append(Code.of(kernel.run(*args, grid=tuple(grid), warmup=True, **kwargs)))
 
-    modules = [
-        module for name, module in sys.modules.items() if re.match(r"fisedit\.runtime\.kernels\..*triton$", name)
-    ]
+    kernels = r"fisedit\.runtime\.kernels\..*(triton|attend)$"
+    modules = [module for name, module in sys.modules.items() if re.match(kernels, name)]
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(driver, "_active", Absent()))
         for module in modules:
@@ -155,6 +155,21 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
                 with compiling() as made:
                     multiply_rows(**given, config=tile)
                 yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
+    for tile in (tile for tile in TILES + SPECIALIZED if tile.n == 64 and tile.m >= 16 * tile.warps):
+        name = f"attending, {tile}"
+        if re.search(only, name):
+            with compiling() as made:
+                multiply_attend(**attending(512, 640, 64), config=tile)
+            yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
+
+
+def attending(rows: int, c: int, head_dim: int) -> dict[str, Any]:
+    """Arguments of a linear layer whose rows attend to a text of 77 tokens, by heads of so many channels."""
+    linear = products(rows, c)["normalized"]
+    names = ("rows", "weight", "bias", "moments", "center", "input_eps", "count")
+    key, value = torch.zeros(2, 77, 2 * c, dtype=torch.float16).chunk(2, -1)
+    text = {"key": key, "value": value, "heads": c // head_dim, "scale": None}
+    return {**{name: linear[name] for name in names}, **text}
 
 
 def self_attention(attention: Attention, rows: int, whole: bool) -> dict[str, Any]:
