@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,13 +22,17 @@ from other_unets import FunctionalUNet, LinearAttentionUNet, SongStyleUNet, Tuto
 from torch import Tensor, nn  # noqa: E402
 
 import fisedit  # noqa: E402
+from fisedit.explanation import explain  # noqa: E402
 from fisedit.passes.count_macs import count_macs  # noqa: E402
 from fisedit.runtime.cache.store import StepCache  # noqa: E402
+from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.executor import Input, Memo  # noqa: E402
+from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
 from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
 from fisedit.runtime.timetable import Timetable  # noqa: E402
+from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 
 SIZE = (6, 8)
 TOLERANCE = 1e-5
@@ -85,6 +90,22 @@ def test_the_fused_graph_of_diffusers(build: Callable[[], nn.Module]) -> None:
     h = Harness(model, to_device(models.arguments(model, (8, 12))), provider="triton")
     for name in ("blob", "all but one") if DEVICE == "cuda" else ("blob",):
         check(h, mask_of(name, (8, 12)))
+
+
+@pytest.mark.parametrize("apart", [True, False], ids=["two kernels", "one kernel"])
+def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the recorded text and another one. Interpreted, the rule takes two kernels."""
+    if not apart:
+        attend, tile = tuning._attend, Config(16, 32, 32, 4, 2)
+        monkeypatch.setattr(tuning, "_attend", lambda way, given, text: attend(tile, given, text))
+    model = models.one_level(attention_head_dim=(2, 1)).to(DEVICE)  # one head of 32 in the middle
+    given = to_device(models.arguments(model, SIZE))
+    h, reference = Harness(model, given, provider="triton"), Harness(model, given)
+    assert "heads of 32, 7 keys" in explain(h.program, mask_of("blob"), CostModel(), Timings.load("cpu", tmp_path))
+    check(h, mask_of("blob"))
+    tensors = other_inputs(h.call.tensors, h.call.timestep)
+    wanted = reference.edit(mask_of("blob"), tensors=tensors)
+    assert relative_error(fused(h, mask_of("blob"), tensors), wanted) <= TOLERANCE
 
 
 @pytest.mark.nightly
