@@ -70,7 +70,8 @@ def test_rows_attend_to_the_text_of_their_sample(dtype: torch.dtype, moments: bo
     """Tiles have rows of two samples, or of three."""
     given = arguments(batch, 12, 64, 2, 32, keys, dtype, moments)
     check(multiply_attend(**given, config=SMALL), given)
-    scaled = given | {"scale": 0.3, "bias": None, "key": given["key"].contiguous()}
+    apart = given["value"].mT.contiguous().mT  # channels are not side by side
+    scaled = given | {"scale": 0.3, "bias": None, "key": given["key"].contiguous(), "value": apart}
     check(multiply_attend(**scaled, config=SMALL), scaled)
 
 

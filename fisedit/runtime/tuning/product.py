@@ -167,7 +167,8 @@ def candidates(product: Product, rows: int) -> list[Config]:
 
 def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     """Whether a tile suits a number of rows, takes channels in whole chunks if one does, and is pipelined."""
-    if tile.m > max(16, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
+    fewest = 64 if product.text[1] else 16
+    if tile.m > max(fewest, 2 * rows) or (tile.m < 64 and rows > 4 * tile.m):
         return False
     if product.text[1] and (tile.n != product.text[0] or tile.m < 16 * tile.warps or tile.turns):
         return False  # a tile has the columns of one head, and a warp whole rows of them
@@ -212,11 +213,9 @@ def fit(tile: Config, product: Product, rows: int) -> Config:
     if tile.turns:
         return tile
     tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
-    most = (
-        1
-        if product.text[1]
-        else max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
-    )
+    most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
+    if product.text[1]:
+        most = 1
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))
     return replace(best, stages=_stages(best, product, tiles * best.split))

@@ -63,24 +63,9 @@ def _multiply_attend(
         plane = batch.to(tl.int64) * n_out
         deviation = load_deviation((moments, parts, c1, input_eps), where, plane, PARTS)
         sums, _ = add_steps(
-            given,
-            patches,
-            starts,
-            matrix,
-            row0,
-            where,
-            0,
-            steps,
-            False,
-            False,
-            TMA,
-            EVEN_C,
-            True,
-            PRECISION,
-            BM,
-            BN,
+            given, patches, starts, matrix, row0, where, 0, steps, False, False, TMA, EVEN_C, True, PRECISION, BM, BN,
             BK,
-        )
+        )  # fmt: skip
         sums = follow_columns(sums, deviation, columns[2], columns[0], center is not None, bias is not None)
         queries = sums.to(out.dtype.element_ty)
         at = out + (place.to(tl.int64)[:, None] * co + column[None, :])
@@ -112,13 +97,14 @@ def multiply_attend(
         config: a tile as wide as a head, its work not split.
     """
     rows = rows if rows.stride(2) == 1 and rows.stride(0) == rows.shape[1] * rows.stride(1) else rows.contiguous()
+    ready = key.stride(2) == value.stride(2) == 1  # else a kernel makes them after all
     key, value = (given if given.stride(2) == 1 else given.contiguous() for given in (key, value))
     (batch, number, channels), (width, _) = rows.shape, weight.shape
     moments = None if moments is None or moments.shape[1] == 0 else moments
     out = rows.new_empty(batch, number, width)  # [B, N, h*d]
     even_c, pdl = channels % config.k == 0, overlaps(rows)
     tma = has_descriptors(rows) and is_aligned(rows) and is_aligned(weight)
-    special = config.specialized and PTX.value and tma and even_c and rows.dtype.itemsize == 2
+    special = config.specialized and PTX.value and tma and even_c and ready and rows.dtype.itemsize == 2
     kernel, describe, options = _kernel_of(config, rows, key, even_c, tma, special)
     read, table = rows, weight
     if tma:
