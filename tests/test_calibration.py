@@ -127,6 +127,22 @@ def test_the_table_is_kept(tmp_path: Path) -> None:
     assert again.table == timings.table and again.times(LAYER, 64) == {"rows": 64.0, "tile": 128.0}
 
 
+def test_a_table_that_was_just_written_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is written at first, not again within the time, and then with all that came meanwhile."""
+    clock = [100.0]
+    monkeypatch.setattr("fisedit.runtime.calibration.time.monotonic", lambda: clock[0])
+    timings = Timings.load("cpu", tmp_path)
+    for rows, seconds, known in ((64, 0.0, [64]), (128, 1.9, [64]), (256, 0.2, [64, 128, 256])):
+        clock[0] += seconds
+        timings.put(LAYER, rows, "rows", 1.0)
+        timings.save(every=2.0)
+        kept = Timings.load("cpu", tmp_path)
+        assert [number for number in (64, 128, 256) if kept.time(LAYER, number, "rows")] == known
+    timings.put(LAYER, 512, "rows", 1.0)
+    timings.save()
+    assert Timings.load("cpu", tmp_path).time(LAYER, 512, "rows") == 1.0
+
+
 def test_two_processes_add_to_one_file(tmp_path: Path) -> None:
     one, other = Timings.load("cpu", tmp_path), Timings.load("cpu", tmp_path)
     one.put(LAYER, 64, "rows", 1.0)

@@ -11,6 +11,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class Timings:
     _settled: dict[tuple[str, tuple[Any, ...], int], Candidate] = field(default_factory=dict, repr=False)
     _known: set[tuple[Shape, tuple[int, ...]]] = field(default_factory=set, repr=False)
     _unsaved: bool = False
+    _written: float = -math.inf  # when, by a clock in seconds
     _collected: list[Choice] | None = None
 
     @staticmethod
@@ -193,13 +195,16 @@ class Timings:
         """µs of one candidate; ``None`` if it was not measured."""
         return self.times(shape, rows).get(str(candidate))
 
-    def save(self) -> None:
+    def save(self, every: float = 0.0) -> None:
         """Write the table, with what another process has written meanwhile; a folder that cannot be written is let be.
 
         The file is replaced in one step: a reader sees the old one or the new one.
+
+        Args:
+            every: seconds that have to be over since it was last written; else a later call writes it.
         """
         with self._lock:
-            if self.path is None or not self._unsaved:
+            if self.path is None or not self._unsaved or time.monotonic() - self._written < every:
                 return
             merged = _read(self.path, self.machine)
             for point, times in self.table.items():
@@ -210,7 +215,7 @@ class Timings:
                 _replace(self.path, text)
             except OSError:
                 self.path = None  # read-only home: measured again by the next process
-            self._unsaved = False
+            self._unsaved, self._written = False, time.monotonic()
 
 
 def time_on_gpu(*functions: Callable[[], object], calls: int = 20, replays: int = 5) -> float:

@@ -17,6 +17,8 @@ from fisedit.runtime.kernels.launch import Rehearsal, current, for_real
 
 ALIGNMENT = 256
 """Bytes: libraries choose kernels by what addresses are multiples of, up to so many; Triton compiles for 16."""
+SAVE_EVERY = 2.0
+"""Seconds at least between two times that the table is written: it is written whole, after hundreds of layers."""
 RULE = "rule"
 """The way of an op's own kernel, by its own rule: taken where nothing is known."""
 
@@ -137,7 +139,7 @@ def choose_way(call: Call, timings: Timings, measure: Measure | None = None, fro
         return settled
     if unknown_ways(call, timings):
         timings.fill(call.shape, call.numbers, measure or call.stopwatch(front))
-        timings.save()  # a process that is killed keeps them
+        timings.save(SAVE_EVERY)  # a process that is killed keeps them
     expected = timings.expect(call.shape, call.number)
     way = fastest(expected)
     if expected:
