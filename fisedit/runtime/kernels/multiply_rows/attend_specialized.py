@@ -37,7 +37,7 @@ def load_block(source, buffer, batch_stride, row_stride, sample, first_column, b
     key = begin + gl.arange(0, KEYS, layout=gl.SliceLayout(1, layout))
     column = first_column + gl.arange(0, D, layout=gl.SliceLayout(0, layout))
     at = source + sample.to(gl.int64) * batch_stride + (key[:, None] * row_stride + column[None, :])
-    buffer.store(gl.load(at, mask=(key < length)[:, None] & (column >= 0)[None, :], other=0.0))
+    buffer.store(gl.load(at, mask=(key < length)[:, None], other=0.0))
 
 
 @gluon.jit
