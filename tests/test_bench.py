@@ -295,8 +295,9 @@ def test_warps_that_multiply_load_nothing() -> None:
     _, loop, _, waits, registers, spilled, shared = found.pop("heads of 64")
     assert 300 < loop < 500 and registers == 128 and 128 <= shared <= 227 and spilled < 100 and waits == 2
     assert list(found) == ["convolution", "linear", "gated", "normalized", "attending"]
-    for _, loop, _, waits, registers, spilled, shared in found.values():
-        assert 20 < loop < 80 and waits == 1 and registers <= 168 and 110 <= shared <= 227 and spilled == 0
+    for kind, (_, loop, _, waits, registers, spilled, shared) in found.items():
+        least = 2 * 77 * 64 * 2 / 1024 + 5 * 16 if kind == "attending" else 128  # KB: a head's text, and five steps
+        assert 20 < loop < 80 and waits == 1 and registers <= 168 and least <= shared <= 227 and spilled == 0
 
 
 def compiled(only: str) -> dict[str, list[int]]:

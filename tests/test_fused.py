@@ -95,9 +95,13 @@ def test_the_fused_graph_of_diffusers(build: Callable[[], nn.Module]) -> None:
 @pytest.mark.parametrize("apart", [True, False], ids=["two kernels", "one kernel"])
 def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the recorded text and another one. Interpreted, the rule takes two kernels."""
-    if not apart:
-        attend, tile = tuning._attend, Config(16, 32, 32, 4, 2)
-        monkeypatch.setattr(tuning, "_attend", lambda way, given, text: attend(tile, given, text))
+    attend, tile, made = tuning._attend, Config(16, 32, 32, 4, 2), []
+
+    def run(way: Any, given: Any, text: Any) -> Tensor:
+        made.append(attend(way if apart else tile, given, text))
+        return made[-1]
+
+    monkeypatch.setattr(tuning, "_attend", run)
     model = models.one_level(attention_head_dim=(2, 1)).to(DEVICE)  # one head of 32 in the middle
     given = to_device(models.arguments(model, SIZE))
     h, reference = Harness(model, given, provider="triton"), Harness(model, given)
@@ -105,7 +109,8 @@ def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.Monkey
     check(h, mask_of("blob"))
     tensors = other_inputs(h.call.tensors, h.call.timestep)
     wanted = reference.edit(mask_of("blob"), tensors=tensors)
-    assert relative_error(fused(h, mask_of("blob"), tensors), wanted) <= TOLERANCE
+    assert not torch.equal(tensors["encoder_hidden_states"], h.call.tensors["encoder_hidden_states"])
+    assert relative_error(fused(h, mask_of("blob"), tensors), wanted) <= TOLERANCE and made
 
 
 @pytest.mark.nightly
