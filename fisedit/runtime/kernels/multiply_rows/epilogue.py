@@ -201,7 +201,7 @@ def finish_tile(
 
 @triton.jit
 def finish_shares(
-    part, parts, shares, columns, made, after, residual, residual_stride, row0, tile, piece, matrix, phase, plane,
+    part, parts, shares, columns, made, after, residual, residual_stride, row0, tile, piece, matrix, parity, plane,
     sizes, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
     GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +223,7 @@ def finish_shares(
                 row = start + piece
                 there = row < end
                 found, inside = which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR)
-                found = place_rows(found, inside, phase, n_out)
+                found = place_rows(found, inside, parity, n_out)
                 where = (found[0], found[1], found[2] & there, tile[3], tile[4])  # columns are of the tile's samples
                 extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
                 inside = places_in(row, matrix)

@@ -37,7 +37,7 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     find_patches,
     has_work,
     next_step,
-    phase_at,
+    parity_at,
     place_rows,
     tap_at,
     tap_rows,
@@ -136,13 +136,13 @@ def load_patches(
     step = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, row = which_rows(row0, inside, per, n_out, batch, True, PAIR)
-    n_in, taps, phase, c1, c2 = patches[4], patches[5], patches[6], given[6], given[7]
-    where = place_rows(where, row, phase, n_out)
+    n_in, taps, parity, c1, c2 = patches[4], patches[5], patches[6], given[6], given[7]
+    where = place_rows(where, row, parity, n_out)
     valid = where[2]
     starts = find_patches(given, patches, where, row, first, ADDRESSES, True, BK)
     tap, begin, table, index, own, there, own2, own3 = starts
     found = (own, there, own2, own3)
-    following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), phase), mask=valid, other=-1)
+    following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), parity), mask=valid, other=-1)
     wait_for_kernel(PDL)
     start, at, wanted = tap_rows(given, found, index, valid, tap, begin, n_in, taps, WIDE)
     start += at
@@ -157,7 +157,7 @@ def load_patches(
         if (begin == 0) | ((tap == taps) & (begin == c2)):
             start, at, wanted = tap_rows(given, found, following, valid, tap, begin, n_in, taps, WIDE)
             start += at
-            following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), phase), mask=valid, other=-1)
+            following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), parity), mask=valid, other=-1)
 
 
 @gluon.jit
@@ -303,14 +303,16 @@ def multiply_specialized(
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(gl.program_id(0), gl.program_id(1), across)
-    phase, tile_n = phase_at(places, table_stride // 9 * 4, tile_n, co, BN)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, phase)
+    which, tile_n = parity_at(places, tile_n, co, BN)
+    parity = (places, table_stride // 9 * 4, which)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, parity)
     row0 = tile_m * BM
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    where, _ = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
+    where, row = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
+    where = place_rows(where, row, parity, n_out)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, inner, co, tile_n, column, column < co, phase[2] * co)
-    weights = (weight, phase[2] * co + tile_n * BN, co + tile_n * BN)
+    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
+    weights = (weight, which * co + tile_n * BN, co + tile_n * BN)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         first = gl.program_id(2) * each
         last = gl.minimum(first + each, steps)
@@ -335,7 +337,7 @@ def multiply_specialized(
             )  # fmt: skip
             finish_shares(
                 part, shared, shares, columns, made, after, residual, residual_stride, row0, where,
-                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, phase, plane, sizes, GATED, ACTIVATION,
+                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, parity, plane, sizes, GATED, ACTIVATION,
                 NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
             )  # fmt: skip
         else:

@@ -4,10 +4,10 @@ Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py``
 
 - ``given``: the three sources of rows, their strides, and their channels;
 - ``patches``: the recorded map, the table of gathered rows, ``None`` if they lie side by side, the strides of both, the
-  input's rows and the taps, and the phase;
-- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a phase), and in this tile which
-  rows they are, by number of the tile and of each column, which of them there are, and where those of its phase begin;
-- ``phase``: of an upsampled map, whose positions take turns with four kernels of 2x2 taps, each over the map before:
+  input's rows and the taps, and the parity;
+- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), and in this tile which
+  rows they are, by number of the tile and of each column, which of them there are, and where those of its parity begin;
+- ``parity``: of an upsampled map, whose positions take turns with four kernels of 2x2 taps, each over the map before:
   where the outputs of each of its rows go, the stride of that, and which of the four this tile makes; ``None`` first if
   no map is upsampled;
 - ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
@@ -45,9 +45,9 @@ def which_rows(first, inside, per, n_out, batch, GATHER: tl.constexpr, PAIR: tl.
 
 
 @triton.jit
-def place_rows(where, row, phase, n_out):
-    """``where`` those outputs are that ``row`` of the map before an upsampling has in a phase."""
-    places, stride, number = phase
+def place_rows(where, row, parity, n_out):
+    """``where`` those outputs are that ``row`` of the map before an upsampling has in a parity."""
+    places, stride, number = parity
     if places is not None:
         _, sample, valid, lowest, highest = where
         own = tl.load(places + sample * stride + row * 4 + number, mask=valid, other=-1)
@@ -56,13 +56,13 @@ def place_rows(where, row, phase, n_out):
 
 
 @triton.jit
-def phase_at(places, stride, tile_n, co, BN: tl.constexpr):
-    """Which phase a tile of columns is of, and which tile of it."""
+def parity_at(places, tile_n, co, BN: tl.constexpr):
+    """Which parity a tile of columns is of, and which tile of it."""
     number = 0
     if places is not None:
         number = tile_n // tl.cdiv(co, BN)
         tile_n -= number * tl.cdiv(co, BN)
-    return (places, stride, number), tile_n
+    return number, tile_n
 
 
 @triton.jit
@@ -103,7 +103,7 @@ def working_tile(number, per, n_out, batch, BM: tl.constexpr):
 
 @triton.jit
 def load_weight(matrix, half, at, step, within, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr):
-    """The tile ``[BK, BN]`` from channel ``at`` on, behind ``half`` others: of a phase, or a gate."""
+    """The tile ``[BK, BN]`` from channel ``at`` on, behind ``half`` others: of a parity, or a gate."""
     weight, inner, _, tile_n, column, kept, _ = matrix
     if TMA:  # past the channels of a tap it has the next one's, which meet zeros
         tile = weight.load([half + tile_n * column.shape[0], at]).T
@@ -175,9 +175,9 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def tap_at(tap, phase):
+def tap_at(tap, parity):
     """Where in a row of the table a tap is found."""
-    places, _, number = phase
+    places, _, number = parity
     if places is not None:  # four of nine
         tap = (number // 2 + tap // 2) * 3 + number % 2 + tap % 2
     return tap
@@ -188,13 +188,13 @@ def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SPL
     """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
     the packed and the recorded rows lie, and the outputs' own in the other sources."""
     rows, rows2, rows3, _, rows2_stride, rows3_stride, c1, c2, _ = given
-    recorded, sources, recorded_stride, table_stride, n_in, taps, phase = patches
+    recorded, sources, recorded_stride, table_stride, n_in, taps, parity = patches
     place, sample, valid, _, _ = where
     tap, begin = 0, 0
     if SPLIT:
         tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
-    table = sources + sample * table_stride + row * (taps if phase[0] is None else 9)
-    index = tl.load(table + tap_at(min(tap, taps - 1), phase), mask=valid, other=-1)
+    table = sources + sample * table_stride + row * (taps if parity[0] is None else 9)
+    index = tl.load(table + tap_at(min(tap, taps - 1), parity), mask=valid, other=-1)
     own = rows + (sample * n_in).to(tl.int64) * c1
     there = own
     if recorded is not None:

@@ -32,7 +32,7 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     add_steps,
     begin_steps,
     has_work,
-    phase_at,
+    parity_at,
     place_rows,
     tile_at,
     which_rows,
@@ -133,13 +133,14 @@ def _multiply(
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
-    phase, tile_n = phase_at(places, table_stride // 9 * 4, tile_n, co, BN)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, phase)
+    which, tile_n = parity_at(places, tile_n, co, BN)
+    parity = (places, table_stride // 9 * 4, which)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, parity)
     row0 = tile_m * BM
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
-    where = place_rows(where, row, phase, n_out)
+    where = place_rows(where, row, parity, n_out)
     column = tile_n * BN + tl.arange(0, BN)
-    matrix = (weight, inner, co, tile_n, column, column < co, phase[2] * co)
+    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         _multiply_tile(
             given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0, where,
@@ -177,7 +178,7 @@ def multiply_rows(
     Args:
         norm: where the rows go once more, normalized with this affine, and activated.
         with_moments: return the moments of the rows beside them, one part for each tile of the channels.
-        upsampled: for a 3x3 convolution of an upsampled map, by its four phases: where the outputs of each row of the
+        upsampled: for a 3x3 convolution of an upsampled map, by its four parities: where the outputs of each row of the
             map before it go, int32 ``[M, N', 4]``, -1 nowhere, and how many they are. ``sources`` are those of a 3x3
             convolution of that map, ``count`` is of its rows, ``weight`` is ``[4 * Co, 4 * C]``.
     """
@@ -209,7 +210,7 @@ def _launch(
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
-    gathers, phases = sources is not None, 1 if places is None else 4
+    gathers, parities = sources is not None, 1 if places is None else 4
     taps = 1 if sources is None else 4 if places is not None else sources.shape[2]
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
@@ -223,7 +224,7 @@ def _launch(
     kernel, describe, options = _kernel_of(config, rows, even_c, tma, special, turns, gathers, gated)
     if tma and not gathers:
         given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
-    tiles_n = phases * cdiv(co, config.n)
+    tiles_n = parities * cdiv(co, config.n)
     tiles_m = cdiv(batch * (n_out if sources is None else sources.shape[1]), config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
