@@ -193,6 +193,8 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
         "multiply_rows": product,
         "multiply_norm_rows": product,
         "multiply_attend_rows": product,
+        "multiply_upsampled_rows": (rows, None, recorded, torch.zeros(1, 4, 9, dtype=torch.int32), torch.randn(8, 72),
+                                    channels, None, False, None, count, locks, "none", False, 15),
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
@@ -221,6 +223,12 @@ def test_every_op_passes_opcheck() -> None:
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
     named = {"multiply_attend_rows": {"key": torch.randn(2, 5, 8), "value": torch.randn(2, 5, 8), "heads": 2}}
+    one = torch.ones(1, dtype=torch.int32)
+    named["multiply_upsampled_rows"] = {
+        "coarse_sources": torch.zeros(1, 3, 9, dtype=torch.int32), "coarse_count": one,
+        "places": torch.tensor([[[0, 1, -1, 2], [3, -1, -1, -1], [-1] * 4]], dtype=torch.int32),
+        "parities": torch.randn(32, 32),
+    }  # fmt: skip
     for name, arguments in calls.items():
         op = getattr(torch.ops.fisedit, name).default
         library.opcheck(op, arguments, named.get(name), test_utils=("test_schema", "test_faketensor"))

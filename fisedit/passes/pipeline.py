@@ -21,6 +21,7 @@ from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
 from fisedit.passes.fold_layer_norm import fold_layer_norm
+from fisedit.passes.fold_upsampling import fold_upsampling
 from fisedit.passes.fuse_attention import fuse_attention
 from fisedit.passes.fuse_epilogues import fuse_epilogues
 from fisedit.passes.fuse_layer_norm import fuse_layer_norm
@@ -79,6 +80,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_norms,
         fold_layer_norm,
         fuse_text_attention,
+        fold_upsampling,
     ]
 
 

@@ -48,6 +48,8 @@ SCHEMAS = {
     "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
     'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, '
     "bool norm_moments=False) -> (Tensor, Tensor, Tensor)",
+    "multiply_upsampled_rows": f"({_PRODUCT}, *, Tensor coarse_sources, Tensor coarse_count, Tensor places, "
+    "Tensor parities) -> Tensor",
     "multiply_attend_rows": f"({_PRODUCT}, *, Tensor key, Tensor value, int heads, float? scale=None) -> Tensor",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) "
@@ -130,6 +132,11 @@ def _(*product, **norm):
 @library.register_fake("fisedit::multiply_attend_rows", lib=namespace)
 def _(*product, **text):
     return _multiply_rows(*product)  # [B, N', h*d]
+
+
+@library.register_fake("fisedit::multiply_upsampled_rows", lib=namespace)
+def _(*product, **coarse):
+    return _multiply_rows(*product)  # [B, N', Co]
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)

@@ -164,6 +164,8 @@ class RowPlan:
     def _shape(self, key: Table) -> tuple[int, ...] | None:
         masks = self.buckets.masks
         if isinstance(key.of, ConvGeometry):
+            if key.kind == "places":
+                return masks, self.sizes[key.of.source], 4
             return masks, self.sizes[key.of.target], key.of.kernel[0] * key.of.kernel[1]
         shapes = {"active": (masks, self.sizes[key.of]), "keys": (masks, key.of[0] * key.of[1]), "number": (1,),
                   "count": (masks,), "counts": (self.batch,)}  # fmt: skip
@@ -176,9 +178,10 @@ class RowPlan:
     def table(self, key: Table) -> Tensor | bool:
         """A table, or one of the flags ``full`` and ``partial`` of a level.
 
-        Shapes: active int64 ``[M, N]``, padded with R; sources and own sources int32 ``[M, N', taps]``; keys int32
-        ``[M, R]``; number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``,
-        the rows of each; locks int32 ``[LOCKS]``, zeros.
+        Shapes: active int64 ``[M, N]``, padded with R; sources and own sources int32 ``[M, N', taps]``; places int32
+        ``[M, N, 4]``, of the outputs at even and odd lines and columns over a row, -1 for none; keys int32 ``[M, R]``;
+        number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``, the rows of
+        each; locks int32 ``[LOCKS]``, zeros.
         """
         if key.kind == "locks":
             return self.locks
@@ -209,7 +212,9 @@ class RowPlan:
             goal = torch.where(mask, rank, size).long()
             active[level] = padded.scatter_(1, goal, positions.long().expand_as(goal))[:, :size]  # [M, N]
         for key, table in self._tables.items():
-            if isinstance(key.of, ConvGeometry):
+            if isinstance(key.of, ConvGeometry) and key.kind == "places":
+                table.copy_(self._places(key.of, places[key.of.target], active[key.of.source]))
+            elif isinstance(key.of, ConvGeometry):
                 of_source = (fetched if key.kind == "sources" else places)[key.of.source]
                 table.copy_(self._sources(key.of, of_source, active[key.of.target]))
             elif key.kind == "active":
@@ -220,6 +225,16 @@ class RowPlan:
                 counts = masks.counts[key.of]
                 values = [max(counts)] if key.kind == "number" else counts * (len(table) // len(counts))
                 table.copy_(torch.tensor(values, dtype=table.dtype), non_blocking=True)
+
+    def _places(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:
+        """``[M, N, 4]``: where the active outputs are over each row of the map before an upsampling; -1: not active."""
+        (height, width), across = geometry.source, geometry.target[1]
+        first = active // width * 2 * across + active % width * 2  # [M, N]
+        outputs = first[:, :, None] + torch.tensor([0, 1, across, across + 1]).to(self.device, non_blocking=True)
+        outputs = outputs.clamp_max(places.shape[1] - 1)  # [M, N, 4]
+        found = torch.take_along_dim(places, outputs.flatten(1), 1).view_as(outputs)
+        there = (found < self.sizes[geometry.target]) & (active < height * width)[:, :, None]
+        return torch.where(there, found, -1)
 
     def _sources(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:
         """``[M, N', taps]``: an active row, N + a recorded position, or -1."""

@@ -29,6 +29,8 @@ from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, tim
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
 NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
+UPSAMPLED = ("coarse_sources", "coarse_count", "places", "parities")
+"""What a convolution of an upsampled map has besides."""
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
@@ -64,6 +66,11 @@ def multiply_attend_rows(*product: Any, key: Tensor, value: Tensor, heads: int, 
     return _compute({**dict(zip(NAMES, product, strict=False)), "text": text})
 
 
+def multiply_upsampled_rows(*product: Any, **coarse: Tensor) -> Tensor:
+    """As :func:`multiply_rows`."""
+    return _compute({**dict(zip(NAMES, product, strict=False)), **coarse})
+
+
 def _compute(given: Mapping[str, Any]) -> Any:
     device = given["rows"].device
     return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
@@ -71,7 +78,7 @@ def _compute(given: Mapping[str, Any]) -> Any:
 
 class Call:
     """A ``multiply_rows`` by its arguments, or one with a norm, or that attends, whose own are together as ``norm`` or
-    ``text``; see :class:`fisedit.runtime.tuning.choose.Call`."""
+    ``text``, or of an upsampled map; see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.rows = given, rows_of(given)
@@ -137,6 +144,8 @@ def run(way: Way, given: Mapping[str, Any]) -> Any:
     """The rows; with a norm, them, what it makes of them, and their moments: one of these two."""
     if (text := given.get("text")) is not None:
         return _attend(way, given, text)
+    if "parities" in given:
+        return _upsampled(way, given)
     if way == LIBRARY:
         return _library(**given)
     product, norm = dict(given), given.get("norm")
@@ -166,6 +175,16 @@ def _attend(way: Way, given: Mapping[str, Any], text: Mapping[str, Any]) -> Tens
     queries = run(way, product)  # [B, N, h*d]
     key, value, heads, scale = text.values()
     return attend_rows(queries, key, value, None, None, None, given["count"], None, given["locks"], heads, scale)
+
+
+def _upsampled(way: Way, given: Mapping[str, Any]) -> Tensor:
+    """A convolution of an upsampled map: of nine taps, or of each parity's four over the map before."""
+    product = {name: value for name, value in given.items() if name not in UPSAMPLED}
+    if not isinstance(way, kernel.Config) or not way.parities:
+        return run(way, product)
+    coarse = {"sources": given["coarse_sources"], "count": given["coarse_count"], "weight": given["parities"]}
+    places = (given["places"], rows_of(given))
+    return kernel.multiply_rows(**{**product, **coarse}, config=way, upsampled=places)
 
 
 def _library(
@@ -222,7 +241,7 @@ class Stopwatch:
 
     def __init__(self, given: Mapping[str, Any], before: Before | None = None) -> None:
         self.given, self.real, self.before = given, max(1, int(given["count"])), before
-        own = [name for name in ("weight", "bias", "center") if given.get(name) is not None]
+        own = [name for name in ("weight", "bias", "center", "parities") if given.get(name) is not None]
         copies = copies_beyond_l2(*(given[name] for name in own), most=16)
         self.copies = [dict(zip(own, copy, strict=True)) for copy in copies]
         self.sized: tuple[int, dict[str, Any]] = (0, {})
@@ -239,6 +258,8 @@ class Stopwatch:
             self.sized = (number, self.with_rows(number))
         count = torch.full_like(self.given["count"], active)
         given = timed({**self.sized[1], "count": count}, way)
+        if "parities" in given:
+            given = {**given, "coarse_count": self.coarse(active)}
         return [partial(run, way, {**given, **copy}) for copy in self.copies]
 
     def time(self, runs: list[Callable[[], object]], number: int, active: int) -> float:
@@ -256,7 +277,23 @@ class Stopwatch:
         place = torch.arange(number, device=self.given["rows"].device) % self.real
         names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
         changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
+        if "parities" in self.given:
+            coarse = torch.arange(int(self.coarse(number)), device=place.device) % int(self.given["coarse_count"])
+            changes["coarse_sources"] = self.given["coarse_sources"][:, coarse]
+            changes["places"] = _in_turn(self.given["places"][:, coarse], number)
         return {**self.given, **changes}
+
+    def coarse(self, number: int) -> Tensor:
+        """Rows of the map before, for so many of an upsampled one."""
+        given = self.given["coarse_count"]
+        return torch.full_like(given, max(1, round(int(given) * number / self.real)))
+
+
+def _in_turn(places: Tensor, number: int) -> Tensor:
+    """Places ``[M, N, 4]``, the outputs one after the other, at most so many."""
+    there = places >= 0
+    turn = there.flatten(1).cumsum(1, dtype=torch.int32).view_as(places) - 1
+    return torch.where(there & (turn < number), turn, -1)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from fisedit.runtime.kernels.launch import cdiv, specializes, starts_early
 from fisedit.runtime.kernels.multiply_rows.attend import blocks_of
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
-from fisedit.runtime.row_plan import LOCKS, smallest, typical
+from fisedit.runtime.row_plan import LOCKS, bucket, smallest, typical
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
@@ -78,6 +78,7 @@ class Product:
         channels: of one row, of all three sources. outputs: rows of the weight.
         fused: what else is computed, from :func:`fused_parts`.
         text: channels of a head and keys of the text that its rows attend to; zeros for none.
+        upsampled: of a map of twice the size, so that tiles can be of one parity.
     """
 
     taps: int
@@ -87,6 +88,7 @@ class Product:
     dtype: torch.dtype
     fused: str
     text: tuple[int, int] = (0, 0)
+    upsampled: bool = False
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Product:
@@ -98,7 +100,7 @@ class Product:
         channels, outputs = (rows.shape[2], rows2, rows3), given["weight"].shape[0]
         text = given.get("text")
         attends = (0, 0) if text is None else (outputs // text["heads"], text["key"].shape[1])
-        return Product(taps, len(rows), channels, outputs, rows.dtype, fused, attends)
+        return Product(taps, len(rows), channels, outputs, rows.dtype, fused, attends, "parities" in given)
 
     @property
     def kind(self) -> str:
@@ -108,7 +110,7 @@ class Product:
     def key(self) -> tuple[str, ...]:
         inputs = "+".join(str(channels) for channels in self.channels if channels)
         attends = f" heads of {self.text[0]}, {self.text[1]} keys" if self.text[1] else ""
-        fused = (self.fused + attends).strip()
+        fused = (self.fused + attends + " upsampled" * self.upsampled).strip()
         return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), fused)
 
     def ways(self, rows: int) -> list[Way]:
@@ -159,6 +161,9 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
 @cache
 def candidates(product: Product, rows: int) -> list[Config]:
     """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
+    if product.upsampled:
+        by_parity = [replace(tile, parities=True) for tile in candidates(*parity(product, rows))]
+        return [*candidates(replace(product, upsampled=False), rows), *by_parity]
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
     tiles = TILES + SPECIALIZED + TURNS if specializes() else TILES
@@ -188,7 +193,11 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile; of the few tiles that a text leaves, whose
-    attention the model does not know, all that have warps of different tasks are timed."""
+    attention the model does not know, all that have warps of different tasks are timed. Of an upsampled map, those of
+    each kind."""
+    if product.upsampled:
+        tiles = [way for way in ways(*parity(product, rows)) if isinstance(way, Config)]
+        return [*ways(replace(product, upsampled=False), rows), *(replace(tile, parities=True) for tile in tiles)]
     tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))
     if not tiles:
         return [RULE, LIBRARY]
@@ -200,6 +209,13 @@ def ways(product: Product, rows: int) -> list[Way]:
     specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:some]
     turns = [tile for tile in hopeful if tile.turns][:TIMED]
     return [*plain[: 1 if specialized else TIMED], *specialized, *turns, LIBRARY]
+
+
+def parity(product: Product, rows: int) -> tuple[Product, int]:
+    """What tiles of one parity multiply instead: four taps of the map before, the weights of all parities; and for how
+    many of its rows, about."""
+    fewer = bucket(cdiv(9 * rows, 32), rows)  # at the border of a mask, not all four outputs of a row are active
+    return replace(product, taps=4, outputs=4 * product.outputs, upsampled=False), fewer
 
 
 def wide(tile: Config, product: Product) -> int:
@@ -238,7 +254,7 @@ def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
     between them a further round of tiles begins."""
     if _is_full(product):
         return (rows,)
-    if isinstance(way, Config):
+    if isinstance(way, Config) and not way.parities:
         ends = smallest(rows), rows
         rounds = {cdiv(_tiles(way, product, rows, active) * way.split, MULTIPROCESSORS) for active in ends}
         if len(rounds) > 1:
@@ -304,6 +320,8 @@ def estimate(way: Config, product: Product, rows: int) -> float:
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
     """
+    if way.parities:
+        return estimate(replace(way, parities=False), *parity(product, rows))
     numbers = actives(way, product, rows)
     return sum(_estimate(way, product, _tiles(way, product, rows, active)) for active in numbers) / len(numbers)
 
@@ -330,6 +348,8 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
 
 def workspace(way: Way, product: Product, rows: int) -> int:
     """See :meth:`Product.workspace`; what is gathered, or multiplied and not finished, and sums in parts."""
+    if isinstance(way, Config) and way.parities:
+        return workspace(replace(way, parities=False), *parity(product, rows))
     rows, item = product.batch * rows, product.dtype.itemsize
     if way == LIBRARY:
         gathered = rows * product.steps(1) * item if product.taps else 0

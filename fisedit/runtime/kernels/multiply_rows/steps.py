@@ -5,11 +5,10 @@ Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py``
 - ``given``: the three sources of rows, their strides, and their channels;
 - ``patches``: the recorded map, the table of gathered rows, ``None`` if they lie side by side, the strides of both, the
   input's rows and the taps, and the parity;
-- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), and in this tile which
-  rows they are, by number of the tile and of each column, which of them there are, and where those of its parity begin;
-- ``parity``: of an upsampled map, whose positions take turns with four kernels of 2x2 taps, each over the map before:
-  where the outputs of each of its rows go, the stride of that, and which of the four this tile makes; ``None`` first if
-  no map is upsampled;
+- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), in this tile which
+  rows they are, by number of the tile and of each column, which of them there are, and where its parity's begin;
+- ``parity``: where each row of a map that is upsampled has its four outputs, which take turns with as many kernels of
+  2x2 taps, the stride of that, and which of them this tile makes; ``None`` first if no map is upsampled;
 - ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
   last sample.
 """

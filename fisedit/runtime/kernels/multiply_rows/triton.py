@@ -51,6 +51,7 @@ class Config:
     Args:
         specialized: warps have tasks of their own, see ``specialized.py``.
         turns: groups of them take turns with tiles, too, see ``turns.py``; where rows are not gathered.
+        parities: tiles are of one parity each, of an upsampled map.
     """
 
     m: int
@@ -61,10 +62,11 @@ class Config:
     split: int = 1
     specialized: bool = False
     turns: bool = False
+    parities: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
-        return tile + " specialized" * self.specialized + " in turns" * self.turns
+        return tile + " specialized" * self.specialized + " in turns" * self.turns + " by parity" * self.parities
 
 
 @triton.jit
@@ -104,7 +106,8 @@ def _multiply_tile(
         )  # fmt: skip
         finish_shares(
             part, parts, shares, columns, made, after, residual, residual_stride, row0, where, tl.arange(0, PIECE),
-            matrix, patches[6], plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, BM,
+            matrix, patches[6], plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR,
+            BM,
         )  # fmt: skip
     else:
         if not EARLY:
@@ -117,10 +120,10 @@ def _multiply_tile(
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def _multiply(
-    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, places, weight, bias, center, affine, residual,
-    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
-    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
-    taps, steps, each, parts, polls, across, input_eps,
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, places, weight, bias, center, affine,
+    residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride,
+    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
+    norm_batch, taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
     PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
@@ -185,12 +188,12 @@ def multiply_rows(
     rows = _plain(rows) if sources is None else rows.contiguous()
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
     batch, number = rows.shape[0], rows.shape[1] if sources is None else sources.shape[1]
-    co = weight.shape[0] // (2 if gated else 4 if upsampled else 1)
+    columns = weight.shape[0] // (2 if gated else 1)
     chunk = math.gcd(*(given.shape[2] for given in (rows, rows2, rows3) if given is not None))
-    config = config or choose(batch * number, weight.shape[0] // (2 if gated else 1), weight.shape[1], chunk, gated, sources is not None, rows.dtype)
+    config = config or choose(batch * number, columns, weight.shape[1], chunk, gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
-    places, number = upsampled or (None, number)
+    co, (places, number) = columns // (4 if upsampled else 1), upsampled or (None, number)
     out = rows.new_empty(batch, number, co)  # [B, N', Co]
     parts = cdiv(co, config.n)
     made = rows.new_empty(2, parts, batch, number, dtype=torch.float32) if with_moments else None  # [2, T, B, N']
@@ -205,8 +208,9 @@ def multiply_rows(
 def _launch(
     config: Config, out: Tensor, made: Tensor | None, rows: Tensor, rows2: Tensor | None, rows3: Tensor | None,
     recorded: Tensor | None, sources: Tensor | None, places: Tensor | None, weight: Tensor, bias: Tensor | None,
-    affine: Tensor | None, residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str], moments: Tensor | None,
-    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
+    affine: Tensor | None, residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str],
+    moments: Tensor | None, center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str,
+    gated: bool, positions: int,
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
@@ -239,8 +243,9 @@ def _launch(
     )
     launch(kernel, grid,
         out, normalized, made, *given, recorded, sources, places,
-        describe(weight, [config.n, config.k]) if tma else weight, bias, center, affine, residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
-        weight.shape[1], co, _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
+        describe(weight, [config.n, config.k]) if tma else weight, bias, center, affine, residual, norm_affine, moments,
+        count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
+        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
         0 if addresses else _stride(recorded, 0), _stride(residual, 1),
         sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,
