@@ -59,7 +59,7 @@ LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
 TIMED = 3
 """Tiles of a kernel that are timed: those that the model takes for the fastest. Of the first kernel it is one where
-others can do it: theirs are seldom slower."""
+others can do it: theirs are seldom slower, but for an upsampled map's."""
 HOPELESS = 1.4
 """Times the best estimate: tiles that take longer by the model are not timed."""
 LIBRARY_BETWEEN, GATED_TURNS_BETWEEN = 1.5, 4.0
@@ -78,7 +78,8 @@ class Product:
         channels: of one row, of all three sources. outputs: rows of the weight.
         fused: what else is computed, from :func:`fused_parts`.
         text: channels of a head and keys of the text that its rows attend to; zeros for none.
-        upsampled: of a map of twice the size, so that tiles can be of one parity.
+        upsampled: of a map of twice the size, so that tiles can be of one parity. parities: kernels that its outputs
+            take turns with, see :func:`parity`.
     """
 
     taps: int
@@ -89,6 +90,7 @@ class Product:
     fused: str
     text: tuple[int, int] = (0, 0)
     upsampled: bool = False
+    parities: int = 1
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Product:
@@ -208,14 +210,14 @@ def ways(product: Product, rows: int) -> list[Way]:
     plain = [tile for tile in hopeful if not tile.specialized]
     specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:some]
     turns = [tile for tile in hopeful if tile.turns][:TIMED]
-    return [*plain[: 1 if specialized else TIMED], *specialized, *turns, LIBRARY]
+    return [*plain[: 1 if specialized and product.parities == 1 else TIMED], *specialized, *turns, LIBRARY]
 
 
 def parity(product: Product, rows: int) -> tuple[Product, int]:
     """What tiles of one parity multiply instead: four taps of the map before, the weights of all parities; and for how
     many of its rows, about."""
     fewer = bucket(cdiv(9 * rows, 32), rows)  # at the border of a mask, not all four outputs of a row are active
-    return replace(product, taps=4, outputs=4 * product.outputs, upsampled=False), fewer
+    return replace(product, taps=4, parities=4, upsampled=False), fewer
 
 
 def wide(tile: Config, product: Product) -> int:
@@ -245,7 +247,7 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
         first, last = ([(number * rows + row) // way.m for number in range(product.batch)] for row in (0, active - 1))
         shared = sum(before == after for before, after in zip(last, first[1:], strict=False))
         down = sum(last) - sum(first) + product.batch - shared
-    return down * cdiv(product.outputs, wide(way, product))
+    return down * cdiv(product.outputs, wide(way, product)) * product.parities
 
 
 @cache
@@ -333,7 +335,7 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
         step *= APART if way.specialized else STEADY if (way.warps, way.k) == (8, 128) else 1.0
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
-    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
+    memory = MEMORY * product.parities * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
     memory *= max(1.0, FULL / (tiles * way.split))
     area, parts = way.m * wide(way, product) / 1024, 0.0
     if way.turns:
@@ -356,7 +358,7 @@ def workspace(way: Way, product: Product, rows: int) -> int:
         plain = product.fused in ("", "bias") and (product.taps > 0 or not product.channels[1]) and not product.text[1]
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
-    tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
+    tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n) * product.parities
     splits = split_of(config.split, product.steps(config.k), tiles, LOCKS)
     return tiles * splits * config.m * config.n * (2 if product.gated else 1) * 4 if splits > 1 else 0
 

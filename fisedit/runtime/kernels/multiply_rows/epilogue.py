@@ -222,8 +222,7 @@ def finish_shares(
             for start in tl.range(number * each, end, PIECE, num_stages=1):
                 row = start + piece
                 there = row < end
-                found, inside = which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR)
-                found = place_rows(found, inside, parity, n_out)
+                found = place_rows(which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR), parity, n_out)
                 where = (found[0], found[1], found[2] & there, tile[3], tile[4])  # columns are of the tile's samples
                 extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
                 inside = places_in(row, matrix)

@@ -137,7 +137,7 @@ def load_patches(
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, row = which_rows(row0, inside, per, n_out, batch, True, PAIR)
     n_in, taps, parity, c1, c2 = patches[4], patches[5], patches[6], given[6], given[7]
-    where = place_rows(where, row, parity, n_out)
+    where = place_rows((where, row), parity, n_out)
     valid = where[2]
     starts = find_patches(given, patches, where, row, first, ADDRESSES, True, BK)
     tap, begin, table, index, own, there, own2, own3 = starts
@@ -304,22 +304,19 @@ def multiply_specialized(
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(gl.program_id(0), gl.program_id(1), across)
     which, tile_n = parity_at(places, tile_n, co, BN)
-    parity = (places, table_stride // 9 * 4, which)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, parity)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, (places, table_stride // 9 * 4, which))
     row0 = tile_m * BM
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    where, row = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
-    where = place_rows(where, row, parity, n_out)
+    where = place_rows(which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR), patches[6], n_out)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
     matrix = (weight, inner, co, tile_n, column, column < co, which * co)
-    weights = (weight, which * co + tile_n * BN, co + tile_n * BN)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         first = gl.program_id(2) * each
         last = gl.minimum(first + each, steps)
         sums, columns, extra, deviation = share_tasks(
-            given, patches, weights, before, after, residual, residual_stride, where, matrix, row0, per,
-            n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N, SPLIT, PDL, PAIR, WIDE, BM, STAGES,
-            LOADERS, REGISTERS,
+            given, patches, (weight, which * co + tile_n * BN, co + tile_n * BN), before, after, residual,
+            residual_stride, where, matrix, row0, per, n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N,
+            SPLIT, PDL, PAIR, WIDE, BM, STAGES, LOADERS, REGISTERS,
         )  # fmt: skip
         gates = sums
         if GATED:
@@ -337,8 +334,8 @@ def multiply_specialized(
             )  # fmt: skip
             finish_shares(
                 part, shared, shares, columns, made, after, residual, residual_stride, row0, where,
-                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, parity, plane, sizes, GATED, ACTIVATION,
-                NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
+                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, patches[6], plane, sizes, GATED,
+                ACTIVATION, NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
             )  # fmt: skip
         else:
             finish_tile(

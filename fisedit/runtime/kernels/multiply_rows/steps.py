@@ -44,8 +44,9 @@ def which_rows(first, inside, per, n_out, batch, GATHER: tl.constexpr, PAIR: tl.
 
 
 @triton.jit
-def place_rows(where, row, parity, n_out):
-    """``where`` those outputs are that ``row`` of the map before an upsampling has in a parity."""
+def place_rows(found, parity, n_out):
+    """``where`` outputs are, ``found`` by :func:`which_rows`: of a parity, if these are rows of the map before."""
+    where, row = found
     places, stride, number = parity
     if places is not None:
         _, sample, valid, lowest, highest = where

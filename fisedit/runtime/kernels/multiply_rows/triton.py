@@ -137,11 +137,10 @@ def _multiply(
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
     which, tile_n = parity_at(places, tile_n, co, BN)
-    parity = (places, table_stride // 9 * 4, which)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, parity)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, (places, table_stride // 9 * 4, which))
     row0 = tile_m * BM
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
-    where = place_rows(where, row, parity, n_out)
+    where = place_rows((where, row), patches[6], n_out)
     column = tile_n * BN + tl.arange(0, BN)
     matrix = (weight, inner, co, tile_n, column, column < co, which * co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
