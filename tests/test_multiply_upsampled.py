@@ -65,9 +65,9 @@ class Case:
         assert isinstance(active, torch.Tensor)
         self.map = random(batch, side * side, channels)
         index = active.clamp_max(side * side - 1).expand(batch, -1)[:, :, None].expand(-1, -1, channels)
+        here = torch.zeros(len(active), side * side + 1, dtype=torch.bool, device=DEVICE).scatter_(1, active, True)
         self.weight, self.bias = random(outputs, 3, 3, channels) / (3 * channels**0.5), random(outputs)
-        recorded = self.map.clone()
-        recorded.scatter_(1, index, float("nan"))  # what is active is not read there
+        recorded = self.map.masked_fill(here[:, :-1, None], float("nan"))  # what is active is not read there
         self.given: dict[str, Any] = {
             "rows": self.map.gather(1, index), "rows2": None, "recorded": recorded, "sources": sources,
             "weight": self.weight.flatten(1), "bias": self.bias, "affine": None, "full": False, "residual": None,
