@@ -49,7 +49,7 @@ class Layer:
 def kernel_of(layer: Mapping[str, Any]) -> str:
     """The kernel that computes a product in the chosen way, by its name."""
     way, attends = layer["chosen"], layer["key"][-1].endswith(" keys")
-    name = KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if way.endswith(" specialized") else KERNELS[2]
+    name = KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if " specialized" in way else KERNELS[2]
     return ATTENDING[name] if attends else name
 
 

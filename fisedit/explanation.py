@@ -125,4 +125,5 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
         outputs=kind.channels * (2 if given["gated"] else 1),
         dtype=dtype,
         fused=fused_parts(given, full and get(node, "full") is not False, "" if full and norm == "normalize" else norm),
+        upsampled="parities" in node.kwargs,
     )

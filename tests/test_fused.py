@@ -113,6 +113,24 @@ def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.Monkey
     assert relative_error(fused(h, mask_of("blob"), tensors), wanted) <= TOLERANCE and made
 
 
+@pytest.mark.parametrize("name", ["blob", pytest.param("corners", marks=pytest.mark.nightly)])
+def test_an_upsampling_by_the_parities_of_its_outputs(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Interpreted, the rule takes nine taps."""
+    multiply, tile, made = tuning._upsampled, Config(16, 32, 32, 4, 2, parities=True), []
+
+    def run(way: Any, given: Any) -> Tensor:
+        made.append(multiply(tile, given))
+        return made[-1]
+
+    monkeypatch.setattr(tuning, "_upsampled", run)
+    h = Harness(*small(), provider="triton")
+    assert "bias upsampled" in explain(h.program, mask_of(name), CostModel(), Timings.load("cpu", tmp_path))
+    check(h, mask_of(name))
+    assert made
+
+
 @pytest.mark.nightly
 def test_a_mask_for_each_sample() -> None:
     """Rows padded to the larger mask's, tables of their own."""
