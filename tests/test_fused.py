@@ -104,7 +104,7 @@ def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.Monkey
     monkeypatch.setattr(tuning, "_attend", run)
     model = models.one_level(attention_head_dim=(2, 1)).to(DEVICE)  # one head of 32 in the middle
     given = to_device(models.arguments(model, SIZE))
-    h, reference = Harness(model, given, provider="triton"), Harness(model, given)
+    h, reference = (Harness(model, given, provider=name) for name in ("triton", "reference"))
     assert "heads of 32, 7 keys" in explain(h.program, mask_of("blob"), CostModel(), Timings.load("cpu", tmp_path))
     check(h, mask_of("blob"))
     tensors = other_inputs(h.call.tensors, h.call.timestep)

@@ -33,7 +33,7 @@ class Graphs:
         x, context = torch.randn(2, 4, *SIZE), torch.randn(2, 5, models.TEXT)
         given: dict[str, Any] = {"x": x, "timesteps": torch.tensor([7, 7]), "context": context}
         self.harness = Harness(model, {name: value.to("cuda") for name, value in given.items()}, provider="triton")
-        self.masks = {name: masks(SIZE)[name] for name in ("pixel", "blob", "all but one")}
+        self.masks = {name: masks(SIZE)[name].to("cuda") for name in ("pixel", "blob", "all but one")}
         self.replays = self.harness.program.replays()
         self.of = {name: self.take(mask) for name, mask in self.masks.items()}
 
