@@ -18,7 +18,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 from unittest import mock
@@ -26,7 +25,7 @@ from unittest import mock
 import torch
 import triton
 import typer
-from each_kernel import LEVELS, OPS, Cases
+from kernel_cases import LEVELS, Cases, load_kernels
 from masks import blob
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -128,7 +127,7 @@ def compiling() -> Iterator[list[Code]]:
 
 def chosen(only: str) -> Iterator[tuple[str, Code]]:
     """Each kernel at each level, as its rule chooses; of names that match ``only``."""
-    kernels = {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.triton"), op) for op in OPS}
+    kernels = load_kernels("triton")
     for level in LEVELS:
         for case in Cases(kernels, level, blob((96, 96), 0.15), torch.device("cpu"), "float16").all():
             name = f"{case.op}, {case.shape}, {level.side}²"

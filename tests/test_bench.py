@@ -14,6 +14,7 @@ from typing import Any
 
 import each_kernel
 import in_call
+import kernel_cases
 import pytest
 import storage_quality
 import tile_model
@@ -149,7 +150,7 @@ def test_kernel_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True, regret=False
     )
     found = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
-    assert {one["op"] for one in found} == set(each_kernel.OPS)
+    assert {one["op"] for one in found} == {*kernel_cases.OPS, kernel_cases.UPSAMPLED}
     assert all(one["microseconds"] > 0 for one in found)
     assert "| fold_group_norms | 61 norms of 128 channels |" in capsys.readouterr().out
 
@@ -159,12 +160,12 @@ def test_neighbor_sources_are_a_convolutions() -> None:
     active, channels = blob((6, 7), 0.3), 3
     image, weight = torch.randn(2, channels, 6, 7), torch.randn(5, channels, 3, 3)
     rows = image.flatten(2).transpose(1, 2)  # [B, R, C]
-    level, reference = each_kernel.Level(6, channels), each_kernel.load_kernels("reference")
-    case = each_kernel.Cases(reference, level, active, image.device, "float32")
+    level, reference = kernel_cases.Level(6, channels), kernel_cases.load_kernels("reference")
+    case = kernel_cases.Cases(reference, level, active, image.device, "float32")
     recorded = rows.masked_fill(active.flatten()[:, None], float("nan"))  # what is active is not read there
     out = case.multiply(
         rows[:, active.flatten()], weight.permute(0, 2, 3, 1).flatten(1), recorded=recorded,
-        sources=each_kernel.neighbor_sources(active), bias=torch.zeros(5),
+        sources=kernel_cases.neighbor_sources(active), bias=torch.zeros(5),
     )()  # fmt: skip
     wanted = torch.nn.functional.conv2d(image, weight, padding=1)[..., active].transpose(1, 2)
     torch.testing.assert_close(out, wanted)
@@ -172,10 +173,10 @@ def test_neighbor_sources_are_a_convolutions() -> None:
 
 def test_the_measured_way_beside_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way of a product is timed at the case's own number of rows; text attention has only one."""
-    active, level = blob((8, 8), 0.5), each_kernel.Level(8, 64)
+    active, level = blob((8, 8), 0.5), kernel_cases.Level(8, 64)
     kernels = {op: getattr(importlib.import_module(f"fisedit.runtime.tuning.{op}"), op)
                for op in ("multiply_rows", "attend_rows")}  # fmt: skip
-    cases = each_kernel.Cases(kernels, level, active, active.device, "float16")
+    cases = kernel_cases.Cases(kernels, level, active, active.device, "float16")
     asked: list[int] = []
 
     def time_way(runs: list[Any]) -> float:
