@@ -99,13 +99,13 @@ def add_steps(
 
 
 @gluon.jit
-def rows_and_columns(row0, own, parity, sizes, layout: gl.constexpr, WIDTH: gl.constexpr, PAIR: gl.constexpr,
-                     BM: gl.constexpr):  # fmt: skip
+def columns_of(row0, own, co, parity, sizes, layout: gl.constexpr, WIDTH: gl.constexpr, PAIR: gl.constexpr,
+               BM: gl.constexpr):  # fmt: skip
     """Where the rows of a tile go, and which columns it has from number ``own`` on."""
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     found = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], True, PAIR)
     column = own + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    return place_rows(found, parity, sizes[1]), column
+    return place_rows(found, parity, sizes[1]), (None, 0, co, own, column, column < co, 0)
 
 
 @gluon.jit
@@ -177,10 +177,8 @@ def multiply_wide(
     EACH: gl.constexpr = 4 if PIECE > 0 else 8  # of a row, for a thread to store at once: parts are in single precision
     wide: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH // 4, 128 // EACH], [gl.num_warps(), 1], [1, 0])
     narrow: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH, 32 // EACH], [gl.num_warps(), 1], [1, 0])
-    where, column = rows_and_columns(row0, own, parity, sizes, wide, FIRST, PAIR, BM)
-    first = (where, (weight, inner, co, own, column, column < co, 0))
-    where, column = rows_and_columns(row0, own + FIRST, parity, sizes, narrow, REST, PAIR, BM)
-    second = (where, (weight, inner, co, own + FIRST, column, column < co, 0))
+    first = columns_of(row0, own, co, parity, sizes, wide, FIRST, PAIR, BM)
+    second = columns_of(row0, own + FIRST, co, parity, sizes, narrow, REST, PAIR, BM)
     if has_work(row0, first[0], sizes[0], n_out, batch, True):
         rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
         buffers = (
