@@ -123,6 +123,18 @@ def finish(
 
 
 @gluon.jit
+def finish_part(
+    part, shared, shares, columns, goal, row0, where, piece, matrix, parity, plane, sizes, ACTIVATION: gl.constexpr,
+    NORM_ACTIVATION: gl.constexpr, PAIR: gl.constexpr, BM: gl.constexpr,
+):  # fmt: skip
+    """Likewise, of this program's rows, the parts of whose sums are there."""
+    finish_shares(
+        part, shared, shares, columns, goal[0], goal[1], goal[2], goal[3], row0, where, piece, matrix, parity, plane,
+        sizes, False, ACTIVATION, NORM_ACTIVATION, True, True, PAIR, BM,
+    )  # fmt: skip
+
+
+@gluon.jit
 def share_sums(
     partial, locks, sums, more, begun, begun_too, goal, first, second, row0, parity, plane, sizes, polls,
     wide: gl.constexpr, narrow: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
@@ -140,16 +152,14 @@ def share_sums(
         part_too + number * (BM * REST), locks + tile, more, more, begun_too[0], (second[0][1], second[0][1]), None,
         gl.arange(0, BM, layout=gl.SliceLayout(1, narrow)), second[1], number, shared, polls, False,
     )  # fmt: skip
-    made, after, residual, stride = goal
-    finish_shares(
-        part, shared, shares, begun[0], made, after, residual, stride, row0, first[0],
-        gl.arange(0, PIECE, layout=gl.SliceLayout(1, wide)), first[1], parity, plane, sizes, False, ACTIVATION,
-        NORM_ACTIVATION, True, True, PAIR, BM,
+    finish_part(
+        part, shared, shares, begun[0], goal, row0, first[0], gl.arange(0, PIECE, layout=gl.SliceLayout(1, wide)),
+        first[1], parity, plane, sizes, ACTIVATION, NORM_ACTIVATION, PAIR, BM,
     )  # fmt: skip
-    finish_shares(
-        part_too, shared, shares, begun_too[0], made, after, residual, stride, row0, second[0],
-        gl.arange(0, PIECE, layout=gl.SliceLayout(1, narrow)), second[1], parity, plane, sizes, False, ACTIVATION,
-        NORM_ACTIVATION, True, True, PAIR, BM,
+    finish_part(
+        part_too, shared, shares, begun_too[0], goal, row0, second[0],
+        gl.arange(0, PIECE, layout=gl.SliceLayout(1, narrow)), second[1], parity, plane, sizes, ACTIVATION,
+        NORM_ACTIVATION, PAIR, BM,
     )  # fmt: skip
 
 
