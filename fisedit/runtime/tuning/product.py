@@ -235,7 +235,7 @@ def fit(tile: Config, product: Product, rows: int) -> Config:
         return tile
     tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
-    if product.text[1]:
+    if product.text[1] or tile.is_wide:
         most = 1
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))

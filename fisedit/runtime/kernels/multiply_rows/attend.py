@@ -55,7 +55,7 @@ def _multiply_attend(
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, False, PAIR)
     place, sample_of_row, valid, lowest, highest = where
     column = tile_n * BN + tl.arange(0, BN)
-    matrix = (weight, c1, co, tile_n * BN, column, column < co, 0)
+    matrix = (weight, c1, co, tile_n, column, column < co, 0)
     if has_work(row0, where, per, n_out, batch, False):
         starts = begin_steps(given, patches, where, row, 0, False, False, PDL, BK)
         after = (bias, center, (None, 0, 0), (None, 0, 0))

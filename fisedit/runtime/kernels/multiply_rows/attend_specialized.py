@@ -165,7 +165,7 @@ def multiply_attend_specialized(
     where, _ = which_rows(row0, inside, per, n_out, batch, False, PAIR)
     place, sample_of_row, valid, lowest, highest = where
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, c1, co, tile_n * BN, column, column < co, 0)
+    matrix = (weight, c1, co, tile_n, column, column < co, 0)
     if has_work(row0, where, per, n_out, batch, False):
         held = allocate_pair(TYPE, FIRST, BN)
         if SECOND > 0:

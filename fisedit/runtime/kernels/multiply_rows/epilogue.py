@@ -23,7 +23,7 @@ from fisedit.runtime.kernels.share_out import share_out
 def places_in(row, matrix):
     """Where in a part of a tile, ``[BM, BN]``, the sums of rows ``row`` lie."""
     BN: tl.constexpr = matrix[4].shape[0]
-    return row[:, None] * BN + (matrix[4] - matrix[3])[None, :]
+    return row[:, None] * BN + (matrix[4] - matrix[3] * BN)[None, :]
 
 
 @triton.jit
@@ -110,9 +110,9 @@ def load_deviation(before, where, plane, AHEAD: tl.constexpr):
 
 
 @triton.jit
-def store_moments(moments, x, place, valid, kept, part, parts, plane, EVEN_N: tl.constexpr):
+def store_moments(moments, x, place, valid, kept, tile_n, parts, plane, EVEN_N: tl.constexpr):
     x = x if EVEN_N else tl.where(kept[None, :], x, 0.0)
-    at = moments + part * plane + place.to(tl.int64)
+    at = moments + tile_n * plane + place.to(tl.int64)
     tl.store(at, tl.sum(x, 1), mask=valid)
     tl.store(at + plane * parts, tl.sum(x * x, 1), mask=valid)
 
@@ -174,7 +174,7 @@ def finish_tile(
     own, gate, of_own, of_gate, scales, norms = columns
     bias, center, scale, norm = after
     place, _, valid, _, _ = where
-    _, _, co, begin, column, kept, _ = matrix
+    _, _, co, tile_n, column, kept, _ = matrix
     BIAS: tl.constexpr = bias is not None
     CENTER: tl.constexpr = center is not None
     sums = follow_columns(sums, deviation, of_own, own, CENTER, BIAS)
@@ -193,8 +193,7 @@ def finish_tile(
     tl.store(out + at, result, mask=good)
     if moments is not None:
         parts = tl.cdiv(co, column.shape[0])
-        part = begin // column.shape[0]
-        store_moments(moments, result.to(tl.float32), place, valid, kept, part, parts, plane, EVEN_N)
+        store_moments(moments, result.to(tl.float32), place, valid, kept, tile_n, parts, plane, EVEN_N)
     if normalized is not None:
         x = scale_rows(result.to(tl.float32), norms, norm, where, column, kept)
         tl.store(normalized + at, activate(x, NORM_ACTIVATION).to(out.dtype.element_ty), mask=good)

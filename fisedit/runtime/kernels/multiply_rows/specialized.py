@@ -309,7 +309,7 @@ def multiply_specialized(
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where = place_rows(which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR), patches[6], n_out)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, inner, co, tile_n * BN, column, column < co, which * co)
+    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         first = gl.program_id(2) * each
         last = gl.minimum(first + each, steps)

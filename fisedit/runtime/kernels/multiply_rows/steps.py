@@ -5,8 +5,8 @@ Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py``
 - ``given``: the three sources of rows, their strides, and their channels;
 - ``patches``: the recorded map, the table of gathered rows, ``None`` if they lie side by side, the strides of both, the
   input's rows and the taps, and the parity;
-- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), in this tile the
-  first one and that of each column, which of them there are, and where its parity's begin;
+- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), in this tile which
+  rows they are, by number of the tile and of each column, which of them there are, and where its parity's begin;
 - ``parity``: where each row of a map that is upsampled has its four outputs, which take turns with as many kernels of
   2x2 taps, the stride of that, and which of them this tile makes; ``None`` first if no map is upsampled;
 - ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
@@ -104,9 +104,9 @@ def working_tile(number, per, n_out, batch, BM: tl.constexpr):
 @triton.jit
 def load_weight(matrix, half, at, step, within, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr):
     """The tile ``[BK, BN]`` from channel ``at`` on, behind ``half`` others: of a parity, or a gate."""
-    weight, inner, _, begin, column, kept, _ = matrix
+    weight, inner, _, tile_n, column, kept, _ = matrix
     if TMA:  # past the channels of a tap it has the next one's, which meet zeros
-        tile = weight.load([half + begin, at]).T
+        tile = weight.load([half + tile_n * column.shape[0], at]).T
     else:
         where = weight + (half + column)[None, :].to(tl.int64) * inner + (at + step)[:, None]
         if EVEN_C and EVEN_N:

@@ -148,7 +148,7 @@ def _multiply(
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
     where = place_rows((where, row), patches[6], n_out)
     column = tile_n * BN + tl.arange(0, BN)
-    matrix = (weight, inner, co, tile_n * BN, column, column < co, which * co)
+    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         _multiply_tile(
             given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0, where,
@@ -240,7 +240,7 @@ def _launch(
     tiles_n = parities * cdiv(co, config.n)
     tiles_m = cdiv(batch * (n_out if sources is None else sources.shape[1]), config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
+    splits = 1 if turns or config.is_wide else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     across = sum(more.numel() for more in (rows, rows2, rows3) if more is not None) > weight.numel()
     grid = (tiles_n, tiles_m, splits) if across else (tiles_m, tiles_n, splits)
     if turns:

@@ -118,7 +118,7 @@ def begin(tile_n, goal, where, layout: gl.constexpr, GATED: gl.constexpr, EVEN_N
     _, after, residual, residual_stride, weight, inner, co = goal
     BN: gl.constexpr = weight.block_type.shape[0]
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, inner, co, tile_n * BN, column, column < co, 0)
+    matrix = (weight, inner, co, tile_n, column, column < co, 0)
     columns = load_columns(after, where, matrix, GATED, EVEN_N)
     return matrix, columns, load_residual(residual, residual_stride, where, matrix, EVEN_N)
 

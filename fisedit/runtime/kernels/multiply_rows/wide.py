@@ -2,7 +2,7 @@
 
 Gathered rows are most of what a convolution takes in, and a multiprocessor that has a tile more than others decides how
 long it takes. Of 320 or 640 columns, such tiles are fewer than those of 128, and none is partly empty. Otherwise the
-kernel of ``specialized.py``. Parts of shared sums lie apart for the first and the second columns.
+kernel of ``specialized.py``; its work is not split.
 """
 
 from __future__ import annotations
@@ -18,14 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from fisedit.runtime.kernels.multiply_rows.epilogue import (
-    finish_shares,
-    finish_tile,
-    load_columns,
-    load_residual,
-    places_in,
-    share_part,
-)
+from fisedit.runtime.kernels.multiply_rows.epilogue import finish_tile, load_columns, load_residual
 from fisedit.runtime.kernels.multiply_rows.specialized import load_patches
 from fisedit.runtime.kernels.multiply_rows.steps import has_work, parity_at, place_rows, tile_at, which_rows
 from fisedit.runtime.kernels.stages import make_barriers, next_stage, stage_before
@@ -37,14 +30,14 @@ FIRST: gl.constexpr = gl.constexpr(128)
 
 
 @gluon.jit
-def load_weights(weight, own, buffers, full, empty, from_step, to_step):
-    """Of some steps, the rows of weights from ``own`` on."""
+def load_weights(weight, own, buffers, full, empty, steps):
+    """Of all steps, the rows of weights from ``own`` on."""
     STAGES: gl.constexpr = full.type.shape[0]
     BLOCK: gl.constexpr = weight.block_type.shape[0]
     BK: gl.constexpr = weight.block_type.shape[1]
     REST: gl.constexpr = buffers[2].type.shape[1]
     stage, phase = 0, 1
-    for number in range(from_step, to_step):
+    for number in range(steps):
         mbarrier.wait(empty.index(stage), phase)
         barrier, first, second = full.index(stage), buffers[1].index(stage), buffers[2].index(stage)
         mbarrier.expect(barrier, weight.block_type.nbytes * ((FIRST + REST) // BLOCK))
@@ -58,19 +51,13 @@ def load_weights(weight, own, buffers, full, empty, from_step, to_step):
 
 
 @gluon.jit
-def begin(goal, part, SPLIT: gl.constexpr):
+def begin(goal, where, matrix):
     """What :func:`finish_tile` needs besides sums."""
-    where, matrix = part
-    extra = where[1]
-    if not SPLIT:
-        extra = load_residual(goal[2], goal[3], where, matrix, True)
-    return load_columns(goal[1], where, matrix, False, True), extra
+    return load_columns(goal[1], where, matrix, False, True), load_residual(goal[2], goal[3], where, matrix, True)
 
 
 @gluon.jit
-def add_steps(
-    buffers, full, empty, from_step, to_step, goal, first, second, SPLIT: gl.constexpr, PDL: gl.constexpr
-):  # fmt: skip
+def add_steps(buffers, full, empty, steps, goal, first, second, PDL: gl.constexpr):
     """Both sums of a tile, and what was loaded in the meantime; ``first``, ``second``: where and which columns."""
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
@@ -79,11 +66,11 @@ def add_steps(
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, REST, 16])
     if PDL:
         tl.extra.cuda.gdc_wait()
-    begun, begun_too = begin(goal, first, SPLIT), begin(goal, second, SPLIT)
+    begun, begun_too = begin(goal, first[0], first[1]), begin(goal, second[0], second[1])
     sums = gl.zeros([BM, FIRST], gl.float32, layout=wide)
     more = gl.zeros([BM, REST], gl.float32, layout=narrow)
     stage, phase = 0, 0
-    for number in range(from_step, to_step):
+    for number in range(steps):
         mbarrier.wait(full.index(stage), phase)
         fence_async_shared()
         rows = buffers[0].index(stage)
@@ -92,74 +79,37 @@ def add_steps(
             warpgroup_mma(rows, buffers[2].index(stage).permute((1, 0)), more, is_async=True),
         )
         sums, more = warpgroup_mma_wait(2, deps=tokens)
-        mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=number > from_step)
+        mbarrier.arrive(empty.index(stage_before(stage, STAGES)), count=1, pred=number > 0)
         stage, phase = next_stage(stage, phase, STAGES)
     sums, more = warpgroup_mma_wait(0, deps=(sums, more))
     return sums, more, begun, begun_too
 
 
 @gluon.jit
-def columns_of(row0, own, co, parity, sizes, layout: gl.constexpr, WIDTH: gl.constexpr, PAIR: gl.constexpr,
-               BM: gl.constexpr):  # fmt: skip
-    """Where the rows of a tile go, and which columns it has from number ``own`` on."""
+def columns_of(row0, own, given, parity, sizes, WIDTH: gl.constexpr, PAIR: gl.constexpr, BM: gl.constexpr):
+    """Where the rows of a tile go, and which columns it has from number ``own`` on, for threads that store eight."""
+    weight, inner, co, tile_n = given
+    ACROSS: gl.constexpr = WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     found = which_rows(row0, inside, sizes[0], sizes[1], sizes[2], True, PAIR)
     column = own + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    return place_rows(found, parity, sizes[1]), (None, 0, co, own, column, column < co, 0)
+    return place_rows(found, parity, sizes[1]), (weight, inner, co, tile_n, column, column < co, 0)
 
 
 @gluon.jit
 def finish(
-    sums, begun, goal, part, plane, layout: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr
+    sums, begun, goal, part, plane, WIDTH: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr
 ):  # fmt: skip
     """All that follows the sums of some columns."""
+    ACROSS: gl.constexpr = WIDTH // 8
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [gl.num_warps(), 1], [1, 0])
     made, after, residual, _ = goal
     where, matrix = part
     sums = gl.convert_layout(sums, layout)
     finish_tile(
         sums, sums, begun[0], begun[1], (where[1], where[1]), made, after, where, matrix, plane, residual is not None,
         False, ACTIVATION, NORM_ACTIVATION, True,
-    )  # fmt: skip
-
-
-@gluon.jit
-def finish_part(
-    part, shared, shares, columns, goal, row0, where, piece, matrix, parity, plane, sizes, ACTIVATION: gl.constexpr,
-    NORM_ACTIVATION: gl.constexpr, PAIR: gl.constexpr, BM: gl.constexpr,
-):  # fmt: skip
-    """Likewise, of this program's rows, the parts of whose sums are there."""
-    finish_shares(
-        part, shared, shares, columns, goal[0], goal[1], goal[2], goal[3], row0, where, piece, matrix, parity, plane,
-        sizes, False, ACTIVATION, NORM_ACTIVATION, True, True, PAIR, BM,
-    )  # fmt: skip
-
-
-@gluon.jit
-def share_sums(
-    partial, locks, sums, more, begun, begun_too, goal, first, second, row0, parity, plane, sizes, polls,
-    wide: gl.constexpr, narrow: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
-    PIECE: gl.constexpr, PAIR: gl.constexpr, BM: gl.constexpr, REST: gl.constexpr,
-):  # fmt: skip
-    """Write a program's parts of both sums, and finish its share of the rows."""
-    number, shared = gl.program_id(2), gl.num_programs(2)
-    tiles, tile = gl.num_programs(0) * gl.num_programs(1), gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
-    part = partial + (tile * shared).to(gl.int64) * (BM * FIRST)
-    part_too = partial + (tiles * shared).to(gl.int64) * (BM * FIRST) + (tile * shared).to(gl.int64) * (BM * REST)
-    sums, more = gl.convert_layout(sums, wide), gl.convert_layout(more, narrow)
-    inside = gl.arange(0, BM, layout=gl.SliceLayout(1, wide))
-    gl.store(part + number * (BM * FIRST) + places_in(inside, first[1]), sums)
-    shares = share_part(
-        part_too + number * (BM * REST), locks + tile, more, more, begun_too[0], (second[0][1], second[0][1]), None,
-        gl.arange(0, BM, layout=gl.SliceLayout(1, narrow)), second[1], number, shared, polls, False,
-    )  # fmt: skip
-    finish_part(
-        part, shared, shares, begun[0], goal, row0, first[0], gl.arange(0, PIECE, layout=gl.SliceLayout(1, wide)),
-        first[1], parity, plane, sizes, ACTIVATION, NORM_ACTIVATION, PAIR, BM,
-    )  # fmt: skip
-    finish_part(
-        part_too, shared, shares, begun_too[0], goal, row0, second[0],
-        gl.arange(0, PIECE, layout=gl.SliceLayout(1, narrow)), second[1], parity, plane, sizes, ACTIVATION,
-        NORM_ACTIVATION, PAIR, BM,
     )  # fmt: skip
 
 
@@ -184,11 +134,9 @@ def multiply_wide(
     parity = (places, table_stride // 9 * 4, which)
     patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, parity)
     row0, own = tile_m * BM, tile_n * BN
-    EACH: gl.constexpr = 4 if PIECE > 0 else 8  # of a row, for a thread to store at once: parts are in single precision
-    wide: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH // 4, 128 // EACH], [gl.num_warps(), 1], [1, 0])
-    narrow: gl.constexpr = gl.BlockedLayout([1, EACH], [EACH, 32 // EACH], [gl.num_warps(), 1], [1, 0])
-    first = columns_of(row0, own, co, parity, sizes, wide, FIRST, PAIR, BM)
-    second = columns_of(row0, own + FIRST, co, parity, sizes, narrow, REST, PAIR, BM)
+    of_weight = (weight, inner, co, tile_n)
+    first = columns_of(row0, own, of_weight, parity, sizes, FIRST, PAIR, BM)
+    second = columns_of(row0, own + FIRST, of_weight, parity, sizes, REST, PAIR, BM)
     if has_work(row0, first[0], sizes[0], n_out, batch, True):
         rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BM, BK], weight.dtype)
         buffers = (
@@ -197,20 +145,12 @@ def multiply_wide(
             gl.allocate_shared_memory(weight.dtype, [STAGES, REST, BK], weight.layout),
         )
         full, empty = make_barriers(STAGES, 1 + 32 * LOADERS, 1)  # gathered rows come from each thread
-        begins = gl.program_id(2) * each
-        ends = gl.minimum(begins + each, steps)
         fence_async_shared()
         sums, more, begun, begun_too = gl.warp_specialize([
-            (add_steps, (buffers, full, empty, begins, ends, goal, first, second, PIECE > 0, PDL)),
-            (load_patches, (given, patches, buffers, full, empty, row0, sizes[0], n_out, batch, begins, ends, ADDRESSES,
+            (add_steps, (buffers, full, empty, steps, goal, first, second, PDL)),
+            (load_patches, (given, patches, buffers, full, empty, row0, sizes[0], n_out, batch, 0, steps, ADDRESSES,
                             PDL, PAIR, WIDE, LOADERS)),
-            (load_weights, (weight, which * co + own, buffers, full, empty, begins, ends)),
+            (load_weights, (weight, which * co + own, buffers, full, empty, steps)),
         ], [LOADERS, 1], [REGISTERS, 24])  # fmt: skip
-        if PIECE > 0:
-            share_sums(
-                partial, locks, sums, more, begun, begun_too, goal, first, second, row0, parity, plane, sizes, polls,
-                wide, narrow, ACTIVATION, NORM_ACTIVATION, PIECE, PAIR, BM, REST,
-            )  # fmt: skip
-        else:
-            finish(sums, begun, goal, first, plane, wide, ACTIVATION, NORM_ACTIVATION)
-            finish(more, begun_too, goal, second, plane, narrow, ACTIVATION, NORM_ACTIVATION)
+        finish(sums, begun, goal, first, plane, FIRST, ACTIVATION, NORM_ACTIVATION)
+        finish(more, begun_too, goal, second, plane, REST, ACTIVATION, NORM_ACTIVATION)
