@@ -293,7 +293,7 @@ def intermediates(subject: Subject, unet: fisedit.CompiledUNet, base: Recording,
         measured = (torch.cuda.max_memory_allocated() - before) / MB
         values, planned = (predict_peak(graph, rows, each) / MB for each in ({}, needed))
         return (f"{max(rows.values())} rows: planned {planned:.1f} MB ({values:.1f} between kernels), "
-                f"measured {measured:.1f}, pool {replay.memory.bytes / MB:.1f}")  # fmt: skip
+                f"measured {measured:.1f}, pool {replay.graph_bytes / MB:.1f}")  # fmt: skip
 
 
 def moved(

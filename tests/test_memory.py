@@ -166,6 +166,6 @@ def test_a_captured_graph_tells_what_its_memory_is() -> None:
     mask = torch.ones(SIZE, dtype=torch.bool, device="cuda")
     replays = h.program.replays()
     replay = replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, h.call.device)
-    assert replay.memory.bytes == 0
+    assert replay.graph_bytes == 0
     replay.run(h.call.tensors, h.poisoned(MaskPlan(mask, CostModel())), Memo())
-    assert replay.memory.bytes >= predict_peak(h.program.graphs["edit"].graph, replay.plan.sizes) > 0
+    assert replay.graph_bytes >= predict_peak(h.program.graphs["edit"].graph, replay.plan.sizes) > 0

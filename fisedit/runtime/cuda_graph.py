@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from fisedit.runtime.executor import Executable, Input, Keep, Memo, SlotSource
-from fisedit.runtime.graph_memory import GraphMemory
 from fisedit.runtime.kernels.compilers import Compilers
 from fisedit.runtime.kernels.launch import rehearse
 from fisedit.runtime.plan import Table
@@ -33,18 +32,13 @@ class Replay:
 
     What changes between calls is copied into buffers of the graph's own: the sample, the row of the timestep, the
     addresses of the recorded values, few small loads. Results are copies. It belongs to one session at a time.
-
-    Args:
-        memory: where captured graphs have their values.
     """
 
-    def __init__(
-        self, executable: Executable, buckets: Buckets, batch: int, device: torch.device, memory: GraphMemory
-    ) -> None:
+    def __init__(self, executable: Executable, buckets: Buckets, batch: int, device: torch.device) -> None:
         self.executable, self.buckets, self.batch, self.step = executable, buckets, batch, executable.step
         self.plan = RowPlan(table_keys(executable), buckets, batch, device)
-        self.memory = memory
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.graph_bytes = 0  # of GPU memory that the captured graph has for its values, in blocks of the allocator
         self._buffers: dict[Input, Tensor] = {}
         self._seen: dict[Input, tuple[Tensor, int]] = {}
         self._row: Row | None = None  # the buffer of what depends on the timestep alone
@@ -72,10 +66,9 @@ class Replay:
             if self.graph is None:
                 self._capture()
             assert self.graph is not None
-            with self.memory.turn():
-                self.graph.replay()
-                outputs = self.step.split(self._results, keep)[: self.step.results]
-                return [output.clone() for output in outputs]
+            self.graph.replay()
+            outputs = self.step.split(self._results, keep)[: self.step.results]
+            return [output.clone() for output in outputs]
 
     def end_session(self) -> None:
         """Hold nothing of the session any more but what lies in the buffers."""
@@ -155,7 +148,13 @@ class Replay:
             if not self._compile():
                 self._call()
             rehearsed = time.monotonic()
-            self.graph, self._results = self.memory.capture(self._call)
+            graph = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                reserved = torch.cuda.memory_reserved(self.plan.device)
+                self._results = self._call()
+                self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved
+        self.graph = graph  # not before: a capture that fails leaves nothing to replay
         milliseconds = (rehearsed - start) * 1e3, (time.monotonic() - rehearsed) * 1e3
         logger.debug("rehearsed a call for %s in %.0f ms, captured it in %.0f ms", self.buckets, *milliseconds)
 
@@ -188,7 +187,7 @@ class Replays:
     """The captured graphs of one executable: lent to sessions, kept for the next mask of their sizes."""
 
     def __init__(self, executable: Executable) -> None:
-        self.executable, self.memory = executable, GraphMemory()
+        self.executable = executable
         keys = table_keys(executable)
         self.levels = sorted({level for key in keys for level in key.levels}, reverse=True)
         views = dict.fromkeys(slot for stage in executable.stages for slot in stage.views)
@@ -208,7 +207,7 @@ class Replays:
             idle = self._idle.get(key)
             replay = idle.pop() if idle else None
         with torch.inference_mode(False), torch.no_grad():
-            replay = replay or Replay(self.executable, projected.buckets, batch, device, self.memory)
+            replay = replay or Replay(self.executable, projected.buckets, batch, device)
             replay.plan.write(projected, halos)
         return replay
 
