@@ -25,7 +25,7 @@ from kernel_table import PROFILE, Launch, added
 from fisedit.environment import environment_line
 from fisedit.runtime.tuning.product import LIBRARY
 
-KERNELS = ("multiply_specialized", "multiply_in_turns", "_multiply", "multiply_wide")
+KERNELS = ("multiply_specialized", "multiply_in_turns", "_multiply")
 ATTENDING = {"multiply_specialized": "multiply_attend_specialized", "_multiply": "_multiply_attend"}
 """The kernels of products, and of those whose rows attend to a text."""
 
@@ -50,8 +50,6 @@ def kernel_of(layer: Mapping[str, Any]) -> str:
     """The kernel that computes a product in the chosen way, by its name."""
     way, attends = layer["chosen"], layer["key"][-1].endswith(" keys")
     name = KERNELS[1] if way.endswith(" in turns") else KERNELS[0] if " specialized" in way else KERNELS[2]
-    if name == KERNELS[0] and "x160x" in way:
-        name = KERNELS[3]
     return ATTENDING[name] if attends else name
 
 

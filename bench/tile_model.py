@@ -30,7 +30,6 @@ from fisedit.runtime.tuning.product import (
     LIBRARY,
     LIBRARY_BETWEEN,
     ROWS,
-    SPECIALIZED,
     TILES,
     WEIGHTS,
     Product,
@@ -39,7 +38,7 @@ from fisedit.runtime.tuning.product import (
 
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
-KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES + SPECIALIZED}
+KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
 TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?( in turns)?( by parity)?$")
 
 

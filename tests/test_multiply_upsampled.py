@@ -37,7 +37,6 @@ HOPPER = [
     Config(128, 128, 64, 8, 4, specialized=True, parities=True),
     Config(128, 128, 64, 8, 4, split=3, specialized=True, parities=True),
     Config(64, 128, 128, 4, 3, split=2, specialized=True, parities=True),
-    Config(128, 160, 64, 8, 6, specialized=True, parities=True),
     Config(128, 64, 64, 4, 4, parities=True),
     Config(128, 256, 64, 8, 3, split=2, parities=True),
 ]

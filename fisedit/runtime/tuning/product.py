@@ -44,9 +44,8 @@ SPECIALIZED = (
     Config(128, 64, 64, 4, 8, specialized=True),
     Config(128, 64, 128, 4, 4, specialized=True),
     Config(128, 128, 64, 8, 8, specialized=True),
-    Config(128, 160, 64, 8, 6, specialized=True),
 )
-"""Tiles whose warps have tasks of their own: some load, some multiply. Of 160 columns, of convolutions alone."""
+"""Tiles whose warps have tasks of their own: some load, some multiply."""
 TURNS = (
     Config(64, 64, 64, 4, 8, specialized=True, turns=True),
     Config(64, 128, 64, 4, 5, specialized=True, turns=True),
@@ -180,8 +179,6 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
         return False
     if product.text[1] and (tile.n != product.text[0] or tile.m < 16 * tile.warps or tile.turns):
         return False  # a tile has the columns of one head, and a warp whole rows of them
-    if tile.is_wide and (product.taps < 2 or product.outputs % tile.n):
-        return False
     of_kernel = TURNS if tile.turns else SPECIALIZED if tile.specialized else TILES
     alike = [other for other in of_kernel if (other.m, other.n) == (tile.m, tile.n)]
     if len({other.warps for other in alike if other.k == tile.k}) > 1 and (tile.warps == 8) != (product.taps > 1):
@@ -235,7 +232,7 @@ def fit(tile: Config, product: Product, rows: int) -> Config:
         return tile
     tiles = _tiles(tile, product, rows, rows if _is_full(product) else typical(rows))
     most = max(1, min(MOST_PARTS, product.steps(tile.k) // LEAST_STEPS, 2 * MULTIPROCESSORS // tiles))
-    if product.text[1] or tile.is_wide:
+    if product.text[1]:
         most = 1
     split = (replace(tile, split=split) for split in range(1, most + 1))
     best = min(split, key=lambda way: estimate(way, product, rows))

@@ -49,8 +49,7 @@ class Config:
     """Tile sizes of a launch: output rows, output channels, inner; and how often the inner dimension is split.
 
     Args:
-        specialized: warps have tasks of their own, see ``specialized.py``; where they gather rows for as many columns
-            as are no power of two, ``wide.py``.
+        specialized: warps have tasks of their own, see ``specialized.py``.
         turns: groups of them take turns with tiles, too, see ``turns.py``; where rows are not gathered.
         parities: tiles are of one parity each, of an upsampled map.
     """
@@ -64,11 +63,6 @@ class Config:
     specialized: bool = False
     turns: bool = False
     parities: bool = False
-
-    @property
-    def is_wide(self) -> bool:
-        """Whether its columns are no power of two."""
-        return self.n & (self.n - 1) > 0
 
     def __str__(self) -> str:
         tile = f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
@@ -199,8 +193,6 @@ def multiply_rows(
     if full:
         affine, activation = None, activation if gated else "none"
     co, (places, number) = columns // (4 if upsampled else 1), upsampled or (None, number)
-    if config.is_wide and (sources is None or gated or with_moments or co % config.n):
-        config = replace(config, n=128)
     out = rows.new_empty(batch, number, co)  # [B, N', Co]
     parts = cdiv(co, config.n)
     made = rows.new_empty(2, parts, batch, number, dtype=torch.float32) if with_moments else None  # [2, T, B, N']
@@ -231,16 +223,14 @@ def _launch(
     read = [weight, *(more for more in given if more is not None and not gathers)]
     tma, pdl = TMA and has_descriptors(rows) and all(is_aligned(tensor) for tensor in read), overlaps(rows)
     special = config.specialized and PTX.value and tma and even_c and rows.dtype.itemsize == 2
-    if not special and config.is_wide:
-        config = replace(config, n=128)
     turns = special and config.turns and not gathers
-    kernel, describe, block, options = _kernel_of(config, rows, even_c, tma, special, turns, gathers, gated)
+    kernel, describe, options = _kernel_of(config, rows, even_c, tma, special, turns, gathers, gated)
     if tma and not gathers:
         given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
     tiles_n = parities * cdiv(co, config.n)
     tiles_m = cdiv(batch * (n_out if sources is None else sources.shape[1]), config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
-    splits = 1 if turns or config.is_wide else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
+    splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     across = sum(more.numel() for more in (rows, rows2, rows3) if more is not None) > weight.numel()
     grid = (tiles_n, tiles_m, splits) if across else (tiles_m, tiles_n, splits)
     if turns:
@@ -252,7 +242,7 @@ def _launch(
     )
     launch(kernel, grid,
         out, normalized, made, *given, recorded, sources, places,
-        describe(weight, [block, config.k]) if tma else weight, bias, center, affine, residual, norm_affine, moments,
+        describe(weight, [config.n, config.k]) if tma else weight, bias, center, affine, residual, norm_affine, moments,
         count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
         _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
         0 if addresses else _stride(recorded, 0), _stride(residual, 1),
@@ -270,9 +260,8 @@ def _launch(
 
 def _kernel_of(
     config: Config, rows: Tensor, even_c: bool, tma: bool, special: bool, turns: bool, gathers: bool, gated: bool
-) -> tuple[Any, Callable[..., Any], int, dict[str, Any]]:
-    """The kernel of a tile, what makes descriptors for it, how many rows of weights one has, and what else it needs to
-    be launched.
+) -> tuple[Any, Callable[..., Any], dict[str, Any]]:
+    """The kernel of a tile, what makes descriptors for it, and what else it needs to be launched.
 
     Where warps cannot have tasks of their own, a tile is computed as others are: by the interpreter, of rows that no
     descriptor reaches, of channels that are no whole steps, in single precision.
@@ -282,20 +271,16 @@ def _kernel_of(
         from fisedit.runtime.kernels.multiply_rows.turns import REGISTERS, multiply_in_turns
 
         if turns:
-            return multiply_in_turns, specialized.describe, config.n, {"STAGES": config.stages, "maxnreg": REGISTERS}
+            return multiply_in_turns, specialized.describe, {"STAGES": config.stages, "maxnreg": REGISTERS}
         wide = config.n * (2 if gated else 1)
         options = specialized.resources(config.m, wide, config.k, config.warps, config.stages, gathers)
-        if config.is_wide:
-            from fisedit.runtime.kernels.multiply_rows.wide import BLOCK, multiply_wide
-
-            return multiply_wide, specialized.describe, BLOCK, options
-        return specialized.multiply_specialized, specialized.describe, config.n, options
+        return specialized.multiply_specialized, specialized.describe, options
     options = {
         "EVEN_C": even_c, "TMA": tma, "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
         "EARLY": config.m * config.n <= 8192 and config.warps == 4,
         "PARTS": min(cdiv(rows.shape[2], NARROWEST), MOST_MOMENTS), "num_stages": config.stages,
     }  # fmt: skip
-    return _multiply, TensorDescriptor.from_tensor, config.n, options
+    return _multiply, TensorDescriptor.from_tensor, options
 
 
 def split_of(wanted: int, steps: int, tiles: int, locks: int) -> int:
