@@ -49,4 +49,8 @@ def _sources(view: Node, user: Node) -> Table | None:
         recorded = 1
     else:
         return None
-    return args(user)[recorded + 1].meta["table"] if args(user)[recorded] is view else None
+    if args(user)[recorded] is not view:
+        return None
+    coarse = user.kwargs.get("coarse_sources")  # which reads all that the nine taps read, and what it drops
+    table = coarse if isinstance(coarse, Node) else args(user)[recorded + 1]
+    return table.meta["table"]

@@ -230,7 +230,8 @@ class RowPlan:
         """``[M, N, 4]``: where the active outputs are over each row of the map before an upsampling; -1: not active."""
         (height, width), across = geometry.source, geometry.target[1]
         first = active // width * 2 * across + active % width * 2  # [M, N]
-        outputs = first[:, :, None] + torch.tensor([0, 1, across, across + 1]).to(self.device, non_blocking=True)
+        parity = torch.arange(4, device=self.device)
+        outputs = first[:, :, None] + parity // 2 * across + parity % 2
         outputs = outputs.clamp_max(places.shape[1] - 1)  # [M, N, 4]
         found = torch.take_along_dim(places, outputs.flatten(1), 1).view_as(outputs)
         there = (found < self.sizes[geometry.target]) & (active < height * width)[:, :, None]

@@ -6,12 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fuse_harness import error, fused
-from pass_harness import Toy, ops
+from pass_harness import SIZE, Toy, ops
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from fisedit.passes.fold_upsampling import _covers
 from fisedit.passes.ir import fisedit
+from fisedit.passes.lower import lower
+from fisedit.passes.slot_uses import slot_uses
+from fisedit.runtime.cuda_graph import table_keys
 from fisedit.runtime.plan import project_mask
+from fisedit.runtime.row_plan import Halos, LevelMasks, RowPlan
 
 FOLDED = fisedit.multiply_upsampled_rows.default
 
@@ -48,6 +53,24 @@ def test_a_convolution_of_four_taps_for_each_parity(model: Upsampled) -> None:
     (node,) = gm.graph.find_nodes(op="call_function", target=FOLDED)
     assert node.kwargs["parities"].meta["stage"] == "weights"
     assert error(model, gm) < 1e-5
+
+
+def test_recorded_rows_of_dropped_outputs_are_fetched_too() -> None:
+    """In a corner, one of four outputs is active and reads its own row alone; the other three read recorded ones."""
+    gm, _ = fused(Upsampled().eval())
+    uses = slot_uses(gm.graph, Graph()).values()
+    executable = lower(gm)
+    mask = torch.zeros(1, *SIZE, dtype=torch.bool)
+    mask[0, 0, 0] = True
+    masks = LevelMasks(mask, {level for key in table_keys(executable) for level in key.levels})
+    halos = Halos.of(masks, [geometry for use in uses for geometry in use.geometries])
+    plan = RowPlan(table_keys(executable), masks.buckets, 2, torch.device("cpu"))
+    plan.write(masks, halos)
+    (node,) = gm.graph.find_nodes(op="call_function", target=FOLDED)
+    table = plan.table(node.kwargs["coarse_sources"].meta["table"])
+    own, fetched = plan.rows((3, 4)), halos.size((3, 4))
+    assert isinstance(table, Tensor) and own <= int(table.max()) < own + fetched
+    assert len(table[table >= own].unique()) == fetched == 3  # each its own row
 
 
 class Activated(Upsampled):
