@@ -193,29 +193,15 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
         "multiply_rows": product,
         "multiply_norm_rows": product,
         "multiply_attend_rows": product,
-        "multiply_upsampled_rows": (
-            rows,
-            None,
-            recorded,
-            torch.zeros(1, 4, 9, dtype=torch.int32),
-            torch.randn(8, 72),
-            channels,
-            None,
-            False,
-            None,
-            count,
-            locks,
-            "none",
-            False,
-            15,
-        ),
+        "multiply_upsampled_rows": (rows, None, recorded, torch.zeros(1, 4, 9, dtype=torch.int32), torch.randn(8, 72),
+                                    channels, None, False, None, count, locks, "none", False, 15),
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
         "layer_norm_rows": (rows, channels, channels, 1e-5, count),
         "renew_affine": (rows, None, affine, True, channels, channels, None, 4, 1e-5, counts),
         "fold_group_norms": (stats, [0], [1], [4], [8], channels, channels, None),
-    }
+    }  # fmt: skip
 
 
 def test_every_op_passes_opcheck() -> None:
