@@ -112,7 +112,7 @@ def compiling() -> Iterator[list[Code]]:
     def launch(kernel: Any, grid: Any, *args: Any, **kwargs: Any) -> None:
         made.append(Code.of(kernel.run(*args, grid=tuple(grid), warmup=True, **kwargs)))
 
-    kernels = r"fisedit\.runtime\.kernels\..*(triton|attend)$"
+    kernels = r"fisedit\.runtime\.kernels\..*(triton|attend|winograd)$"
     modules = [module for name, module in sys.modules.items() if re.match(kernels, name)]
     with ExitStack() as patched:
         patched.enter_context(mock.patch.object(driver, "_active", Absent()))

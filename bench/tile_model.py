@@ -39,7 +39,7 @@ from fisedit.runtime.tuning.product import (
 POINT = re.compile(r"(?P<kind>.+?) (?P<key>\[.*\]) (?P<rows>\d+)$")
 SIZES = re.compile(r"(?P<batch>\d+) x (?P<channels>[\d+]+) to (?P<outputs>\d+)$")
 KNOWN = {(tile.m, tile.n, tile.k) for tile in TILES}
-TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?( in turns)?( by parity)?$")
+TILE = re.compile(r"(\d+)x(\d+)x(\d+) w(\d+) s(\d+) /(\d+)( specialized)?( in turns)?$")
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,10 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
             continue
         channels = (*map(int, sizes["channels"].split("+")), 0, 0)[:3]
         taps = int(found["kind"].split()[2]) if found["kind"].startswith("convolution") else 0
-        fused = json.loads(found["key"])[2]
         shape = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
-                        fused.removesuffix("upsampled").strip(), upsampled=fused.endswith("upsampled"))  # fmt: skip
+                          json.loads(found["key"])[2])  # fmt: skip
         parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
-        tiles = {Config(*map(int, match.groups()[:6]), *(match[n] is not None for n in (7, 8, 9))): times[text]
+        tiles = {Config(*map(int, match.groups()[:6]), match[7] is not None, match[8] is not None): times[text]
                  for text, match in parsed.items() if match}  # fmt: skip
         tiles = {tile: time for tile, time in tiles.items() if (tile.m, tile.n, tile.k) in KNOWN}
         if tiles:

@@ -23,7 +23,10 @@ from fisedit.runtime.row_plan import bucket
 
 if TYPE_CHECKING:
     from fisedit.runtime.tuning.attend_rows import Attention  # needs Triton
-    from fisedit.runtime.tuning.product import Product
+    from fisedit.runtime.tuning.product import Blocks, Product
+
+    Known = tuple[Product | Attention | Blocks, int, Mapping[Candidate, float]]
+    """A shape, the number of its rows or blocks, and the µs that are expected of their ways."""
 
 
 def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timings | None = None) -> str:
@@ -63,7 +66,9 @@ def layer_choices(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, t
     level."""
     from fisedit.runtime.tuning.choose import fastest  # needs Triton
 
-    for _, shape, number, expected in _layers(graph, rows, dtype, timings):
+    for _, shapes in _layers(graph, rows, dtype, timings):
+        (shape, number, _), *_ = shapes
+        expected = {way: time for _, _, times in shapes for way, time in times.items()}
         costs = {str(way): time for way, time in expected.items()}
         yield Choice(shape.kind, shape.key, number, str(fastest(expected)), costs)
 
@@ -73,27 +78,40 @@ def workspaces(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timi
     are chosen for padded rows of each level."""
     from fisedit.runtime.tuning.choose import fastest  # needs Triton
 
-    found = _layers(graph, rows, dtype, timings)
-    return {node: shape.workspace(fastest(expected), number) for node, shape, number, expected in found}
+    found = {}
+    for node, shapes in _layers(graph, rows, dtype, timings):
+        shape, number, expected = min(shapes, key=lambda one: min(one[2].values(), default=math.inf))
+        found[node] = shape.workspace(fastest(expected), number)
+    return found
 
 
 def _layers(
     graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings
-) -> Iterator[tuple[Node, Product | Attention, int, Mapping[Candidate, float]]]:
-    """Products and self-attentions: their shape and number of rows, and the µs that are expected of their ways."""
+) -> Iterator[tuple[Node, list[Known]]]:
+    """Products and self-attentions, and what is known of them; of convolutions in blocks, too."""
     for node in graph.nodes:
         kind = rows_of(node)
         if kind is None:
             continue
         number = rows[kind.level]
-        shape: Product | Attention
+        shapes: list[tuple[Product | Attention | Blocks, int]] = []
         if is_op(node, *PRODUCTS):
-            shape = product_of(node, dtype, number == math.prod(kind.level))
+            product = product_of(node, dtype, number == math.prod(kind.level))
+            shapes = [(product, number), *blocks_of(node, product, rows)]
         elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
-            shape = attention_of(node, dtype)
-        else:
-            continue
-        yield node, shape, number, timings.expect(shape, number)
+            shapes = [(attention_of(node, dtype), number)]
+        if shapes:
+            yield node, [(shape, number, timings.expect(shape, number)) for shape, number in shapes]
+
+
+def blocks_of(node: Node, product: Product, rows: Mapping[Level, int]) -> list[tuple[Blocks, int]]:
+    """The shape of a convolution in blocks, if a product's node can be one, and their number."""
+    from fisedit.runtime.tuning.product import Blocks
+
+    if (sources := node.kwargs.get("block_sources")) is None:
+        return []
+    geometry = cast(Node, sources).meta["table"].of
+    return [(Blocks(product, math.prod(geometry.kernel)), rows[geometry.target])]
 
 
 def attention_of(node: Node, dtype: torch.dtype) -> Attention:
@@ -125,5 +143,4 @@ def product_of(node: Node, dtype: torch.dtype, full: bool) -> Product:
         outputs=kind.channels * (2 if given["gated"] else 1),
         dtype=dtype,
         fused=fused_parts(given, full and get(node, "full") is not False, "" if full and norm == "normalize" else norm),
-        upsampled="parities" in node.kwargs,
     )

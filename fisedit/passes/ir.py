@@ -24,8 +24,7 @@ from fisedit.runtime import ops as _schemas  # noqa: F401  (defines torch.ops.fi
 
 aten = torch.ops.aten
 fisedit = torch.ops.fisedit
-PRODUCTS = (fisedit.multiply_rows.default, fisedit.multiply_norm_rows.default, fisedit.multiply_attend_rows.default,
-            fisedit.multiply_upsampled_rows.default)  # fmt: skip
+PRODUCTS = (fisedit.multiply_rows.default, fisedit.multiply_norm_rows.default, fisedit.multiply_attend_rows.default)
 """Products of rows: their arguments but for the keywords are the same."""
 
 

@@ -21,7 +21,6 @@ from fisedit.passes.control_attention import control_attention
 from fisedit.passes.eliminate_repacking import eliminate_repacking
 from fisedit.passes.fold_group_norm import fold_group_norm
 from fisedit.passes.fold_layer_norm import fold_layer_norm
-from fisedit.passes.fold_upsampling import fold_upsampling
 from fisedit.passes.fuse_attention import fuse_attention
 from fisedit.passes.fuse_epilogues import fuse_epilogues
 from fisedit.passes.fuse_layer_norm import fuse_layer_norm
@@ -42,6 +41,7 @@ from fisedit.passes.slots import Slot
 from fisedit.passes.sparsify_attention import sparsify_attention
 from fisedit.passes.sparsify_conv import sparsify_conv
 from fisedit.passes.sparsify_rowwise import sparsify_rowwise
+from fisedit.passes.transform_convolutions import transform_convolutions
 
 
 def canonical_passes() -> list[GraphPass]:
@@ -80,7 +80,7 @@ def fuse_passes() -> list[GraphPass]:
         fuse_norms,
         fold_layer_norm,
         fuse_text_attention,
-        fold_upsampling,
+        transform_convolutions,
     ]
 
 

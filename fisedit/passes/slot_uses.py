@@ -51,6 +51,6 @@ def _sources(view: Node, user: Node) -> Table | None:
         return None
     if args(user)[recorded] is not view:
         return None
-    coarse = user.kwargs.get("coarse_sources")  # which reads all that the nine taps read, and what it drops
-    table = coarse if isinstance(coarse, Node) else args(user)[recorded + 1]
+    blocks = user.kwargs.get("block_sources")  # which read all that the nine taps read, and more
+    table = blocks if isinstance(blocks, Node) else args(user)[recorded + 1]
     return table.meta["table"]

@@ -20,6 +20,8 @@ _PRODUCT = (
     "Tensor? rows3=None, Tensor? moments=None, Tensor? center=None, float input_eps=0.0"
 )
 
+_BLOCKS = "Tensor? block_sources=None, Tensor? block_count=None, Tensor? places=None, Tensor? block_weight=None"
+
 SCHEMAS = {
     # Structural: say what a value is; resolved by insert_cache and lower, never executed.
     "pack": "(Tensor dense) -> Tensor",
@@ -44,12 +46,10 @@ SCHEMAS = {
     "Tensor key_recorded, Tensor index, Tensor weight, int heads, float? scale) -> Tensor",
     "quantize_rows": "(Tensor rows) -> (Tensor, Tensor)",
     # Fused: what a GPU runs in their place (passes/pipeline.py, fuse_passes).
-    "multiply_rows": f"({_PRODUCT}) -> Tensor",
+    "multiply_rows": f"({_PRODUCT}, *, {_BLOCKS}) -> Tensor",
     "multiply_norm_rows": f"({_PRODUCT}, *, Tensor? norm_affine=None, bool norm_full=False, "
     'str norm_activation="none", Tensor? norm_weight=None, Tensor? norm_bias=None, float eps=1e-05, '
-    "bool norm_moments=False) -> (Tensor, Tensor, Tensor)",
-    "multiply_upsampled_rows": f"({_PRODUCT}, *, Tensor coarse_sources, Tensor coarse_count, Tensor places, "
-    "Tensor parities) -> Tensor",
+    f"bool norm_moments=False, {_BLOCKS}) -> (Tensor, Tensor, Tensor)",
     "multiply_attend_rows": f"({_PRODUCT}, *, Tensor key, Tensor value, int heads, float? scale=None) -> Tensor",
     "attend_rows": "(Tensor query, Tensor key, Tensor value, Tensor? recorded_key, Tensor? recorded_value, "
     "Tensor? table, Tensor count, Tensor? key_count, Tensor locks, int heads, float? scale) "
@@ -117,7 +117,7 @@ def _(rows):
 @library.register_fake("fisedit::multiply_rows", lib=namespace)
 def _multiply_rows(rows, rows2, recorded, sources, weight, bias, affine, full, residual, count, locks, activation,
                    gated, positions, rows3=None, moments=None, center=None,
-                   input_eps=0.0):  # fmt: skip
+                   input_eps=0.0, **blocks):  # fmt: skip
     number = rows.shape[1] if sources is None else sources.shape[1]
     return rows.new_empty(rows.shape[0], number, weight.shape[0] // (2 if gated else 1))  # [B, N', Co]
 
@@ -132,11 +132,6 @@ def _(*product, **norm):
 @library.register_fake("fisedit::multiply_attend_rows", lib=namespace)
 def _(*product, **text):
     return _multiply_rows(*product)  # [B, N', h*d]
-
-
-@library.register_fake("fisedit::multiply_upsampled_rows", lib=namespace)
-def _(*product, **coarse):
-    return _multiply_rows(*product)  # [B, N', Co]
 
 
 @library.register_fake("fisedit::attend_rows", lib=namespace)

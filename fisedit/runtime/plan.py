@@ -27,7 +27,7 @@ class Table:
     ``active`` or ``count`` of a level; ``halo``, ``neighbors`` or ``outputs`` of a convolution. For fused graphs
     (:class:`~fisedit.runtime.row_plan.RowPlan`): ``active``, ``keys``, ``number``, ``counts``, ``full``, ``partial`` or
     ``locks`` of a level, ``sources`` of a convolution over recorded rows, ``own sources`` over a map of the graph, and
-    the ``places`` of the outputs of one over a map that is upsampled to twice its size.
+    the ``places`` of its active outputs in blocks of 2x2.
     """
 
     kind: str

@@ -165,7 +165,7 @@ class RowPlan:
         masks = self.buckets.masks
         if isinstance(key.of, ConvGeometry):
             if key.kind == "places":
-                return masks, self.sizes[key.of.source], 4
+                return masks, self.sizes[key.of.target], 4
             return masks, self.sizes[key.of.target], key.of.kernel[0] * key.of.kernel[1]
         shapes = {"active": (masks, self.sizes[key.of]), "keys": (masks, key.of[0] * key.of[1]), "number": (1,),
                   "count": (masks,), "counts": (self.batch,)}  # fmt: skip
@@ -179,9 +179,9 @@ class RowPlan:
         """A table, or one of the flags ``full`` and ``partial`` of a level.
 
         Shapes: active int64 ``[M, N]``, padded with R; sources and own sources int32 ``[M, N', taps]``; places int32
-        ``[M, N, 4]``, of the outputs at even and odd lines and columns over a row, -1 for none; keys int32 ``[M, R]``;
-        number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and counts int32 ``[B]``, the rows of
-        each; locks int32 ``[LOCKS]``, zeros.
+        ``[M, T, 4]``, the active rows of each block of 2x2 positions, which a row of the target stands for, -1 for
+        none; keys int32 ``[M, R]``; number int32 ``[1]``, the rows of the largest sample; count int64 ``[M]`` and
+        counts int32 ``[B]``, the rows of each; locks int32 ``[LOCKS]``, zeros.
         """
         if key.kind == "locks":
             return self.locks
@@ -213,7 +213,7 @@ class RowPlan:
             active[level] = padded.scatter_(1, goal, positions.long().expand_as(goal))[:, :size]  # [M, N]
         for key, table in self._tables.items():
             if isinstance(key.of, ConvGeometry) and key.kind == "places":
-                table.copy_(self._places(key.of, places[key.of.target], active[key.of.source]))
+                table.copy_(self._places(key.of, places[key.of.source], active[key.of.target]))
             elif isinstance(key.of, ConvGeometry):
                 of_source = (fetched if key.kind == "sources" else places)[key.of.source]
                 table.copy_(self._sources(key.of, of_source, active[key.of.target]))
@@ -227,14 +227,14 @@ class RowPlan:
                 table.copy_(torch.tensor(values, dtype=table.dtype), non_blocking=True)
 
     def _places(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:
-        """``[M, N, 4]``: where the active outputs are over each row of the map before an upsampling; -1: not active."""
-        (height, width), across = geometry.source, geometry.target[1]
-        first = active // width * 2 * across + active % width * 2  # [M, N]
-        parity = torch.arange(4, device=self.device)
-        outputs = first[:, :, None] + parity // 2 * across + parity % 2
-        outputs = outputs.clamp_max(places.shape[1] - 1)  # [M, N, 4]
-        found = torch.take_along_dim(places, outputs.flatten(1), 1).view_as(outputs)
-        there = (found < self.sizes[geometry.target]) & (active < height * width)[:, :, None]
+        """``[M, T, 4]``: the active rows of each block of 2x2 positions, line by line; -1: not active."""
+        (height, width), across = geometry.target, geometry.source[1]
+        first = active // width * 2 * across + active % width * 2  # [M, T]
+        inside = torch.arange(4, device=self.device)
+        positions = first[:, :, None] + inside // 2 * across + inside % 2
+        positions = positions.clamp_max(places.shape[1] - 1)  # [M, T, 4]
+        found = torch.take_along_dim(places, positions.flatten(1), 1).view_as(positions)
+        there = (found < self.sizes[geometry.source]) & (active < height * width)[:, :, None]
         return torch.where(there, found, -1)
 
     def _sources(self, geometry: ConvGeometry, places: Tensor, active: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ PROVIDERS: dict[str, tuple[str, ...]] = {
     "reference": tuple(name for name in ops.SCHEMAS if name not in ops.STRUCTURAL),
     "triton": (
         "attend_rows", "fold_group_norms", "gather_patches", "gather_rows", "layer_norm_rows",
-        "multiply_attend_rows", "multiply_norm_rows", "multiply_rows", "multiply_upsampled_rows", "normalize_rows",
-        "renew_affine", "scatter_rows",
+        "multiply_attend_rows", "multiply_norm_rows", "multiply_rows", "normalize_rows", "renew_affine",
+        "scatter_rows",
     ),
 }  # fmt: skip
 
@@ -30,7 +30,6 @@ TUNED = {
     ("multiply_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
     ("multiply_norm_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
     ("multiply_attend_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
-    ("multiply_upsampled_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
 }
 """Where ops are that choose among kernels."""
 

@@ -95,35 +95,59 @@ def _loaded(device: torch.device) -> Timings:
     return timings
 
 
-def run_fastest(call: Call, timings: Timings, measure: Measure | None = None) -> Any:
+def run_fastest(call: Call, timings: Timings, measure: Measure | None = None, others: Sequence[Call] = ()) -> Any:
     """Compute an op; a shape that is met for the first time is timed before, as :func:`choose_way` says.
 
     In a rehearsal that decides nothing, all its ways are compiled instead.
+
+    Args:
+        others: what computes the same in ways that take other numbers of rows.
     """
-    rehearsal = current()
+    rehearsal, calls = current(), [call, *others]
     if rehearsal is None:
-        return call.run(choose_way(call, timings, measure))
-    made = rehearsal.once(layout_of(call.given), lambda: _rehearse(rehearsal, call, timings, measure))
+        chosen, way = choose_call(calls, timings, measure)
+        return chosen.run(way)
+    layout = tuple(layout_of(each.given) for each in calls)
+    made = rehearsal.once(layout, lambda: _rehearse(rehearsal, calls, timings, measure))
     rehearsal.last = Front(call, made, timings)
     return made
 
 
-def _rehearse(rehearsal: Rehearsal, call: Call, timings: Timings, measure: Measure | None) -> Any:
-    unknown, progress = unknown_ways(call, timings), rehearsal.progress
-    if unknown and not rehearsal.decide:
+def _rehearse(rehearsal: Rehearsal, calls: Sequence[Call], timings: Timings, measure: Measure | None) -> Any:
+    unknown, progress = [unknown_ways(call, timings) for call in calls], rehearsal.progress
+    if any(unknown) and not rehearsal.decide:
         rehearsal.news = True
-        if progress is not None and rehearsal.first((call.shape, call.numbers)):
-            progress.expect()
-        variants = list(dict.fromkeys(call.variant(way) for ways in unknown.values() for way in ways))
-        made = [call.rehearse(way) for way in (variants if rehearsal.first(call.form) else variants[:1])]
+        made = [_compile(rehearsal, call, ways) for call, ways in zip(calls, unknown, strict=True) if ways]
         return made[0]
     with for_real():
-        way = choose_way(call, timings, measure, rehearsal.last)
-    if unknown and progress is not None:
-        progress.done()
-    if rehearsal.decide and rehearsal.first(call.form):  # no other mask will wait
-        call.prepare({call.variant(fastest(timings.expect(call.shape, number))) for number in call.numbers})
-    return call.run(way)
+        chosen, way = choose_call(calls, timings, measure, rehearsal.last)
+    for ways in unknown:
+        if ways and progress is not None:
+            progress.done()
+    for call in calls if rehearsal.decide else ():
+        if rehearsal.first(call.form):  # no other mask will wait
+            call.prepare({call.variant(fastest(timings.expect(call.shape, number))) for number in call.numbers})
+    return chosen.run(way)
+
+
+def _compile(rehearsal: Rehearsal, call: Call, unknown: Mapping[int, Sequence[Hashable]]) -> Any:
+    """Ways that are to be timed; something like their result."""
+    if rehearsal.progress is not None and rehearsal.first((call.shape, call.numbers)):
+        rehearsal.progress.expect()
+    variants = list(dict.fromkeys(call.variant(way) for ways in unknown.values() for way in ways))
+    made = [call.rehearse(way) for way in (variants if rehearsal.first(call.form) else variants[:1])]
+    return made[0]
+
+
+def choose_call(
+    calls: Sequence[Call], timings: Timings, measure: Measure | None = None, front: Front | None = None
+) -> tuple[Call, Hashable]:
+    """Of calls that compute the same the fastest, and its way: the first one where nothing is known of it."""
+    ways = [choose_way(call, timings, measure, front) for call in calls]
+    times = [timings.time(call.shape, call.number, way) for call, way in zip(calls, ways, strict=True)]
+    known = [math.inf if time is None else time for time in times]
+    best = known.index(min(known)) if times[0] is not None else 0
+    return calls[best], ways[best]
 
 
 def choose_way(call: Call, timings: Timings, measure: Measure | None = None, front: Front | None = None) -> Hashable:

@@ -12,25 +12,24 @@ from statistics import mean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.attend_rows.triton import attend_rows
-from fisedit.runtime.kernels.finish_rows.triton import finish_norm_rows, finish_rows
-from fisedit.runtime.kernels.gather_patches.triton import gather_patches
 from fisedit.runtime.kernels.launch import cdiv
 from fisedit.runtime.kernels.layer_norm_rows.triton import layer_norm_rows
 from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.kernels.multiply_rows.attend import multiply_attend
 from fisedit.runtime.row_plan import bucket, buckets
+from fisedit.runtime.tuning.blocks import BlockCall
 from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
+from fisedit.runtime.tuning.library import multiply_by_library, no_moments
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
-NAMES = tuple(inspect.signature(reference.multiply_rows).parameters)
-UPSAMPLED = ("coarse_sources", "coarse_count", "places", "parities")
-"""What a convolution of an upsampled map has besides."""
+BLOCKS = ("block_sources", "block_count", "places", "block_weight")
+"""What a convolution has for the blocks of its outputs."""
+NAMES = tuple(name for name in inspect.signature(reference.multiply_rows).parameters if name not in BLOCKS)
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
@@ -38,7 +37,8 @@ def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
 
     Interpreted on a CPU, nothing is timed.
     """
-    return _compute({**dict(zip(NAMES, arguments, strict=False)), **named})
+    blocks = {name: named.pop(name) for name in BLOCKS if named.get(name) is not None}
+    return _compute({**dict(zip(NAMES, arguments, strict=False)), **named}, blocks)
 
 
 def multiply_norm_rows(
@@ -50,14 +50,15 @@ def multiply_norm_rows(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     norm_moments: bool = False,
+    **blocks: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As :func:`multiply_rows`."""
     if norm_full:
-        out = multiply_rows(*product)
-        return out, out, _no_moments(out)
+        out = multiply_rows(*product, **blocks)
+        return out, out, no_moments(out)
     norm = {"norm_affine": norm_affine, "norm_activation": norm_activation, "norm_weight": norm_weight,
             "norm_bias": norm_bias, "eps": eps, "norm_moments": norm_moments}  # fmt: skip
-    return _compute({**dict(zip(NAMES, product, strict=False)), "norm": norm})
+    return _compute({**dict(zip(NAMES, product, strict=False)), "norm": norm}, blocks)
 
 
 def multiply_attend_rows(*product: Any, key: Tensor, value: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -66,19 +67,17 @@ def multiply_attend_rows(*product: Any, key: Tensor, value: Tensor, heads: int, 
     return _compute({**dict(zip(NAMES, product, strict=False)), "text": text})
 
 
-def multiply_upsampled_rows(*product: Any, **coarse: Tensor) -> Tensor:
-    """As :func:`multiply_rows`."""
-    return _compute({**dict(zip(NAMES, product, strict=False)), **coarse})
-
-
-def _compute(given: Mapping[str, Any]) -> Any:
+def _compute(given: Mapping[str, Any], blocks: Mapping[str, Any] | None = None) -> Any:
     device = given["rows"].device
-    return run_fastest(Call(given), timings_of(device)) if device.type == "cuda" else run(RULE, given)
+    if device.type != "cuda":
+        return run(RULE, given)
+    others = [BlockCall({**given, "blocks": blocks})] if blocks else []
+    return run_fastest(Call(given), timings_of(device), others=others)
 
 
 class Call:
     """A ``multiply_rows`` by its arguments, or one with a norm, or that attends, whose own are together as ``norm`` or
-    ``text``, or of an upsampled map; see :class:`fisedit.runtime.tuning.choose.Call`."""
+    ``text``; see :class:`fisedit.runtime.tuning.choose.Call`."""
 
     def __init__(self, given: Mapping[str, Any]) -> None:
         self.given, self.rows = given, rows_of(given)
@@ -136,18 +135,12 @@ def rows_of(given: Mapping[str, Any]) -> int:
     return int((given["rows"] if given["sources"] is None else given["sources"]).shape[1])
 
 
-def _no_moments(rows: Tensor) -> Tensor:
-    return rows.new_empty(2, 0, *rows.shape[:2], dtype=torch.float32)  # [2, 0, B, N']
-
-
 def run(way: Way, given: Mapping[str, Any]) -> Any:
     """The rows; with a norm, them, what it makes of them, and their moments: one of these two."""
     if (text := given.get("text")) is not None:
         return _attend(way, given, text)
-    if "parities" in given:
-        return _upsampled(way, given)
     if way == LIBRARY:
-        return _library(**given)
+        return multiply_by_library(**given)
     product, norm = dict(given), given.get("norm")
     product.pop("norm", None)
     multiply = partial(kernel.multiply_rows, **product, config=way if isinstance(way, kernel.Config) else None)
@@ -159,10 +152,10 @@ def run(way: Way, given: Mapping[str, Any]) -> Any:
             return out, out, moments
         out = multiply()
         normalized = layer_norm_rows(out, norm["norm_weight"], norm["norm_bias"], norm["eps"], given["count"])
-        return out, normalized, _no_moments(out)
+        return out, normalized, no_moments(out)
     normalized = given["rows"].new_empty(len(given["rows"]), rows_of(given), Product.of(given).columns)  # [B, N', Co]
     out = multiply(norm=(normalized, norm["norm_affine"], norm["norm_activation"]))
-    return out, normalized, _no_moments(out)
+    return out, normalized, no_moments(out)
 
 
 def _attend(way: Way, given: Mapping[str, Any], text: Mapping[str, Any]) -> Tensor:
@@ -175,50 +168,6 @@ def _attend(way: Way, given: Mapping[str, Any], text: Mapping[str, Any]) -> Tens
     queries = run(way, product)  # [B, N, h*d]
     key, value, heads, scale = text.values()
     return attend_rows(queries, key, value, None, None, None, given["count"], None, given["locks"], heads, scale)
-
-
-def _upsampled(way: Way, given: Mapping[str, Any]) -> Tensor:
-    """A convolution of an upsampled map: of nine taps, or of each parity's four over the map before."""
-    product = {name: value for name, value in given.items() if name not in UPSAMPLED}
-    if not isinstance(way, kernel.Config) or not way.parities:
-        return run(way, product)
-    coarse = {"sources": given["coarse_sources"], "count": given["coarse_count"], "weight": given["parities"]}
-    places = (given["places"], rows_of(given))
-    return kernel.multiply_rows(**{**product, **coarse}, config=way, upsampled=places)
-
-
-def _library(
-    rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor | None, weight: Tensor,
-    bias: Tensor | None, affine: Tensor | None, full: bool, residual: Tensor | None,
-    count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
-    rows3: Tensor | None = None, moments: Tensor | None = None,
-    center: Tensor | None = None, input_eps: float = 0.0, norm: Mapping[str, Any] | None = None,
-) -> Any:  # fmt: skip
-    """One kernel before PyTorch's product, and one after it, where there is something to do."""
-    if moments is not None and moments.shape[1] > 0:
-        rows = layer_norm_rows(rows, None, None, input_eps, count)
-    parts = [part for part in (rows, rows2, rows3) if part is not None]
-    if sources is not None:
-        parts = [gather_patches(rows, recorded, sources, count, rows2, rows3).flatten(2)]  # [B, N', ...]
-    if full:
-        affine, activation = None, activation if gated else "none"
-    if norm is not None:
-        norm = {name: value for name, value in norm.items() if name != "norm_moments"}
-        made = finish_norm_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated, **norm)
-        return *made, _no_moments(made[0])
-    bare = affine is None and residual is None and activation == "none" and not gated and len(parts) == 1
-    if bare and (bias is None or bias.dtype == weight.dtype):
-        return F.linear(parts[0], weight, bias)  # [B, N', Co]
-    return finish_rows(_sum(parts, weight), bias, affine, residual, count, activation, gated)
-
-
-def _sum(parts: list[Tensor], weight: Tensor) -> Tensor:
-    """The product of each part of the channels, added in its place: no copy joins the parts."""
-    first, *others = weight.split([part.shape[2] for part in parts], 1)
-    out = F.linear(parts[0], first)  # [B, N', Co]
-    for part, columns in zip(parts[1:], others, strict=True):
-        out.flatten(0, 1).addmm_(part.flatten(0, 1), columns.t())
-    return out
 
 
 def timed(given: Mapping[str, Any], way: Way) -> Mapping[str, Any]:
@@ -241,7 +190,7 @@ class Stopwatch:
 
     def __init__(self, given: Mapping[str, Any], before: Before | None = None) -> None:
         self.given, self.real, self.before = given, max(1, int(given["count"])), before
-        own = [name for name in ("weight", "bias", "center", "parities") if given.get(name) is not None]
+        own = [name for name in ("weight", "bias", "center") if given.get(name) is not None]
         copies = copies_beyond_l2(*(given[name] for name in own), most=16)
         self.copies = [dict(zip(own, copy, strict=True)) for copy in copies]
         self.sized: tuple[int, dict[str, Any]] = (0, {})
@@ -258,8 +207,6 @@ class Stopwatch:
             self.sized = (number, self.with_rows(number))
         count = torch.full_like(self.given["count"], active)
         given = timed({**self.sized[1], "count": count}, way)
-        if "parities" in given:
-            given = {**given, "coarse_count": self.coarse(active)}
         return [partial(run, way, {**given, **copy}) for copy in self.copies]
 
     def time(self, runs: list[Callable[[], object]], number: int, active: int) -> float:
@@ -277,23 +224,7 @@ class Stopwatch:
         place = torch.arange(number, device=self.given["rows"].device) % self.real
         names = ("rows" if self.given["sources"] is None else "sources", "rows2", "rows3", "residual")
         changes = {name: self.given[name][:, place] for name in names if self.given.get(name) is not None}
-        if "parities" in self.given:
-            coarse = torch.arange(int(self.coarse(number)), device=place.device) % int(self.given["coarse_count"])
-            changes["coarse_sources"] = self.given["coarse_sources"][:, coarse]
-            changes["places"] = _in_turn(self.given["places"][:, coarse], number)
         return {**self.given, **changes}
-
-    def coarse(self, number: int) -> Tensor:
-        """Rows of the map before, for so many of an upsampled one."""
-        given = self.given["coarse_count"]
-        return torch.full_like(given, max(1, round(int(given) * number / self.real)))
-
-
-def _in_turn(places: Tensor, number: int) -> Tensor:
-    """Places ``[M, N, 4]``, the outputs one after the other, at most so many."""
-    there = places >= 0
-    turn = there.flatten(1).cumsum(1, dtype=torch.int32).view_as(places) - 1
-    return torch.where(there & (turn < number), turn, -1)
 
 
 @dataclass

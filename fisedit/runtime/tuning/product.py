@@ -14,12 +14,14 @@ from fisedit.runtime.kernels.launch import cdiv, specializes, starts_early
 from fisedit.runtime.kernels.multiply_rows.attend import blocks_of
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
-from fisedit.runtime.row_plan import LOCKS, bucket, smallest, typical
+from fisedit.runtime.row_plan import LOCKS, smallest, typical
 from fisedit.runtime.tuning.choose import RULE
 
 LIBRARY = "library"
+WINOGRAD = "winograd"
 Way = str | Config
-"""The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it."""
+"""The kernel by its own rule, in a configuration, or PyTorch's product with kernels before and after it: of the rows,
+or of the sums of ``winograd.py``."""
 TILES = (
     Config(16, 64, 128, 4, 6),
     Config(32, 64, 128, 4, 6),
@@ -59,7 +61,7 @@ LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
 TIMED = 3
 """Tiles of a kernel that are timed: those that the model takes for the fastest. Of the first kernel it is one where
-others can do it: theirs are seldom slower, but for an upsampled map's."""
+others can do it: theirs are seldom slower."""
 HOPELESS = 1.4
 """Times the best estimate: tiles that take longer by the model are not timed."""
 LIBRARY_BETWEEN, GATED_TURNS_BETWEEN = 1.5, 4.0
@@ -78,8 +80,6 @@ class Product:
         channels: of one row, of all three sources. outputs: rows of the weight.
         fused: what else is computed, from :func:`fused_parts`.
         text: channels of a head and keys of the text that its rows attend to; zeros for none.
-        upsampled: of a map of twice the size, so that tiles can be of one parity. parities: kernels that its outputs
-            take turns with, see :func:`parity`.
     """
 
     taps: int
@@ -89,8 +89,6 @@ class Product:
     dtype: torch.dtype
     fused: str
     text: tuple[int, int] = (0, 0)
-    upsampled: bool = False
-    parities: int = 1
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Product:
@@ -102,7 +100,7 @@ class Product:
         channels, outputs = (rows.shape[2], rows2, rows3), given["weight"].shape[0]
         text = given.get("text")
         attends = (0, 0) if text is None else (outputs // text["heads"], text["key"].shape[1])
-        return Product(taps, len(rows), channels, outputs, rows.dtype, fused, attends, "parities" in given)
+        return Product(taps, len(rows), channels, outputs, rows.dtype, fused, attends)
 
     @property
     def kind(self) -> str:
@@ -112,7 +110,7 @@ class Product:
     def key(self) -> tuple[str, ...]:
         inputs = "+".join(str(channels) for channels in self.channels if channels)
         attends = f" heads of {self.text[0]}, {self.text[1]} keys" if self.text[1] else ""
-        fused = (self.fused + attends + " upsampled" * self.upsampled).strip()
+        fused = (self.fused + attends).strip()
         return (f"{self.batch} x {inputs} to {self.outputs}", str(self.dtype).removeprefix("torch."), fused)
 
     def ways(self, rows: int) -> list[Way]:
@@ -124,7 +122,7 @@ class Product:
         in front of them end, a library's do not."""
         if isinstance(way, Config):
             return GATED_TURNS_BETWEEN if way.turns and self.gated else 0.0
-        return LIBRARY_BETWEEN if way == LIBRARY and starts_early() else 0.0
+        return LIBRARY_BETWEEN if way in (LIBRARY, WINOGRAD) and starts_early() else 0.0
 
     def workspace(self, way: Any, rows: int) -> int:
         """Bytes that a way needs besides what it reads and gives."""
@@ -145,6 +143,41 @@ class Product:
         return "gated" in self.fused.split()
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """The shape of a 3x3 convolution in blocks of 2x2 outputs, all but their number: what its timings are kept by.
+
+    Args:
+        sums: of a block, 16, or 9 of a map that is upsampled.
+    """
+
+    product: Product
+    sums: int
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Blocks:
+        """That of the arguments of a ``multiply_rows`` that has blocks."""
+        return Blocks(Product.of(given), given["blocks"]["block_sources"].shape[2])
+
+    @property
+    def kind(self) -> str:
+        return "convolution of 9 taps in blocks"
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        shape, dtype, fused = self.product.key
+        return shape, dtype, (fused + " upsampled" * (self.sums == 9)).strip()
+
+    def ways(self, blocks: int) -> list[Way]:
+        """There is one."""
+        return [WINOGRAD]
+
+    def workspace(self, way: Any, blocks: int) -> int:
+        """Bytes of the sums and of their products."""
+        (channels, *_), product = self.product.channels, self.product
+        return self.sums * product.batch * blocks * (channels + product.outputs) * product.dtype.itemsize
+
+
 def norm_of(norm_affine: Any = None, **_: Any) -> str:
     """The norm of a ``multiply_norm_rows``, by its keywords."""
     return "layer_norm" if norm_affine is None else "normalize"
@@ -163,9 +196,6 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
 @cache
 def candidates(product: Product, rows: int) -> list[Config]:
     """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
-    if product.upsampled:
-        by_parity = [replace(tile, parities=True) for tile in candidates(*parity(product, rows))]
-        return [*candidates(replace(product, upsampled=False), rows), *by_parity]
     if product.dtype == torch.float32 or product.steps(1) < 64:
         return []
     tiles = TILES + SPECIALIZED + TURNS if specializes() else TILES
@@ -195,11 +225,7 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
 @cache
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile; of the few tiles that a text leaves, whose
-    attention the model does not know, all that have warps of different tasks are timed. Of an upsampled map, those of
-    each kind."""
-    if product.upsampled:
-        tiles = [way for way in ways(*parity(product, rows)) if isinstance(way, Config)]
-        return [*ways(replace(product, upsampled=False), rows), *(replace(tile, parities=True) for tile in tiles)]
+    attention the model does not know, all that have warps of different tasks are timed."""
     tiles = sorted(candidates(product, rows), key=lambda way: estimate(way, product, rows))
     if not tiles:
         return [RULE, LIBRARY]
@@ -210,14 +236,7 @@ def ways(product: Product, rows: int) -> list[Way]:
     plain = [tile for tile in hopeful if not tile.specialized]
     specialized = [tile for tile in hopeful if tile.specialized and not tile.turns][:some]
     turns = [tile for tile in hopeful if tile.turns][:TIMED]
-    return [*plain[: 1 if specialized and product.parities == 1 else TIMED], *specialized, *turns, LIBRARY]
-
-
-def parity(product: Product, rows: int) -> tuple[Product, int]:
-    """What tiles of one parity multiply instead: four taps of the map before, the weights of all parities; and for how
-    many of its rows, about."""
-    fewer = bucket(cdiv(9 * rows, 32), rows)  # at the border of a mask, not all four outputs of a row are active
-    return replace(product, taps=4, parities=4, upsampled=False), fewer
+    return [*plain[: 1 if specialized else TIMED], *specialized, *turns, LIBRARY]
 
 
 def wide(tile: Config, product: Product) -> int:
@@ -247,7 +266,7 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
         first, last = ([(number * rows + row) // way.m for number in range(product.batch)] for row in (0, active - 1))
         shared = sum(before == after for before, after in zip(last, first[1:], strict=False))
         down = sum(last) - sum(first) + product.batch - shared
-    return down * cdiv(product.outputs, wide(way, product)) * product.parities
+    return down * cdiv(product.outputs, wide(way, product))
 
 
 @cache
@@ -256,7 +275,7 @@ def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
     between them a further round of tiles begins."""
     if _is_full(product):
         return (rows,)
-    if isinstance(way, Config) and not way.parities:
+    if isinstance(way, Config):
         ends = smallest(rows), rows
         rounds = {cdiv(_tiles(way, product, rows, active) * way.split, MULTIPROCESSORS) for active in ends}
         if len(rounds) > 1:
@@ -322,8 +341,6 @@ def estimate(way: Config, product: Product, rows: int) -> float:
 
     A multiprocessor takes in rows and weights at a limited pace, which all its programs share: the busiest one decides.
     """
-    if way.parities:
-        return estimate(replace(way, parities=False), *parity(product, rows))
     numbers = actives(way, product, rows)
     return sum(_estimate(way, product, _tiles(way, product, rows, active)) for active in numbers) / len(numbers)
 
@@ -335,7 +352,7 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
         step *= APART if way.specialized else STEADY if (way.warps, way.k) == (8, 128) else 1.0
     load = cdiv(tiles * way.split, MULTIPROCESSORS)
     loop = cdiv(product.steps(way.k), way.split) * load * step
-    memory = MEMORY * product.parities * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
+    memory = MEMORY * product.outputs * product.steps(1) * product.dtype.itemsize / 1e6
     memory *= max(1.0, FULL / (tiles * way.split))
     area, parts = way.m * wide(way, product) / 1024, 0.0
     if way.turns:
@@ -350,15 +367,13 @@ def _estimate(way: Config, product: Product, tiles: int) -> float:
 
 def workspace(way: Way, product: Product, rows: int) -> int:
     """See :meth:`Product.workspace`; what is gathered, or multiplied and not finished, and sums in parts."""
-    if isinstance(way, Config) and way.parities:
-        return workspace(replace(way, parities=False), *parity(product, rows))
     rows, item = product.batch * rows, product.dtype.itemsize
     if way == LIBRARY:
         gathered = rows * product.steps(1) * item if product.taps else 0
         plain = product.fused in ("", "bias") and (product.taps > 0 or not product.channels[1]) and not product.text[1]
         return gathered + (0 if plain else rows * product.outputs * item)
     config = way if isinstance(way, Config) else rule(product, rows)
-    tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n) * product.parities
+    tiles = cdiv(rows, config.m) * cdiv(product.columns, config.n)
     splits = split_of(config.split, product.steps(config.k), tiles, LOCKS)
     return tiles * splits * config.m * config.n * (2 if product.gated else 1) * 4 if splits > 1 else 0
 

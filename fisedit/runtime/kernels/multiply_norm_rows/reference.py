@@ -15,6 +15,7 @@ def multiply_norm_rows(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
     norm_moments: bool = False,
+    **blocks: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A product of rows, and its rows normalized: for what reads them as they are beside what reads them normalized.
 
@@ -25,13 +26,14 @@ def multiply_norm_rows(
         norm_full: whether these are not known before the rows: then nothing is normalized.
         norm_weight, norm_bias, eps: of the layer normalization, as ``layer_norm_rows`` takes them.
         norm_moments: whether moments may be given in the place of normalized rows.
+        blocks: of ``multiply_rows``, too.
     Returns:
         The rows ``[B, N', Co]``; the same normalized from what they are rounded to, or the rows again if
         ``norm_full``; and moments of no part, float32 ``[2, 0, B, N']``. Instead of the last two, if ``norm_moments``:
         the rows again, and their moments, as ``multiply_rows`` takes them.
     """
     ops = torch.ops.fisedit
-    out = ops.multiply_rows(*product)
+    out = ops.multiply_rows(*product, **blocks)
     moments = out.new_empty(2, 0, *out.shape[:2], dtype=torch.float32)
     if norm_full:
         return out, out, moments

@@ -47,7 +47,7 @@ def _multiply_attend(
     PARTS: tl.constexpr, KEYS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     given = (rows, None, None, rows_stride, 0, 0, c1, 0, 0)
-    patches = (None, None, 0, 0, n_out, 1, (None, 0, 0))
+    patches = (None, None, 0, 0, n_out, 1)
     text = (key, value, key_batch, key_row, value_batch, value_row, length, scale)
     per = tl.load(count)
     tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
@@ -55,7 +55,7 @@ def _multiply_attend(
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, False, PAIR)
     place, sample_of_row, valid, lowest, highest = where
     column = tile_n * BN + tl.arange(0, BN)
-    matrix = (weight, c1, co, tile_n, column, column < co, 0)
+    matrix = (weight, c1, co, tile_n, column, column < co)
     if has_work(row0, where, per, n_out, batch, False):
         starts = begin_steps(given, patches, where, row, 0, False, False, PDL, BK)
         after = (bias, center, (None, 0, 0), (None, 0, 0))

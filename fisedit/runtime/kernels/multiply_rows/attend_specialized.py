@@ -165,14 +165,14 @@ def multiply_attend_specialized(
     where, _ = which_rows(row0, inside, per, n_out, batch, False, PAIR)
     place, sample_of_row, valid, lowest, highest = where
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, c1, co, tile_n, column, column < co, 0)
+    matrix = (weight, c1, co, tile_n, column, column < co)
     if has_work(row0, where, per, n_out, batch, False):
         held = allocate_pair(TYPE, FIRST, BN)
         if SECOND > 0:
             held = held + allocate_pair(TYPE, SECOND, BN)
         after = (bias, center, (None, 0, 0), (None, 0, 0))
         sums, columns, deviation = share_tasks(
-            given, (weight, tile_n * BN, 0), (moments, parts, c1, input_eps), after, where, matrix, row0, sizes, plane,
+            given, (weight, tile_n, co), (moments, parts, c1, input_eps), after, where, matrix, row0, sizes, plane,
             steps, text, held, PDL, PAIR, BM, STAGES, LOADERS, REGISTERS,
         )  # fmt: skip
         sums = follow_columns(sums, deviation, columns[2], columns[0], center is not None, bias is not None)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from fisedit.runtime.kernels.activate import activate
-from fisedit.runtime.kernels.multiply_rows.steps import place_rows, which_rows
+from fisedit.runtime.kernels.multiply_rows.steps import which_rows
 from fisedit.runtime.kernels.share_out import share_out
 
 
@@ -122,7 +122,7 @@ def load_columns(after, where, matrix, GATED: tl.constexpr, EVEN_N: tl.constexpr
     """What is of columns, for :func:`finish_tile`: biases, sums of weights, scales; ``column`` where there is none."""
     bias, center, scale, norm = after
     _, _, _, lowest, highest = where
-    _, _, co, _, column, kept, _ = matrix
+    _, _, co, _, column, kept = matrix
     GATES: tl.constexpr = bias is not None and GATED
     CENTERS: tl.constexpr = center is not None and GATED
     within = None if EVEN_N else kept
@@ -143,7 +143,7 @@ def load_columns(after, where, matrix, GATED: tl.constexpr, EVEN_N: tl.constexpr
 def load_residual(residual, stride, where, matrix, EVEN_N: tl.constexpr):
     """``[BM, BN]``; ``column`` stands for none."""
     place, _, valid, _, _ = where
-    _, _, _, _, column, kept, _ = matrix
+    _, _, _, _, column, kept = matrix
     found = column
     if residual is not None:
         good = valid[:, None] if EVEN_N else valid[:, None] & kept[None, :]
@@ -174,7 +174,7 @@ def finish_tile(
     own, gate, of_own, of_gate, scales, norms = columns
     bias, center, scale, norm = after
     place, _, valid, _, _ = where
-    _, _, co, tile_n, column, kept, _ = matrix
+    _, _, co, tile_n, column, kept = matrix
     BIAS: tl.constexpr = bias is not None
     CENTER: tl.constexpr = center is not None
     sums = follow_columns(sums, deviation, of_own, own, CENTER, BIAS)
@@ -201,8 +201,8 @@ def finish_tile(
 
 @triton.jit
 def finish_shares(
-    part, parts, shares, columns, made, after, residual, residual_stride, row0, tile, piece, matrix, parity, plane,
-    sizes, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
+    part, parts, shares, columns, made, after, residual, residual_stride, row0, tile, piece, matrix, plane, sizes,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
     GATHER: tl.constexpr, PAIR: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """:func:`finish_tile` for some rows of a tile whose sums lie in parts, so many at a time as ``piece`` numbers.
@@ -222,7 +222,7 @@ def finish_shares(
             for start in tl.range(number * each, end, PIECE, num_stages=1):
                 row = start + piece
                 there = row < end
-                found = place_rows(which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR), parity, n_out)
+                found = which_rows(row0 + start, piece, per, n_out, batch, GATHER, PAIR)[0]
                 where = (found[0], found[1], found[2] & there, tile[3], tile[4])  # columns are of the tile's samples
                 extra = load_residual(residual, residual_stride, where, matrix, EVEN_N)
                 inside = places_in(row, matrix)

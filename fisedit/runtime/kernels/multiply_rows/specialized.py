@@ -37,9 +37,6 @@ from fisedit.runtime.kernels.multiply_rows.steps import (
     find_patches,
     has_work,
     next_step,
-    parity_at,
-    place_rows,
-    tap_at,
     tap_rows,
     tile_at,
     which_rows,
@@ -86,15 +83,15 @@ def resources(m: int, n: int, k: int, warps: int, stages: int, gathers: bool, he
 
 @gluon.jit
 def ask_weights(weights, buffers, full, number, stage, GATED: gl.constexpr):
-    """Those of step ``number``, and of its gates; ``weights``: them, the first of the tile's, and of its gates."""
-    weight, own, gate = weights
+    """Those of step ``number``, and of its gates."""
+    weight, tile_n, half = weights
     BN: gl.constexpr = weight.block_type.shape[0]
     BK: gl.constexpr = weight.block_type.shape[1]
     barrier, buffer = full.index(stage), buffers[1].index(stage)
     mbarrier.expect(barrier, weight.block_type.nbytes * (2 if GATED else 1))
-    tma.async_copy_global_to_shared(weight, [own, number * BK], barrier, buffer.slice(0, BN))
+    tma.async_copy_global_to_shared(weight, [tile_n * BN, number * BK], barrier, buffer.slice(0, BN))
     if GATED:
-        tma.async_copy_global_to_shared(weight, [gate, number * BK], barrier, buffer.slice(BN, BN))
+        tma.async_copy_global_to_shared(weight, [half + tile_n * BN, number * BK], barrier, buffer.slice(BN, BN))
 
 
 @gluon.jit
@@ -136,13 +133,11 @@ def load_patches(
     step = gl.arange(0, BK, layout=gl.SliceLayout(0, layout))
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
     where, row = which_rows(row0, inside, per, n_out, batch, True, PAIR)
-    n_in, taps, parity, c1, c2 = patches[4], patches[5], patches[6], given[6], given[7]
-    where = place_rows((where, row), parity, n_out)
-    valid = where[2]
+    n_in, taps, valid, c1, c2 = patches[4], patches[5], where[2], given[6], given[7]
     starts = find_patches(given, patches, where, row, first, ADDRESSES, True, BK)
     tap, begin, table, index, own, there, own2, own3 = starts
     found = (own, there, own2, own3)
-    following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), parity), mask=valid, other=-1)
+    following = gl.load(table + gl.minimum(tap + 1, taps - 1), mask=valid, other=-1)
     wait_for_kernel(PDL)
     start, at, wanted = tap_rows(given, found, index, valid, tap, begin, n_in, taps, WIDE)
     start += at
@@ -157,7 +152,7 @@ def load_patches(
         if (begin == 0) | ((tap == taps) & (begin == c2)):
             start, at, wanted = tap_rows(given, found, following, valid, tap, begin, n_in, taps, WIDE)
             start += at
-            following = gl.load(table + tap_at(gl.minimum(tap + 1, taps - 1), parity), mask=valid, other=-1)
+            following = gl.load(table + gl.minimum(tap + 1, taps - 1), mask=valid, other=-1)
 
 
 @gluon.jit
@@ -283,16 +278,17 @@ def share_tasks(
 
 @gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def multiply_specialized(
-    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, places, weight, bias, center, affine,
-    residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride,
-    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
-    norm_batch, taps, steps, each, parts, polls, across, input_eps,
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
+    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LOADERS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
     before = (moments, parts, c1, input_eps)
     after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
     made = (out, normalized, made_moments)
@@ -303,20 +299,18 @@ def multiply_specialized(
     per = gl.load(count)
     plane, sizes = batch.to(gl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(gl.program_id(0), gl.program_id(1), across)
-    which, tile_n = parity_at(places, tile_n, co, BN)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, (places, table_stride // 9 * 4, which))
     row0 = tile_m * BM
     inside = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-    where = place_rows(which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR), patches[6], n_out)
+    where, _ = which_rows(row0, inside, per, n_out, batch, sources is not None, PAIR)
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
+    matrix = (weight, inner, co, tile_n, column, column < co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         first = gl.program_id(2) * each
         last = gl.minimum(first + each, steps)
         sums, columns, extra, deviation = share_tasks(
-            given, patches, (weight, which * co + tile_n * BN, co + tile_n * BN), before, after, residual,
-            residual_stride, where, matrix, row0, per, n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N,
-            SPLIT, PDL, PAIR, WIDE, BM, STAGES, LOADERS, REGISTERS,
+            given, patches, (weight, tile_n, co), before, after, residual, residual_stride, where, matrix, row0, per,
+            n_out, batch, plane, first, last, ADDRESSES, GATED, EVEN_N, SPLIT, PDL, PAIR, WIDE, BM, STAGES,
+            LOADERS, REGISTERS,
         )  # fmt: skip
         gates = sums
         if GATED:
@@ -334,8 +328,8 @@ def multiply_specialized(
             )  # fmt: skip
             finish_shares(
                 part, shared, shares, columns, made, after, residual, residual_stride, row0, where,
-                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, patches[6], plane, sizes, GATED,
-                ACTIVATION, NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
+                gl.arange(0, PIECE, layout=gl.SliceLayout(1, layout)), matrix, plane, sizes, GATED, ACTIVATION,
+                NORM_ACTIVATION, EVEN_N, sources is not None, PAIR, BM,
             )  # fmt: skip
         else:
             finish_tile(

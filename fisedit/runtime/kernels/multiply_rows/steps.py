@@ -4,11 +4,9 @@ Arguments that belong together come as tuples, as ``_multiply`` in ``triton.py``
 
 - ``given``: the three sources of rows, their strides, and their channels;
 - ``patches``: the recorded map, the table of gathered rows, ``None`` if they lie side by side, the strides of both, the
-  input's rows and the taps, and the parity;
-- ``matrix``: the weights, their rows' length, their rows (of one half, if gated, or of a parity), in this tile which
-  rows they are, by number of the tile and of each column, which of them there are, and where its parity's begin;
-- ``parity``: where each row of a map that is upsampled has its four outputs, which take turns with as many kernels of
-  2x2 taps, the stride of that, and which of them this tile makes; ``None`` first if no map is upsampled;
+  input's rows and the taps;
+- ``matrix``: the weights, their rows' length, their rows (of one half, if gated), and in this tile which rows they are,
+  by number of the tile and of each column, and which of them there are;
 - ``where``: of a tile's rows the place of each in the result, its sample, and whether there is one; the first and the
   last sample.
 """
@@ -41,28 +39,6 @@ def which_rows(first, inside, per, n_out, batch, GATHER: tl.constexpr, PAIR: tl.
     end = tl.minimum(first + inside.shape[0], own_per * batch)
     lowest, highest = sample_of(first, own_per, PAIR), sample_of(end - 1, own_per, PAIR)
     return (sample * n_out + row, sample, valid, lowest, highest), row
-
-
-@triton.jit
-def place_rows(found, parity, n_out):
-    """``where`` outputs are, ``found`` by :func:`which_rows`: of a parity, if these are rows of the map before."""
-    where, row = found
-    places, stride, number = parity
-    if places is not None:
-        _, sample, valid, lowest, highest = where
-        own = tl.load(places + sample * stride + row * 4 + number, mask=valid, other=-1)
-        where = (sample * n_out + own, sample, own >= 0, lowest, highest)
-    return where
-
-
-@triton.jit
-def parity_at(places, tile_n, co, BN: tl.constexpr):
-    """Which parity a tile of columns is of, and which tile of it."""
-    number = 0
-    if places is not None:
-        number = tile_n // tl.cdiv(co, BN)
-        tile_n -= number * tl.cdiv(co, BN)
-    return number, tile_n
 
 
 @triton.jit
@@ -103,8 +79,8 @@ def working_tile(number, per, n_out, batch, BM: tl.constexpr):
 
 @triton.jit
 def load_weight(matrix, half, at, step, within, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr):
-    """The tile ``[BK, BN]`` from channel ``at`` on, behind ``half`` others: of a parity, or a gate."""
-    weight, inner, _, tile_n, column, kept, _ = matrix
+    """The tile ``[BK, BN]`` from channel ``at`` on; of a gate if ``half`` is how many rows come before its own."""
+    weight, inner, _, tile_n, column, kept = matrix
     if TMA:  # past the channels of a tap it has the next one's, which meet zeros
         tile = weight.load([half + tile_n * column.shape[0], at]).T
     else:
@@ -124,7 +100,7 @@ def add_products(
     GATED: tl.constexpr, TMA: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add those of the rows ``a`` ``[BM, BK]`` and the weights from channel ``at`` on; of a gate, with its own."""
-    w = load_weight(matrix, matrix[6], at, step, within, TMA, EVEN_C, EVEN_N)
+    w = load_weight(matrix, 0, at, step, within, TMA, EVEN_C, EVEN_N)
     sums = tl.dot(a, w, sums, input_precision=PRECISION)
     if GATED:
         w = load_weight(matrix, matrix[2], at, step, within, TMA, EVEN_C, EVEN_N)
@@ -175,26 +151,17 @@ def first_step(number, width, taps, BK: tl.constexpr):
 
 
 @triton.jit
-def tap_at(tap, parity):
-    """Where in a row of the table a tap is found."""
-    places, _, number = parity
-    if places is not None:  # four of nine
-        tap = (number // 2 + tap // 2) * 3 + number % 2 + tap % 2
-    return tap
-
-
-@triton.jit
 def find_patches(given, patches, where, row, first, ADDRESSES: tl.constexpr, SPLIT: tl.constexpr, BK: tl.constexpr):
     """Where the steps of gathered rows begin: tap and channel, the tables of outputs and what the tap reads, and where
     the packed and the recorded rows lie, and the outputs' own in the other sources."""
     rows, rows2, rows3, _, rows2_stride, rows3_stride, c1, c2, _ = given
-    recorded, sources, recorded_stride, table_stride, n_in, taps, parity = patches
+    recorded, sources, recorded_stride, table_stride, n_in, taps = patches
     place, sample, valid, _, _ = where
     tap, begin = 0, 0
     if SPLIT:
         tap, begin = first_step(first, tl.cdiv(c1, BK) * BK, taps, BK)
-    table = sources + sample * table_stride + row * (taps if parity[0] is None else 9)
-    index = tl.load(table + tap_at(min(tap, taps - 1), parity), mask=valid, other=-1)
+    table = sources + sample * table_stride + row * taps
+    index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     own = rows + (sample * n_in).to(tl.int64) * c1
     there = own
     if recorded is not None:
@@ -259,7 +226,7 @@ def add_patches(
         )
         tap, begin = next_step(tap, begin, width, taps, BK)
         # One step ahead: a load whose address waits for another is hardly pipelined.
-        index = tl.load(table + tap_at(min(tap, taps - 1), patches[6]), mask=valid, other=-1)
+        index = tl.load(table + min(tap, taps - 1), mask=valid, other=-1)
     return sums, gates
 
 

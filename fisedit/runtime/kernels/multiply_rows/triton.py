@@ -28,15 +28,7 @@ from fisedit.runtime.kernels.multiply_rows.epilogue import (
     load_residual,
     share_part,
 )
-from fisedit.runtime.kernels.multiply_rows.steps import (
-    add_steps,
-    begin_steps,
-    has_work,
-    parity_at,
-    place_rows,
-    tile_at,
-    which_rows,
-)
+from fisedit.runtime.kernels.multiply_rows.steps import add_steps, begin_steps, has_work, tile_at, which_rows
 from fisedit.runtime.kernels.share_out import MOST_PARTS, POLLS
 
 TMA = True
@@ -51,7 +43,6 @@ class Config:
     Args:
         specialized: warps have tasks of their own, see ``specialized.py``.
         turns: groups of them take turns with tiles, too, see ``turns.py``; where rows are not gathered.
-        parities: tiles are of one parity each, of an upsampled map.
     """
 
     m: int
@@ -62,11 +53,10 @@ class Config:
     split: int = 1
     specialized: bool = False
     turns: bool = False
-    parities: bool = False
 
     def __str__(self) -> str:
         tile = f"{self.m}x{self.n}x{self.k} w{self.warps} s{self.stages} /{self.split}"
-        return tile + " specialized" * self.specialized + " in turns" * self.turns + " by parity" * self.parities
+        return tile + " specialized" * self.specialized + " in turns" * self.turns
 
 
 @triton.jit
@@ -106,8 +96,7 @@ def _multiply_tile(
         )  # fmt: skip
         finish_shares(
             part, parts, shares, columns, made, after, residual, residual_stride, row0, where, tl.arange(0, PIECE),
-            matrix, patches[6], plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR,
-            BM,
+            matrix, plane, sizes, GATED, ACTIVATION, NORM_ACTIVATION, EVEN_N, patches[1] is not None, PAIR, BM,
         )  # fmt: skip
     else:
         if not EARLY:
@@ -120,29 +109,27 @@ def _multiply_tile(
 
 @triton.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def _multiply(
-    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, places, weight, bias, center, affine,
-    residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride,
-    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
-    norm_batch, taps, steps, each, parts, polls, across, input_eps,
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
+    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr,
     PIECE: tl.constexpr, EVEN_C: tl.constexpr, EVEN_N: tl.constexpr, EARLY: tl.constexpr, TMA: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr, PAIR: tl.constexpr, WIDE: tl.constexpr, PARTS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     given = (rows, rows2, rows3, rows_stride, rows2_stride, rows3_stride, c1, c2, c3)
+    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps)
     before = (moments, parts, c1, input_eps)
     after = (bias, center, (affine, affine_plane, affine_batch), (norm_affine, norm_plane, norm_batch))
     made = (out, normalized, made_moments)
     per = tl.load(count)
     plane, sizes = batch.to(tl.int64) * n_out, (per, n_out, batch)
     tile_m, tile_n = tile_at(tl.program_id(0), tl.program_id(1), across)
-    which, tile_n = parity_at(places, tile_n, co, BN)
-    patches = (recorded, sources, recorded_stride, table_stride, n_in, taps, (places, table_stride // 9 * 4, which))
     row0 = tile_m * BM
     where, row = which_rows(row0, tl.arange(0, BM), per, n_out, batch, sources is not None, PAIR)
-    where = place_rows((where, row), patches[6], n_out)
     column = tile_n * BN + tl.arange(0, BN)
-    matrix = (weight, inner, co, tile_n, column, column < co, which * co)
+    matrix = (weight, inner, co, tile_n, column, column < co)
     if has_work(row0, where, per, n_out, batch, sources is not None):
         _multiply_tile(
             given, patches, matrix, before, after, made, residual, residual_stride, partial, locks, polls, row0, where,
@@ -173,32 +160,27 @@ def multiply_rows(
     config: Config | None = None,
     norm: tuple[Tensor | None, Tensor | None, str] = (None, None, "none"),
     with_moments: bool = False,
-    upsampled: tuple[Tensor, int] | None = None,
 ) -> Any:
     """See the reference.
 
     Args:
         norm: where the rows go once more, normalized with this affine, and activated.
         with_moments: return the moments of the rows beside them, one part for each tile of the channels.
-        upsampled: for a 3x3 convolution of an upsampled map, by its four parities: where the outputs of each row of the
-            map before it go, int32 ``[M, N', 4]``, -1 nowhere, and how many they are. ``sources`` are those of a 3x3
-            convolution of that map, ``count`` is of its rows, ``weight`` is ``[4 * Co, 4 * C]``.
     """
     rows = _plain(rows) if sources is None else rows.contiguous()
     rows2, rows3, residual = (None if given is None else _plain(given) for given in (rows2, rows3, residual))
     batch, number = rows.shape[0], rows.shape[1] if sources is None else sources.shape[1]
-    columns = weight.shape[0] // (2 if gated else 1)
+    co = weight.shape[0] // (2 if gated else 1)
     chunk = math.gcd(*(given.shape[2] for given in (rows, rows2, rows3) if given is not None))
-    config = config or choose(batch * number, columns, weight.shape[1], chunk, gated, sources is not None, rows.dtype)
+    config = config or choose(batch * number, co, weight.shape[1], chunk, gated, sources is not None, rows.dtype)
     if full:
         affine, activation = None, activation if gated else "none"
-    co, (places, number) = columns // (4 if upsampled else 1), upsampled or (None, number)
     out = rows.new_empty(batch, number, co)  # [B, N', Co]
     parts = cdiv(co, config.n)
     made = rows.new_empty(2, parts, batch, number, dtype=torch.float32) if with_moments else None  # [2, T, B, N']
     moments = None if moments is None or moments.shape[1] == 0 else moments
     _launch(
-        config, out, made, rows, rows2, rows3, recorded, sources, places, weight, bias, affine, residual, norm, moments,
+        config, out, made, rows, rows2, rows3, recorded, sources, weight, bias, affine, residual, norm, moments,
         None if moments is None else center, input_eps, count, locks, activation, gated, positions,
     )  # fmt: skip
     return out if made is None else (out, made)
@@ -206,15 +188,13 @@ def multiply_rows(
 
 def _launch(
     config: Config, out: Tensor, made: Tensor | None, rows: Tensor, rows2: Tensor | None, rows3: Tensor | None,
-    recorded: Tensor | None, sources: Tensor | None, places: Tensor | None, weight: Tensor, bias: Tensor | None,
-    affine: Tensor | None, residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str],
-    moments: Tensor | None, center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str,
-    gated: bool, positions: int,
+    recorded: Tensor | None, sources: Tensor | None, weight: Tensor, bias: Tensor | None, affine: Tensor | None,
+    residual: Tensor | None, norm: tuple[Tensor | None, Tensor | None, str], moments: Tensor | None,
+    center: Tensor | None, input_eps: float, count: Tensor, locks: Tensor, activation: str, gated: bool, positions: int,
 ) -> None:  # fmt: skip
     (batch, n_out, co), (_, n_in, c1), (normalized, norm_affine, norm_activation) = out.shape, rows.shape, norm
     c2, c3 = (0 if more is None else more.shape[2] for more in (rows2, rows3))
-    gathers, parities = sources is not None, 1 if places is None else 4
-    taps = 1 if sources is None else 4 if places is not None else sources.shape[2]
+    gathers, taps = sources is not None, 1 if sources is None else sources.shape[2]
     addresses = recorded is not None and recorded.dtype == torch.int64
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
     even_c = c1 % config.k == c2 % config.k == c3 % config.k == 0
@@ -227,8 +207,7 @@ def _launch(
     kernel, describe, options = _kernel_of(config, rows, even_c, tma, special, turns, gathers, gated)
     if tma and not gathers:
         given = [None if more is None else describe(more.flatten(0, 1), [config.m, config.k]) for more in given]
-    tiles_n = parities * cdiv(co, config.n)
-    tiles_m = cdiv(batch * (n_out if sources is None else sources.shape[1]), config.m)
+    tiles_n, tiles_m = cdiv(co, config.n), cdiv(batch * n_out, config.m)
     steps = cdiv(c1, config.k) * taps + cdiv(c2, config.k) + cdiv(c3, config.k)
     splits = 1 if turns else split_of(config.split, steps, tiles_n * tiles_m, locks.numel())
     across = sum(more.numel() for more in (rows, rows2, rows3) if more is not None) > weight.numel()
@@ -241,10 +220,9 @@ def _launch(
         tiles_n * tiles_m * splits * size if splits > 1 else 1, dtype=torch.float32, device=rows.device
     )
     launch(kernel, grid,
-        out, normalized, made, *given, recorded, sources, places,
-        describe(weight, [config.n, config.k]) if tma else weight, bias, center, affine, residual, norm_affine, moments,
-        count, partial, locks, n_in, n_out, batch, c1, c2, c3, weight.shape[1], co,
-        _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
+        out, normalized, made, *given, recorded, sources, describe(weight, [config.n, config.k]) if tma else weight,
+        bias, center, affine, residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3,
+        weight.shape[1], co, _stride(rows, 1), _stride(rows2, 1), _stride(rows3, 1),
         0 if addresses else _stride(recorded, 0), _stride(residual, 1),
         sources.stride(0) if sources is not None and len(sources) > 1 else 0,
         _stride(affine, 0), _stride(affine, 1), _stride(norm_affine, 0), _stride(norm_affine, 1), taps, steps,

@@ -49,13 +49,12 @@ def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.const
     turns, steps = work[0], work[1]
     STAGES: gl.constexpr = full.type.shape[0]
     BM: gl.constexpr = buffers[0].type.shape[1]
-    BN: gl.constexpr = weight.block_type.shape[0]
-    WIDE: gl.constexpr = BN if GATED else 2 * BN  # tiles of columns beside each other
-    other = co if GATED else BN
+    EACH: gl.constexpr = 1 if GATED else 2  # tiles of columns beside each other
+    other = co if GATED else weight.block_type.shape[0]
     _, place = tile_of(0, work, BM)
     early = gl.minimum(STAGES, steps)
     for ahead in range(early):
-        ask_weights((weight, place * WIDE, other + place * WIDE), buffers, full, ahead, ahead, True)
+        ask_weights((weight, place * EACH, other), buffers, full, ahead, ahead, True)
     wait_for_kernel(PDL)
     stage, phase = 0, 1
     for turn in range(turns):
@@ -63,7 +62,7 @@ def load_tiles(given, weight, co, ring, work, GATED: gl.constexpr, PDL: gl.const
         for number in range(steps):
             if (turn > 0) | (number >= early):
                 mbarrier.wait(empty.index(stage), phase)
-                ask_weights((weight, place * WIDE, other + place * WIDE), buffers, full, number, stage, True)
+                ask_weights((weight, place * EACH, other), buffers, full, number, stage, True)
             ask_rows(given, buffers, full, row0, number, stage)
             stage, phase = next_stage(stage, phase, STAGES)
 
@@ -118,7 +117,7 @@ def begin(tile_n, goal, where, layout: gl.constexpr, GATED: gl.constexpr, EVEN_N
     _, after, residual, residual_stride, weight, inner, co = goal
     BN: gl.constexpr = weight.block_type.shape[0]
     column = tile_n * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, layout))
-    matrix = (weight, inner, co, tile_n, column, column < co, 0)
+    matrix = (weight, inner, co, tile_n, column, column < co)
     columns = load_columns(after, where, matrix, GATED, EVEN_N)
     return matrix, columns, load_residual(residual, residual_stride, where, matrix, EVEN_N)
 
@@ -195,10 +194,10 @@ def multiply_tiles(
 
 @gluon.jit(do_not_specialize=["n_in", "n_out", "batch", "table_stride", "steps", "each", "parts", "polls", "across"])
 def multiply_in_turns(
-    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, places, weight, bias, center, affine,
-    residual, norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride,
-    rows2_stride, rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane,
-    norm_batch, taps, steps, each, parts, polls, across, input_eps,
+    out, normalized, made_moments, rows, rows2, rows3, recorded, sources, weight, bias, center, affine, residual,
+    norm_affine, moments, count, partial, locks, n_in, n_out, batch, c1, c2, c3, inner, co, rows_stride, rows2_stride,
+    rows3_stride, recorded_stride, residual_stride, table_stride, affine_plane, affine_batch, norm_plane, norm_batch,
+    taps, steps, each, parts, polls, across, input_eps,
     ADDRESSES: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr, NORM_ACTIVATION: gl.constexpr,
     PIECE: gl.constexpr, EVEN_N: gl.constexpr, PDL: gl.constexpr, PAIR: gl.constexpr, WIDE: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
