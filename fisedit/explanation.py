@@ -90,28 +90,30 @@ def _layers(
 ) -> Iterator[tuple[Node, list[Known]]]:
     """Products and self-attentions, and what is known of them; of convolutions in blocks, too."""
     for node in graph.nodes:
-        kind = rows_of(node)
-        if kind is None:
-            continue
-        number = rows[kind.level]
-        shapes: list[tuple[Product | Attention | Blocks, int]] = []
-        if is_op(node, *PRODUCTS):
-            product = product_of(node, dtype, number == math.prod(kind.level))
-            shapes = [(product, number), *blocks_of(node, product, rows)]
-        elif is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
-            shapes = [(attention_of(node, dtype), number)]
-        if shapes:
+        if shapes := shapes_of(node, rows, dtype):
             yield node, [(shape, number, timings.expect(shape, number)) for shape, number in shapes]
 
 
-def blocks_of(node: Node, product: Product, rows: Mapping[Level, int]) -> list[tuple[Blocks, int]]:
-    """The shape of a convolution in blocks, if a product's node can be one, and their number."""
+def shapes_of(
+    node: Node, rows: Mapping[Level, int], dtype: torch.dtype
+) -> list[tuple[Product | Attention | Blocks, int]]:
+    """The shape of a product or a self-attention, with its number of rows; that of a convolution in blocks, too, with
+    their number."""
     from fisedit.runtime.tuning.product import Blocks
 
-    if (sources := node.kwargs.get("block_sources")) is None:
+    kind = rows_of(node)
+    if kind is None:
         return []
+    number = rows[kind.level]
+    if is_op(node, fisedit.attend_rows.default) and args(node)[5] is not None:
+        return [(attention_of(node, dtype), number)]
+    if not is_op(node, *PRODUCTS):
+        return []
+    product = product_of(node, dtype, number == math.prod(kind.level))
+    if (sources := node.kwargs.get("block_sources")) is None:
+        return [(product, number)]
     geometry = cast(Node, sources).meta["table"].of
-    return [(Blocks(product, math.prod(geometry.kernel)), rows[geometry.target])]
+    return [(product, number), (Blocks(product, math.prod(geometry.kernel)), rows[geometry.target])]
 
 
 def attention_of(node: Node, dtype: torch.dtype) -> Attention:

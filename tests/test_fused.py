@@ -22,7 +22,8 @@ from other_unets import FunctionalUNet, LinearAttentionUNet, SongStyleUNet, Tuto
 from torch import Tensor, nn  # noqa: E402
 
 import fisedit  # noqa: E402
-from fisedit.explanation import explain  # noqa: E402
+from fisedit.explanation import explain, rows_of_mask, shapes_of  # noqa: E402
+from fisedit.passes import transform_convolutions  # noqa: E402
 from fisedit.passes.count_macs import count_macs  # noqa: E402
 from fisedit.runtime.cache.store import StepCache  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
@@ -33,6 +34,8 @@ from fisedit.runtime.plan import MaskPlan  # noqa: E402
 from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
 from fisedit.runtime.timetable import Timetable  # noqa: E402
 from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
+from fisedit.runtime.tuning.blocks import run_blocks  # noqa: E402
+from fisedit.runtime.tuning.product import LIBRARY, WINOGRAD  # noqa: E402
 
 SIZE = (6, 8)
 TOLERANCE = 1e-5
@@ -114,21 +117,31 @@ def test_queries_that_attend_to_the_text(apart: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", ["blob", pytest.param("corners", marks=pytest.mark.nightly)])
-def test_an_upsampling_by_the_parities_of_its_outputs(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Interpreted, the rule takes nine taps."""
-    multiply, tile, made = tuning._upsampled, Config(16, 32, 32, 4, 2, parities=True), []
+def test_convolutions_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Interpreted, the rule takes nine taps. Of one level, and of a map that is upsampled."""
+    compute, made = tuning._compute, []
+    monkeypatch.setattr(transform_convolutions, "LEAST", 1)
 
-    def run(way: Any, given: Any) -> Tensor:
-        made.append(multiply(tile, given))
-        return made[-1]
+    def run(given: Any, blocks: Any = None) -> Any:
+        if not blocks:
+            return compute(given)
+        made.append(blocks["block_sources"].shape[2])
+        return run_blocks(**given, blocks=blocks)
 
-    monkeypatch.setattr(tuning, "_upsampled", run)
+    monkeypatch.setattr(tuning, "_compute", run)
     h = Harness(*small(), provider="triton")
-    assert "bias upsampled" in explain(h.program, mask_of(name), CostModel(), Timings.load("cpu", tmp_path))
     check(h, mask_of(name))
-    assert made
+    assert set(made) == {9, 16}
+    timings = Timings.load("cpu", tmp_path)
+    assert "winograd" not in explain(h.program, mask_of(name), CostModel(), timings)
+    graph = h.program.graphs["edit"].graph
+    rows = rows_of_mask(graph, mask_of(name))
+    for node in graph.nodes:
+        if "block_sources" in node.kwargs:
+            ((product, own), (blocks, number)) = shapes_of(node, rows, torch.float32)
+            timings.put(product, own, LIBRARY, 5.0)
+            timings.put(blocks, number, WINOGRAD, 3.0)
+    assert explain(h.program, mask_of(name), CostModel(), timings).count("winograd 3 µs; against library 5") >= 2
 
 
 @pytest.mark.nightly
