@@ -44,7 +44,8 @@ def transform_convolutions(gm: GraphModule) -> PassResult:
 
 def _geometry(node: Node) -> ConvGeometry | None:
     """That of a convolution of more than one tap."""
-    if node.target not in (fisedit.multiply_rows.default, fisedit.multiply_norm_rows.default):
+    of_rows = node.target in (fisedit.multiply_rows.default, fisedit.multiply_norm_rows.default)
+    if not of_rows or "block_sources" in node.kwargs:
         return None
     sources = get(node, "sources")
     geometry = None if sources is None else sources.meta["table"].of

@@ -73,7 +73,7 @@ def test_what_is_fused(name: str, steps: dict[str, Step]) -> None:
 
 
 def test_all_fusion_passes_are_here(steps: dict[str, Step]) -> None:
-    assert set(steps) == {*MATCHED, "fuse_text_attention", "fold_upsampling"}
+    assert set(steps) == {*MATCHED, "fuse_text_attention", "transform_convolutions"}
     refused = [refusal.reason for refusal in steps["fuse_text_attention"][0].refused]
     assert len(refused) == 4 and len(set(refused)) == 1 and "no tile has" in refused[0]  # heads are too small
 
