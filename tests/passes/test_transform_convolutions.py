@@ -85,6 +85,12 @@ def test_which_are_offered(model: Resampled) -> None:
     assert error(model, gm) < 1e-5
 
 
+def test_a_sum_with_other_rows_is_offered() -> None:
+    gm, _ = fused(Shortcut(activated=False).eval())
+    found = in_blocks(gm)
+    assert len(found) == 3 and sum(get(node, "rows2") is not None for node in found) == 2
+
+
 def test_where_weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an upsampled map are no more than nine."""
     monkeypatch.setattr(transform_convolutions, "LEAST", 97)
@@ -100,7 +106,7 @@ def test_where_weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (Bilinear(), "no level", 0),
         (Resampled(kernel_size=5, padding=2), "no 3x3", 1),
-        (Shortcut(activated=True), "more than a norm", 1),
+        (Shortcut(activated=True), "more than a norm", 2),
     ],
     ids=["no level", "five taps", "activated"],
 )
