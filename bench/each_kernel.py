@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from kernel_cases import LEVELS, TINY_LEVELS, UPSAMPLED, Case, Cases, Run, load_kernels
+from kernel_cases import LEVELS, TINY_LEVELS, Case, Cases, Run, load_kernels
 from masks import blob, ragged
 from roofline import Peak, peak_of
 
@@ -215,7 +215,6 @@ def main(
     if tuning is not None:
         for op in ("attend_rows", "multiply_rows"):
             kernels[op] = getattr(import_module(f"fisedit.runtime.tuning.{op}"), op)
-        kernels[UPSAMPLED] = import_module("fisedit.runtime.tuning.multiply_rows").multiply_upsampled_rows
     size = (levels[0].side, levels[0].side)
     masks = {f"blob {float(share):.0%}": blob(size, float(share)) for share in shares.split(",")}
     if ragged_share:

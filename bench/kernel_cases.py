@@ -19,7 +19,7 @@ from fisedit.runtime.row_plan import LevelMasks, RowPlan
 
 BATCH, TEXT, HEAD = 2, 77, 64
 OPS = ("multiply_rows", "gather_patches", "finish_rows", "attend_rows", "normalize_rows", "fold_group_norms")
-UPSAMPLED = "multiply_upsampled_rows"
+BLOCKS = "multiply_rows in blocks"
 Run = Callable[..., object]
 
 
@@ -55,7 +55,7 @@ class Cases:
     """The kernels' calls at one level under a mask of the latent.
 
     Args:
-        kernels: the functions of ``OPS`` by name, and of ``UPSAMPLED``.
+        kernels: the functions of ``OPS`` by name, and ``BLOCKS``.
     """
 
     def __init__(
@@ -84,7 +84,10 @@ class Cases:
         yield self.convolution(c, c)
         yield self.convolution(2 * c, c)
         if self.level not in (LEVELS[-1], TINY_LEVELS[-1]):
-            yield self.upsampled(min(2 * c, LEVELS[-1].channels))
+            yield self.in_blocks(c, c)
+            yield self.in_blocks(2 * c, c)
+            before = min(2 * c, LEVELS[-1].channels)
+            yield self.in_blocks(before, before, upsampled=True)
         yield self.patches(c)
         yield self.finish(c)
         yield self.linear(c, 3 * c)
@@ -112,34 +115,35 @@ class Cases:
         macs = BATCH * self.number * 9 * inputs * outputs
         return self.case("multiply_rows", f"conv 3x3 {inputs} to {outputs}", macs, moved, runs, library)
 
-    def upsampled(self, channels: int) -> Case:
-        """3x3, over a map of half the size, with bias: by the parities of its outputs, or in the measured way."""
+    def in_blocks(self, inputs: int, outputs: int, upsampled: bool = False) -> Case:
+        """3x3, with bias, in blocks of 2x2 outputs; over a map of half the size, if that is upsampled. Its products are
+        counted as it makes them."""
         large, small = (self.level.side,) * 2, (self.level.side // 2,) * 2
-        own = ConvGeometry(small, large, (3, 3), (1, 1), (1, 1), (1, 1), Upsample(large, None))
-        before = replace(own, target=small, upsample=None)
-        keys = {"sources": Table("sources", own), "coarse_sources": Table("sources", before),
-                "coarse_count": Table("number", small), "places": Table("places", own)}  # fmt: skip
+        block = ConvGeometry(large, small, (4, 4), (2, 2), (1, 1), (1, 1))
+        source = small if upsampled else large
+        own = ConvGeometry(source, large, (3, 3), (1, 1), (1, 1), (1, 1), Upsample(large, None) if upsampled else None)
+        read = ConvGeometry(small, small, (3, 3), (1, 1), (1, 1), (1, 1)) if upsampled else block
+        keys = {"sources": Table("sources", own), "block_sources": Table("sources", read),
+                "block_count": Table("number", small), "places": Table("places", block)}  # fmt: skip
         masks = LevelMasks(self.active[None].cpu(), [large, small])
         plan = RowPlan(keys.values(), masks.buckets, BATCH, self.device)
         plan.write(masks)
         tables = {name: plan.table(key) for name, key in keys.items()}
-        rows, bias = self.make(BATCH, plan.rows(small), channels), self.make(channels)
-        both = copies_beyond_l2(
-            self.make(channels, 9 * channels), self.make(4 * channels, 4 * channels),
-            self.make(BATCH, small[0] * small[1], channels),
-        )  # fmt: skip
+        rows, bias, sums = self.make(BATCH, plan.rows(source), inputs), self.make(outputs), 9 if upsampled else 16
+        both = copies_beyond_l2(self.make(sums * outputs, inputs), self.make(BATCH, source[0] * source[1], inputs))
         given = {"rows": rows, "bias": bias, "count": self.count, "locks": self.locks, "full": False, "gated": False,
-                 "activation": "none", "positions": self.active.numel(),
+                 "activation": "none", "positions": self.active.numel(), "weight": self.make(outputs, 9 * inputs),
                  **dict.fromkeys(("rows2", "affine", "residual"))}  # fmt: skip
         runs = [
-            partial(self.kernels[UPSAMPLED], **given, **tables, recorded=recorded, weight=weight, parities=parities)
-            for weight, parities, recorded in both
+            partial(self.kernels[BLOCKS], **given, **tables, recorded=recorded, block_weight=weight)
+            for weight, recorded in both
         ]
-        patches = self.make(BATCH, self.number, 9 * channels)
-        library = [partial(F.linear, patches, weight) for weight, _, _ in both]
-        moved = [rows, both[0][0], self.rows(channels), *(t for t in tables.values() if isinstance(t, Tensor))]
-        macs = BATCH * self.number * 4 * channels * channels
-        return self.case(UPSAMPLED, f"conv 3x3 {channels} to {channels}, upsampled", macs, moved, runs, library)
+        patches = self.make(BATCH, self.number, 9 * inputs)
+        library = [partial(F.linear, patches, given["weight"])]
+        blocks = int(masks.counts[small][0])
+        moved = [rows, both[0][0], self.rows(outputs), *(t for t in tables.values() if isinstance(t, Tensor))]
+        shape = f"conv 3x3 {inputs} to {outputs}, {'upsampled, ' * upsampled}in blocks"
+        return self.case(BLOCKS, shape, BATCH * blocks * sums * inputs * outputs, moved, runs, library)
 
     def patches(self, channels: int) -> Case:
         """What the library's product needs before it: the gathered inputs of a 3x3 convolution."""
@@ -265,21 +269,15 @@ def neighbor_sources(active: Tensor) -> Tensor:
 
 
 def load_kernels(provider: str) -> dict[str, Callable[..., Any]]:
-    """The functions of ``OPS`` that a provider has, and of ``UPSAMPLED``."""
+    """The functions of ``OPS`` that a provider has, and ``BLOCKS``: a convolution in blocks, if the provider has it."""
     found = {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.{provider}"), op) for op in OPS}
-    return {**found, UPSAMPLED: by_parity if provider == "triton" else reference_upsampled}
+    if provider == "reference":
+        return {**found, BLOCKS: found["multiply_rows"]}
+    run_blocks = import_module("fisedit.runtime.tuning.blocks").run_blocks
+    return {**found, BLOCKS: partial(in_blocks, run_blocks)}
 
 
-def reference_upsampled(**given: Any) -> Tensor:
-    names = [argument.name for argument in torch.ops.fisedit.multiply_rows.default._schema.arguments]
-    product = [given.pop(name) for name in names if name in given]
-    return torch.ops.fisedit.multiply_upsampled_rows(*product, **given)
-
-
-def by_parity(**given: Any) -> Tensor:
-    """A convolution of an upsampled map by Triton's kernel, in tiles of one parity that its rule chooses."""
-    multiply_rows = import_module("fisedit.runtime.kernels.multiply_rows.triton").multiply_rows
-    places = given.pop("places"), given["sources"].shape[1]
-    coarse = {name: given.pop(f"coarse_{name}") for name in ("sources", "count")}
-    weight = given.pop("parities")
-    return multiply_rows(**{**given, **coarse, "weight": weight}, upsampled=places)
+def in_blocks(run_blocks: Callable[..., Any], **given: Any) -> Any:
+    """A convolution whose arguments for blocks are not apart."""
+    names = ("block_sources", "block_count", "places", "block_weight")
+    return run_blocks(**given, blocks={name: given.pop(name) for name in names})

@@ -150,7 +150,7 @@ def test_kernel_bench(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
         shares="0.3", ragged_share=0.0, dtype="float16", output=tmp_path / "kernels.json", tiny=True, regret=False
     )
     found = json.loads((tmp_path / "kernels.json").read_text())["kernels"]
-    assert {one["op"] for one in found} == {*kernel_cases.OPS, kernel_cases.UPSAMPLED}
+    assert {one["op"] for one in found} == {*kernel_cases.OPS, kernel_cases.BLOCKS}
     assert all(one["microseconds"] > 0 for one in found)
     assert "| fold_group_norms | 61 norms of 128 channels |" in capsys.readouterr().out
 

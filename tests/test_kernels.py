@@ -193,15 +193,13 @@ def fused_calls() -> dict[str, tuple[Any, ...]]:
         "multiply_rows": product,
         "multiply_norm_rows": product,
         "multiply_attend_rows": product,
-        "multiply_upsampled_rows": (rows, None, recorded, torch.zeros(1, 4, 9, dtype=torch.int32), torch.randn(8, 72),
-                                    channels, None, False, None, count, locks, "none", False, 15),
         "attend_rows": (rows, rows, rows, recorded, recorded, places, count, counts, locks, 2, None),
         "gather_patches": (rows, recorded, sources, count),
         "normalize_rows": (rows, rows, torch.randn(2, 2, 16), "silu", count, False),
         "layer_norm_rows": (rows, channels, channels, 1e-5, count),
         "renew_affine": (rows, None, affine, True, channels, channels, None, 4, 1e-5, counts),
         "fold_group_norms": (stats, [0], [1], [4], [8], channels, channels, None),
-    }  # fmt: skip
+    }
 
 
 def test_every_op_passes_opcheck() -> None:
@@ -223,12 +221,12 @@ def test_every_op_passes_opcheck() -> None:
     }  # fmt: skip
     assert set(calls) == set(kernels.PROVIDERS["reference"]) == set(ops.SCHEMAS) - set(ops.STRUCTURAL)
     named = {"multiply_attend_rows": {"key": torch.randn(2, 5, 8), "value": torch.randn(2, 5, 8), "heads": 2}}
-    one = torch.ones(1, dtype=torch.int32)
-    named["multiply_upsampled_rows"] = {
-        "coarse_sources": torch.zeros(1, 3, 9, dtype=torch.int32), "coarse_count": one,
-        "places": torch.tensor([[[0, 1, -1, 2], [3, -1, -1, -1], [-1] * 4]], dtype=torch.int32),
-        "parities": torch.randn(32, 32),
+    blocks = {
+        "block_sources": torch.zeros(1, 2, 16, dtype=torch.int32), "block_count": torch.ones(1, dtype=torch.int32),
+        "places": torch.tensor([[[0, 1, -1, 2], [3, -1, -1, -1]]], dtype=torch.int32),
+        "block_weight": torch.randn(128, 8),
     }  # fmt: skip
+    named |= {"multiply_rows": blocks, "multiply_norm_rows": blocks}
     for name, arguments in calls.items():
         op = getattr(torch.ops.fisedit, name).default
         library.opcheck(op, arguments, named.get(name), test_utils=("test_schema", "test_faketensor"))

@@ -88,7 +88,7 @@ def test_which_are_offered(model: Resampled) -> None:
 def test_a_sum_with_other_rows_is_offered() -> None:
     gm, _ = fused(Shortcut(activated=False).eval())
     found = in_blocks(gm)
-    assert len(found) == 3 and sum(get(node, "rows2") is not None for node in found) == 2
+    assert len(found) == 3 and sum(get(node, "rows2") is not None for node in found) == 1
 
 
 def test_where_weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
