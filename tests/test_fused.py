@@ -121,6 +121,7 @@ def test_convolutions_in_blocks(name: str, monkeypatch: pytest.MonkeyPatch, tmp_
     """Interpreted, the rule takes nine taps. Of one level, and of a map that is upsampled."""
     compute, made = tuning._compute, []
     monkeypatch.setattr(transform_convolutions, "LEAST", 1)
+    monkeypatch.setattr(transform_convolutions, "NARROW", 4)
 
     def run(given: Any, blocks: Any = None) -> Any:
         if not blocks:

@@ -136,20 +136,6 @@ def test_what_follows_it() -> None:
     case.check(plain)
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["one source", "two"])
-def test_other_rows_are_added(both: bool) -> None:
-    """A shortcut of one tap, in the same sum."""
-    case = Case(12, 32, 24, torch.float32)
-    more = [torch.randn(2, case.number, channels).to(DEVICE) for channels in ((16, 8) if both else (16,))]
-    weights = [torch.randn(24, rows.shape[2]).to(DEVICE) / 6 for rows in more]
-    given = {**case.given, "weight": torch.cat([case.given["weight"], *weights], 1), "rows2": more[0]}
-    given["rows3"] = more[1] if both else None
-    wanted, where = case.wanted(), case.masks[0].to(DEVICE)
-    for rows, weight in zip(more, weights, strict=True):
-        wanted[..., where] += (rows[:, : int(where.sum())].double() @ weight.double().T).mT
-    case.check(run_blocks(**given), wanted)
-
-
 def test_no_map_is_recorded() -> None:
     """Where all that is read is active, none need be there."""
     case = Case(12, 16, 24, torch.float32)

@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from fisedit.passes import rows
 from fisedit.passes.base import PassResult, Refusal
-from fisedit.passes.fused import MULTIPLY, count, get, of_parameters, wide
+from fisedit.passes.fused import count, get, of_parameters, wide
 from fisedit.passes.ir import aten, fisedit, layout_of, rows_of
 from fisedit.passes.layout import Level
 from fisedit.runtime.geometry import ConvGeometry, Upsample
@@ -22,6 +22,8 @@ from fisedit.runtime.plan import Table, project_mask
 
 LEAST = 2048
 """Outputs of all samples: with fewer, weights decide, and sixteen are more than nine."""
+NARROW = 64
+"""Channels: sums of fewer take longer than their products."""
 
 
 def transform_convolutions(gm: GraphModule) -> PassResult:
@@ -66,11 +68,13 @@ def _refused(node: Node, geometry: ConvGeometry, latent: Level, levels: set[Leve
         return "no level has a row for each block"
     if not upsample and kind.batch * target[0] * target[1] < LEAST:
         return "weights decide how long it takes"
+    before = rows_of(get(node, "rows"))
+    if before is None or min(before.channels, kind.channels) < NARROW:
+        return "it has few channels"
     if not of_parameters(node):
         return "its weights are made in each call"
-    after = ("affine", "residual", "activation")
-    if get(node, "rows2") is not None and any(get(node, name) != MULTIPLY[name] for name in after):
-        return "more than a norm follows the sum with other rows"
+    if get(node, "rows2") is not None:
+        return "other rows are in its sum"
     if node.target == fisedit.multiply_norm_rows.default and node.kwargs.get("norm_affine") is None:
         return "a layer normalization follows"
     return None
@@ -108,12 +112,9 @@ def _blocks(graph: Graph, node: Node, geometry: ConvGeometry) -> dict[str, Node]
 
 
 def _weights(graph: Graph, node: Node, upsampled: bool) -> Node:
-    """The nine weights ``[Co, 9 * C + ...]`` as those of a block's sums, ``[16 * Co, C]`` or ``[9 * Co, C]``."""
-    channels = rows_of(get(node, "rows"))
-    assert channels is not None
+    """The nine weights ``[Co, 9 * C]`` as those of a block's sums, ``[16 * Co, C]`` or ``[9 * Co, C]``."""
     weight = get(node, "weight")
-    own = graph.call_function(aten.slice.Tensor, (wide(graph, weight), 1, 0, 9 * channels.channels))
-    nine = graph.call_function(aten.unflatten.int, (own, 1, [3, 3, -1]))  # [Co, 3, 3, C]
+    nine = graph.call_function(aten.unflatten.int, (wide(graph, weight), 1, [3, 3, -1]))  # [Co, 3, 3, C]
     sums = [one for line in _sums(graph, nine, 1, upsampled) for one in _sums(graph, line, 1, upsampled)]
     together = graph.call_function(aten.cat.default, (sums,))  # [16 * Co, C]
     return graph.call_function(aten.type_as.default, (together, weight))

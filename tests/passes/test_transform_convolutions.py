@@ -52,15 +52,15 @@ class Bilinear(Resampled):
 
 
 class Shortcut(Resampled):
-    """A shortcut of one tap in the sum, and an activation behind it."""
+    """A shortcut of one tap in the sum."""
 
-    def __init__(self, activated: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.short, self.activated = nn.Conv2d(8, 8, 1), activated
+        self.short = nn.Conv2d(8, 8, 1)
 
     def body(self, sample: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         x = self.up(self.enlarge(self.down(sample))) + self.short(sample)
-        return super().body(F.silu(x) if self.activated else x, timestep, text)
+        return super().body(x, timestep, text)
 
 
 def in_blocks(gm: GraphModule) -> list[Node]:
@@ -70,6 +70,7 @@ def in_blocks(gm: GraphModule) -> list[Node]:
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transform_convolutions, "LEAST", 1)
+    monkeypatch.setattr(transform_convolutions, "NARROW", 8)
     monkeypatch.setattr(fuse_sums, "CHUNK", 8)
 
 
@@ -85,12 +86,6 @@ def test_which_are_offered(model: Resampled) -> None:
     assert error(model, gm) < 1e-5
 
 
-def test_a_sum_with_other_rows_is_offered() -> None:
-    gm, _ = fused(Shortcut(activated=False).eval())
-    found = in_blocks(gm)
-    assert len(found) == 3 and sum(get(node, "rows2") is not None for node in found) == 1
-
-
 def test_where_weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of an upsampled map are no more than nine."""
     monkeypatch.setattr(transform_convolutions, "LEAST", 97)
@@ -101,14 +96,21 @@ def test_where_weights_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(in_blocks(fused(Resampled().eval())[0])) == 2
 
 
+def test_few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transform_convolutions, "NARROW", 9)
+    gm, results = fused(Resampled().eval())
+    reasons = [refusal.reason for refusal in results["transform_convolutions"].refused]
+    assert reasons.count("it has few channels") == 2 and not in_blocks(gm)
+
+
 @pytest.mark.parametrize(
     ("model", "reason", "left"),
     [
         (Bilinear(), "no level", 0),
         (Resampled(kernel_size=5, padding=2), "no 3x3", 1),
-        (Shortcut(activated=True), "more than a norm", 2),
+        (Shortcut(), "other rows", 2),
     ],
-    ids=["no level", "five taps", "activated"],
+    ids=["no level", "five taps", "shortcut"],
 )
 def test_others_keep_their_taps(model: Resampled, reason: str, left: int) -> None:
     gm, results = fused(model.eval())

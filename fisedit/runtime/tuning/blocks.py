@@ -13,7 +13,7 @@ from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.multiply_rows.winograd import multiply_winograd
 from fisedit.runtime.row_plan import bucket, buckets, typical
 from fisedit.runtime.tuning.choose import Front, form_of, time_way
-from fisedit.runtime.tuning.library import add_products, no_moments
+from fisedit.runtime.tuning.library import no_moments
 from fisedit.runtime.tuning.product import Blocks
 
 
@@ -61,15 +61,12 @@ class BlockCall:
 
 
 def run_blocks(
-    rows: Tensor, rows2: Tensor | None, recorded: Tensor | None, sources: Tensor, weight: Tensor, bias: Tensor | None,
+    rows: Tensor, recorded: Tensor | None, sources: Tensor, weight: Tensor, bias: Tensor | None,
     affine: Tensor | None, full: bool, residual: Tensor | None, activation: str, blocks: Mapping[str, Any],
-    rows3: Tensor | None = None, norm: Mapping[str, Any] | None = None, **_: Any,
+    norm: Mapping[str, Any] | None = None, **_: Any,
 ) -> Any:  # fmt: skip
     """The rows; with a norm, them and what it makes of them, and no moments."""
     number = sources.shape[1]
-    parts = [part for part in (rows2, rows3) if part is not None]
-    if parts:  # nothing but a bias and a norm follows, by pass transform_convolutions
-        residual = add_products(parts, weight[:, sources.shape[2] * rows.shape[2] :])
     if full:
         affine, activation = None, "none"
     given = (rows, recorded, bias, affine, residual, activation, number)
@@ -104,8 +101,7 @@ class BlockStopwatch:
         given, blocks = self.given, self.given["blocks"]
         block = torch.arange(number, device=given["rows"].device) % self.real
         output = torch.arange(4 * number, device=block.device) % self.outputs
-        names = ("sources", "rows2", "rows3", "residual")
-        changes = {name: given[name][:, output] for name in names if given.get(name) is not None}
+        changes = {name: given[name][:, output] for name in ("sources", "residual") if given[name] is not None}
         there = blocks["places"][:, block] >= 0  # [M, T, 4]
         turn = there.flatten(1).cumsum(1, dtype=torch.int32).view(there.shape) - 1
         active = number if given["full"] else typical(number)
