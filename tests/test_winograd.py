@@ -5,7 +5,9 @@ Without a GPU, Triton's kernels run interpreted.
 
 from __future__ import annotations
 
+import math
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,10 +18,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.geometry import ConvGeometry, Upsample  # noqa: E402
+from fisedit.runtime.kernels.compilers import Compilers  # noqa: E402
+from fisedit.runtime.kernels.launch import rehearse  # noqa: E402
 from fisedit.runtime.plan import Table  # noqa: E402
 from fisedit.runtime.row_plan import LevelMasks, RowPlan, buckets, typical  # noqa: E402
+from fisedit.runtime.tuning import multiply_rows as tuning  # noqa: E402
 from fisedit.runtime.tuning.blocks import BlockCall, BlockStopwatch, run_blocks  # noqa: E402
+from fisedit.runtime.tuning.choose import RULE, choose_call, run_fastest  # noqa: E402
 from fisedit.runtime.tuning.product import WINOGRAD, Blocks, Product  # noqa: E402
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -175,3 +182,36 @@ def test_its_timings_are_of_numbers_of_blocks() -> None:
     full = BlockCall({**case.given, "full": True})
     assert full.numbers == (full.number,) == (case.blocks["places"].shape[1],)
     case.check(call.run(WINOGRAD))
+
+
+@pytest.mark.parametrize(("nine", "blocks"), [(3.0, 2.0), (2.0, 3.0), (2.0, math.inf)])
+def test_the_faster_one_for_rows_and_blocks_is_taken(nine: float, blocks: float, tmp_path: Path) -> None:
+    """Each is timed once for all its numbers, and compiled before, where nothing is known."""
+    case, timings, asked = Case(12, 32, 40, torch.float16), Timings.load("cpu", tmp_path), []
+    rows = {name: value for name, value in case.given.items() if name != "blocks"}
+    call, other = tuning.Call(rows), BlockCall(case.given)
+
+    def measure(way: Any, number: int) -> float:
+        asked.append((way, number))
+        return blocks if way == WINOGRAD else nine
+
+    with Compilers() as compilers:
+        for decide in (False, True):
+            with rehearse(compilers, decide) as rehearsal:
+                run_fastest(call, timings, measure, [other])
+                assert rehearsal.news == (not decide)
+    assert {number for way, number in asked if way == WINOGRAD} == set(other.numbers)
+    assert {number for way, number in asked if way != WINOGRAD} == set(call.numbers)
+    chosen, way = choose_call([call, other], timings, measure)
+    assert chosen is (other if blocks < nine else call) and (way == WINOGRAD) == (chosen is other)
+    known = len(asked)
+    case.check(run_fastest(call, timings, measure, [other]))
+    assert len(asked) == known
+
+
+def test_nothing_known_means_nine_taps(tmp_path: Path) -> None:
+    case, timings = Case(12, 32, 40, torch.float16), Timings.load("cpu", tmp_path, calibrate="off")
+    call, other = tuning.Call(case.given), BlockCall(case.given)
+    assert choose_call([call, other], timings) == (call, RULE)
+    timings.put(other.shape, other.number, WINOGRAD, 1.0)
+    assert choose_call([call, other], timings) == (call, RULE)
