@@ -70,7 +70,8 @@ def test_launches_are_left_out_that_others_are_like(
     """Of a whole call: what is run once is what each layer of that layout would launch."""
     timings, by_layout = Timings.load("cpu", tmp_path), defaultdict[Hashable, list[list[Launch]]](list)
 
-    def compute(given: dict[str, Any]) -> Any:
+    def compute(given: dict[str, Any], blocks: dict[str, Any]) -> Any:
+        assert not blocks  # there are none of few channels
         return choose.run_fastest(multiply_rows.Call(given), timings, lambda way, rows: float(way == "library"))
 
     def each_time(self: Rehearsal, layout: Hashable, run: Callable[[], Any]) -> Any:

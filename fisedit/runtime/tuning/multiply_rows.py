@@ -27,9 +27,9 @@ from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, tim
 from fisedit.runtime.tuning.library import multiply_by_library, no_moments
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 
+NAMES = tuple(name for name in inspect.signature(reference.multiply_rows).parameters if name != "blocks")
 BLOCKS = ("block_sources", "block_count", "places", "block_weight")
 """What a convolution has for the blocks of its outputs."""
-NAMES = tuple(name for name in inspect.signature(reference.multiply_rows).parameters if name not in BLOCKS)
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
@@ -37,7 +37,7 @@ def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
 
     Interpreted on a CPU, nothing is timed.
     """
-    blocks = {name: named.pop(name) for name in BLOCKS if named.get(name) is not None}
+    blocks = {name: named.pop(name) for name in BLOCKS if name in named}
     return _compute({**dict(zip(NAMES, arguments, strict=False)), **named}, blocks)
 
 

@@ -31,11 +31,7 @@ def multiply_rows(
     moments: Tensor | None = None,
     center: Tensor | None = None,
     input_eps: float = 0.0,
-    *,
-    block_sources: Tensor | None = None,
-    block_count: Tensor | None = None,
-    places: Tensor | None = None,
-    block_weight: Tensor | None = None,
+    **blocks: Tensor | None,
 ) -> Tensor:
     """A linear layer or a convolution of active rows, and all that follows it row by row.
 
@@ -58,12 +54,7 @@ def multiply_rows(
             T = 0: rows are multiplied as they are. input_eps: of the normalization.
         center: float32 ``[Co]``, sums of each output's weights, for kernels that normalize afterwards.
         gated: the first half of the outputs is multiplied by the activation of the second (GEGLU, Shazeer 2020).
-        block_sources, block_count, places, block_weight: for kernels that compute 3x3 convolutions by fewer products,
-            in blocks of 2x2 outputs (Lavin and Gray 2016), of which there are T. The rows that each reads, int32
-            ``[M, T, 16]``: ``sources`` of a convolution of 4x4 taps and a stride of two; or ``[M, T, 9]``, where the
-            map was upsampled to twice its size: of 3x3 taps over the map before. int32 ``[1]``: blocks past it need
-            not be computed. Which outputs they have, int32 ``[M, T, 4]``, line by line, -1 where one is not active.
-            The weights of their sums, ``[16 * Co, C]`` or ``[9 * Co, C]``.
+        blocks: what it takes to compute a convolution by fewer products, as ``winograd.py`` has it; not read here.
     Returns: ``[B, N', Co]``, half of that if gated; in the dtype of ``rows``.
     """
     rows = rows if moments is None or moments.shape[1] == 0 else _normalized(rows, moments, input_eps)
