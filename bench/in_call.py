@@ -23,7 +23,7 @@ import typer
 from kernel_table import PROFILE, Launch, added
 
 from fisedit.environment import environment_line
-from fisedit.runtime.tuning.product import LIBRARY
+from fisedit.runtime.tuning.product import LIBRARY, WINOGRAD
 
 KERNELS = ("multiply_specialized", "multiply_in_turns", "_multiply")
 ATTENDING = {"multiply_specialized": "multiply_attend_specialized", "_multiply": "_multiply_attend"}
@@ -60,7 +60,9 @@ def compare(profile: Mapping[str, Any]) -> list[Layer]:
         ValueError: the launches are not those of the layers.
     """
     products = [
-        layer for layer in profile["layers"] if layer["kind"] != "self-attention" and layer["chosen"] != LIBRARY
+        layer
+        for layer in profile["layers"]
+        if layer["kind"] != "self-attention" and layer["chosen"] not in (LIBRARY, WINOGRAD)
     ]
     known = {*KERNELS, *ATTENDING.values()}
     every = [Launch(**launch) for launch in profile["launches"]]

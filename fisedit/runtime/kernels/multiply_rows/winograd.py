@@ -63,7 +63,7 @@ def _load_line(given, indices, channel, kept, SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n_in", "table_stride"])
-def _transform(
+def _sum_blocks(
     out, rows, recorded, sources, count, n_in, channels, plane, recorded_stride, table_stride,
     RECORDED: tl.constexpr, ADDRESSES: tl.constexpr, SIDE: tl.constexpr, PDL: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
@@ -127,7 +127,7 @@ def _finish_output(
 
 
 @triton.jit(do_not_specialize=["n_out", "places_stride"])
-def _finish(
+def _finish_blocks(
     out, normalized, products, places, bias, affine, residual, norm_affine, count, n_out, co, plane, places_stride,
     residual_stride, affine_plane, affine_batch, norm_plane, norm_batch,
     SIDE: tl.constexpr, ACTIVATION: tl.constexpr, NORM_ACTIVATION: tl.constexpr, EVEN_N: tl.constexpr,
@@ -198,7 +198,7 @@ def multiply_winograd(
     out = rows.new_empty(len(rows), number, weight.shape[1])  # [B, N', Co]
     normalized, norm_affine, norm_activation = norm
     pdl, (places_stride, side) = overlaps(rows), (_batch_stride(places), math.isqrt(len(sums)))
-    launch(_finish, (cdiv(places.shape[1], BLOCKS), cdiv(out.shape[2], CHANNELS), len(rows)),
+    launch(_finish_blocks, (cdiv(places.shape[1], BLOCKS), cdiv(out.shape[2], CHANNELS), len(rows)),
         out, normalized, products, places, bias, affine, residual, norm_affine, block_count, number, out.shape[2],
         products.stride(0), places_stride, 0 if residual is None else residual.stride(1), *_strides(affine),
         *_strides(norm_affine),
@@ -216,7 +216,7 @@ def transform_rows(rows: Tensor, recorded: Tensor | None, sources: Tensor, count
     recorded = recorded if recorded is None or addresses else recorded.contiguous()
     out = rows.new_empty(taps, batch * blocks, channels)  # [16, B * T, C]
     pdl = overlaps(rows)
-    launch(_transform, (cdiv(blocks, BLOCKS), cdiv(channels, CHANNELS), batch),
+    launch(_sum_blocks, (cdiv(blocks, BLOCKS), cdiv(channels, CHANNELS), batch),
         out, rows, recorded, sources, count, n_in, channels, out.stride(0),
         0 if recorded is None or addresses else recorded.stride(0), _batch_stride(sources),
         RECORDED=recorded is not None, ADDRESSES=addresses, SIDE=math.isqrt(taps), PDL=pdl, BM=BLOCKS, BC=CHANNELS,
