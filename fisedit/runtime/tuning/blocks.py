@@ -13,8 +13,8 @@ from fisedit.runtime.calibration import copies_beyond_l2
 from fisedit.runtime.kernels.multiply_rows.winograd import multiply_winograd
 from fisedit.runtime.row_plan import bucket, buckets, typical
 from fisedit.runtime.tuning.choose import RULE, Front, form_of, time_way
-from fisedit.runtime.tuning.library import no_moments
 from fisedit.runtime.tuning.product import Blocks
+from fisedit.runtime.tuning.pytorch_product import no_moments
 
 
 class BlockCall:
