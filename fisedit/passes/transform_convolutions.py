@@ -17,7 +17,7 @@ from fisedit.passes.base import PassResult, Refusal
 from fisedit.passes.fused import count, get, of_parameters, wide
 from fisedit.passes.ir import aten, fisedit, layout_of, rows_of
 from fisedit.passes.layout import Level
-from fisedit.runtime.geometry import ConvGeometry, Upsample
+from fisedit.runtime.geometry import ConvGeometry
 from fisedit.runtime.plan import Table, project_mask
 
 LEAST = 2048
@@ -81,9 +81,9 @@ def _refused(node: Node, geometry: ConvGeometry, latent: Level, levels: set[Leve
 
 
 def _doubles(geometry: ConvGeometry, dim: int) -> bool:
-    """Whether each line is read twice, one after the other."""
+    """Whether each line is read twice, one after the other: not with zeros between them."""
     length = geometry.source[dim]
-    assert isinstance(geometry.upsample, Upsample)
+    assert geometry.upsample is not None
     lines = geometry.upsample.source(dim, length, torch.device("cpu"))
     return torch.equal(lines, torch.arange(length).repeat_interleave(2))
 

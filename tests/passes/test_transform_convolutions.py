@@ -51,6 +51,17 @@ class Bilinear(Resampled):
         self.enlarge = Sized.enlarge.__get__(self)
 
 
+class Transposed(Resampled):
+    """Of a map that has zeros between its lines, not each line twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(8, 8, 3, stride=2, padding=1, output_padding=1)
+
+    def enlarge(self, x: Tensor) -> Tensor:
+        return x
+
+
 class Shortcut(Resampled):
     """A shortcut of one tap in the sum."""
 
@@ -109,8 +120,9 @@ def test_few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
         (Bilinear(), "no level", 0),
         (Resampled(kernel_size=5, padding=2), "no 3x3", 1),
         (Shortcut(), "other rows", 2),
+        (Transposed(), "its map is not upsampled", 1),
     ],
-    ids=["no level", "five taps", "shortcut"],
+    ids=["no level", "five taps", "shortcut", "transposed"],
 )
 def test_others_keep_their_taps(model: Resampled, reason: str, left: int) -> None:
     gm, results = fused(model.eval())
