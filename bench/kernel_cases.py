@@ -273,11 +273,10 @@ def load_kernels(provider: str) -> dict[str, Callable[..., Any]]:
     found = {op: getattr(import_module(f"fisedit.runtime.kernels.{op}.{provider}"), op) for op in OPS}
     if provider == "reference":
         return {**found, BLOCKS: found["multiply_rows"]}
-    run_blocks = import_module("fisedit.runtime.tuning.blocks").run_blocks
-    return {**found, BLOCKS: partial(in_blocks, run_blocks)}
+    return {**found, BLOCKS: in_blocks}
 
 
-def in_blocks(run_blocks: Callable[..., Any], **given: Any) -> Any:
-    """A convolution whose arguments for blocks are not apart."""
-    names = ("block_sources", "block_count", "places", "block_weight")
-    return run_blocks(**given, blocks={name: given.pop(name) for name in names})
+def in_blocks(**given: Any) -> Any:
+    """A convolution whose arguments for blocks are not apart, by Triton's kernels."""
+    blocks = import_module("fisedit.runtime.tuning.blocks")
+    return blocks.run_blocks(**given, blocks={name: given[name] for name in blocks.BLOCKS})

@@ -16,6 +16,9 @@ from fisedit.runtime.tuning.choose import RULE, Front, form_of, time_way
 from fisedit.runtime.tuning.product import Blocks
 from fisedit.runtime.tuning.pytorch_product import no_moments
 
+BLOCKS = ("block_sources", "block_count", "places", "block_weight")
+"""What a convolution has for the blocks of its outputs."""
+
 
 class BlockCall:
     """A ``multiply_rows`` that has blocks, by its arguments, those together as ``blocks``, and a norm's as ``norm``;

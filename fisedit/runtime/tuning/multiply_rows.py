@@ -22,14 +22,12 @@ from fisedit.runtime.kernels.multiply_rows import reference
 from fisedit.runtime.kernels.multiply_rows import triton as kernel
 from fisedit.runtime.kernels.multiply_rows.attend import multiply_attend
 from fisedit.runtime.row_plan import bucket, buckets
-from fisedit.runtime.tuning.blocks import BlockCall
+from fisedit.runtime.tuning.blocks import BLOCKS, BlockCall
 from fisedit.runtime.tuning.choose import RULE, Front, form_of, run_fastest, time_way, timings_of
 from fisedit.runtime.tuning.product import LIBRARY, Product, Way, actives
 from fisedit.runtime.tuning.pytorch_product import multiply_by_library, no_moments
 
 NAMES = tuple(name for name in inspect.signature(reference.multiply_rows).parameters if name != "blocks")
-BLOCKS = ("block_sources", "block_count", "places", "block_weight")
-"""What a convolution has for the blocks of its outputs."""
 
 
 def multiply_rows(*arguments: Any, **named: Any) -> Tensor:
