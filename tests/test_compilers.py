@@ -11,7 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from triton.compiler import CompiledKernel
+from triton.runtime._async_compile import active_mode
 from triton.runtime.errors import OutOfResources
 
 from fisedit.runtime.kernels import compilers
@@ -123,3 +125,30 @@ def test_a_rehearsal_loads_what_is_compiled() -> None:
         for shared in (0, 100, 300):  # the first is not compiled yet
             launch(source, (1,), shared)
     assert loaded == [100, 300] and not rehearsal.news
+
+
+def test_what_a_rehearsal_compiles_is_loaded_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By threads of its device, also what another mask will choose."""
+    loaded, devices = set[int](), list[int]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+
+    class Kernel:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        @property
+        def run(self) -> None:
+            loaded.add(self.number)
+
+    def compile(number: int, *, grid: tuple[int, ...], warmup: bool) -> object:
+        mode = active_mode.get()
+        assert mode is not None and not loaded
+        return mode.submit(number, lambda: Kernel(number), lambda kernel: None)
+
+    source = SimpleNamespace(run=compile)
+    with Compilers() as threads, rehearse(threads) as rehearsal:
+        for number in range(5):
+            launch(source, (1,), number)
+    assert loaded == set(range(5)) and rehearsal.news and set(devices) == {3}

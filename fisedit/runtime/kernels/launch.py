@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -69,6 +69,8 @@ def results_like(made: Tensor | tuple[Tensor, ...]) -> Callable[[], Any]:
 
 
 _rehearsal: ContextVar[Rehearsal | None] = ContextVar("fisedit_rehearsal", default=None)
+LOADERS = 16
+"""Threads that load kernels."""
 
 
 def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
@@ -77,12 +79,26 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **kwargs: Any) -> None:
         kernel[tuple(grid)](*args, **kwargs)
         return
     from triton.compiler import CompiledKernel
-    from triton.runtime.errors import OutOfResources
 
     made = kernel.run(*args, grid=grid, warmup=True, **kwargs)
     if isinstance(made, CompiledKernel):
-        with suppress(OutOfResources):  # of the GPU: who runs it will see
-            _ = made.run
+        load(made)
+
+
+def load(kernel: Any) -> None:
+    """Have a kernel's code on the current GPU, and what launches it, which Triton 3.6 has a C compiler make."""
+    from triton.runtime.errors import OutOfResources
+
+    with suppress(OutOfResources):  # of the GPU: who runs it will see
+        _ = kernel.run
+
+
+def load_all(kernels: Iterable[Any]) -> None:
+    """:func:`load` each, side by side: no later mask, whose sizes choose others of them, waits for that."""
+    if torch.cuda.is_available():
+        device = torch.cuda.current_device()
+        with ThreadPoolExecutor(LOADERS, initializer=torch.cuda.set_device, initargs=(device,)) as threads:
+            list(threads.map(load, kernels))
 
 
 def cdiv(number: int, by: int) -> int:
@@ -96,7 +112,13 @@ def next_power_of_2(number: int) -> int:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    return tensor.is_cuda and _capability(tensor.device) >= (9, 0)
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """PyTorch looks it up at each call, and each launch asks."""
+    return torch.cuda.get_device_capability(device)
 
 
 def has_descriptors(tensor: Tensor) -> bool:
@@ -139,7 +161,7 @@ def current() -> Rehearsal | None:
 
 @contextmanager
 def rehearse(compilers: Executor, decide: bool = False, progress: Progress | None = None) -> Iterator[Rehearsal]:
-    """Launches inside compile on all processors at once and run nothing; done when the block ends."""
+    """Launches inside compile on all processors at once and run nothing; all are loaded when the block ends."""
     from triton import AsyncCompileMode
 
     rehearsal = Rehearsal(decide, progress=progress)
@@ -148,6 +170,7 @@ def rehearse(compilers: Executor, decide: bool = False, progress: Progress | Non
         with AsyncCompileMode(compilers) as mode:
             yield rehearsal
             rehearsal.news |= bool(mode.raw_futures)
+        load_all(mode.future_kernels.values())
     finally:
         _rehearsal.reset(token)
 

@@ -192,11 +192,11 @@ def form_of(given: Mapping[str, Any], of_tensor: Callable[[torch.Tensor], Hashab
     """Arguments, of whose tensors nothing counts but what ``of_tensor`` gives."""
 
     def form(value: Any) -> Hashable:
-        if isinstance(value, Mapping):
-            return form_of(value, of_tensor)
-        return of_tensor(value) if isinstance(value, torch.Tensor) else value
+        if isinstance(value, torch.Tensor):
+            return of_tensor(value)
+        return form_of(value, of_tensor) if isinstance(value, dict) else value
 
-    return tuple((name, form(value)) for name, value in given.items())
+    return tuple([(name, form(value)) for name, value in given.items()])
 
 
 def layout_of(given: Mapping[str, Any]) -> Hashable:
