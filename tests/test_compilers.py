@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from triton.compiler import CompiledKernel
-from triton.runtime._async_compile import active_mode
+from triton.runtime._async_compile import FutureKernel, active_mode
 from triton.runtime.errors import OutOfResources
 
 from fisedit.runtime.kernels import compilers
@@ -130,6 +130,7 @@ def test_a_rehearsal_loads_what_is_compiled() -> None:
 def test_what_a_rehearsal_compiles_is_loaded_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """By threads of its device, also what another mask will choose."""
     loaded, devices = set[int](), list[int]()
+    monkeypatch.delattr(FutureKernel, "__getattr__", raising=False)  # Triton 3.6 has none
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)

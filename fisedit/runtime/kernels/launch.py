@@ -170,7 +170,7 @@ def rehearse(compilers: Executor, decide: bool = False, progress: Progress | Non
         with AsyncCompileMode(compilers) as mode:
             yield rehearsal
             rehearsal.news |= bool(mode.raw_futures)
-        load_all(mode.future_kernels.values())
+        load_all([future.result() for future in mode.future_kernels.values()])
     finally:
         _rehearsal.reset(token)
 
