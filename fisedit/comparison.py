@@ -98,8 +98,9 @@ def timed_calls(module: nn.Module) -> Iterator[list[float]]:
     starts: list[float] = []
 
     def now() -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        device = next(module.parameters()).device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         return time.perf_counter()
 
     before = module.register_forward_pre_hook(lambda *_: starts.append(now()))

@@ -72,8 +72,9 @@ def active_session(unet: CompiledUNet) -> Session | None:
 
 
 def run_call(session: Session, call: Call) -> Any:
-    """Run a call in a session. Its graphs hold the casts of autocast; it would cast again."""
-    with torch.autocast(call.device_type, enabled=False):
+    """Run a call in a session. Its graphs hold the casts of autocast; it would cast again. Its GPU is the current one
+    meanwhile: kernels are launched and graphs captured there, wherever their tensors lie."""
+    with torch.cuda.device_of(call.tensors[call.sample]), torch.autocast(call.device_type, enabled=False):
         return session.run(call)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,15 @@ from tiny_pipeline import build_tiny_pipeline
 
 import fisedit
 from fisedit.errors import UnsupportedDtypeError
+from fisedit.runtime.cuda_graph import Replay
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 TARGETS = [("cpu", torch.float32), ("cpu", torch.bfloat16)]
 if torch.cuda.is_available():
     TARGETS += [("cuda", dtype) for dtype in TOLERANCES]
 DEVICES = list(dict.fromkeys(device for device, _ in TARGETS))
+OTHERS = ["cuda:1"] if torch.cuda.device_count() > 1 else []
+"""A GPU that is not the current one."""
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
@@ -41,7 +46,7 @@ def test_reference_kernels(device: str, dtype: torch.dtype) -> None:
         assert torch.equal(out[..., ~mask], h.recorded.cpu().double()[..., ~mask])
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES + OTHERS)
 def test_detect_and_edit(device: str) -> None:
     """The whole way on the device: record, detect with control, sparse steps, an edit recorded and edited."""
     unet = fisedit.compile(models.one_level().to(device))
@@ -77,7 +82,7 @@ def test_channels_last(device: str) -> None:
         assert (h.edit(mask.to(device)) - h.dense)[..., mask].abs().max() <= 1e-5 * h.dense.abs().max(), name
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", DEVICES + OTHERS)
 def test_edits_at_once(device: str) -> None:
     """Masks of their own, found and given, in common calls: as one by one."""
     unet = fisedit.compile(models.one_level().to(device))
@@ -108,7 +113,9 @@ def test_edits_at_once(device: str) -> None:
         assert torch.equal(out[number : number + 1][..., outside], base.latents[-1][..., outside])
 
 
-@pytest.mark.parametrize(("device", "offload"), [(d, False) for d in DEVICES] + [("cuda", True)][: len(DEVICES) - 1])
+@pytest.mark.parametrize(
+    ("device", "offload"), [(d, False) for d in DEVICES + OTHERS] + [("cuda", True)][: len(DEVICES) - 1]
+)
 def test_pipeline(device: str, offload: bool, tmp_path: Path) -> None:
     """A stochastic sampler with a generator on the CPU; with ``enable_model_cpu_offload`` where there is a GPU."""
     pipe = build_tiny_pipeline(tmp_path)
@@ -134,3 +141,30 @@ def test_half_precision_on_a_cpu_is_refused() -> None:
     sample, text = call["sample"].half(), call["encoder_hidden_states"].half()
     with pytest.raises(UnsupportedDtypeError, match="float16 on cpu"), unet.record():
         unet(sample, 5, text)
+
+
+def test_the_gpu_of_a_call_is_the_current_one_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels are launched on the current GPU, and graphs are captured there."""
+    current: list[torch.Tensor] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    unet = fisedit.compile(models.one_level(), provider="triton")
+    call = models.arguments(unet, (8, 8))
+    run, calls = Replay.run, list[torch.Tensor]()
+
+    def watched(self: Replay, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        calls.append(current[-1])
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(Replay, "run", watched)
+    with unet.record() as base:
+        unet(**call)
+    with unet.edit(base, torch.eye(8)):
+        unet(**call)
+    assert calls == [call["sample"]] and not current

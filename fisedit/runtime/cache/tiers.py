@@ -258,7 +258,7 @@ class Tiers:
             return None
         layout.write(data, values)
         ready = torch.cuda.Event()
-        ready.record()
+        ready.record(torch.cuda.current_stream(self.device))
         return Block(kind, layout, "gpu", data, ready=ready)
 
     def allocate(self, nbytes: int) -> Tensor:
@@ -309,7 +309,7 @@ class Tiers:
     def _copy(self, source: Tensor, data: Tensor, slab: Slab, name: str) -> torch.cuda.Event:
         """Copy from the GPU to the host beside what is computed; the event of its end."""
         computed, ready = torch.cuda.Event(), torch.cuda.Event()
-        computed.record()
+        computed.record(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stores):
             self.stores.wait_event(computed)
             with span("store", name, self.device, {"bytes": source.numel()}):
