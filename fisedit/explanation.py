@@ -88,10 +88,13 @@ def workspaces(graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timi
 def _layers(
     graph: Graph, rows: Mapping[Level, int], dtype: torch.dtype, timings: Timings
 ) -> Iterator[tuple[Node, list[Known]]]:
-    """Products and self-attentions, and what is known of them; of convolutions in blocks, too."""
+    """Products and self-attentions, and what is known of them; of convolutions in blocks, too, which are chosen only
+    where something is known of the product."""
     for node in graph.nodes:
-        if shapes := shapes_of(node, rows, dtype):
-            yield node, [(shape, number, timings.expect(shape, number)) for shape, number in shapes]
+        shapes = shapes_of(node, rows, dtype)
+        known: list[Known] = [(shape, number, timings.expect(shape, number)) for shape, number in shapes]
+        if known:
+            yield node, known if known[0][2] else known[:1]
 
 
 def shapes_of(
