@@ -120,7 +120,7 @@ class CompileConfig:
             these that no call waits for (:func:`~fisedit.runtime.cache.keys.plan_keys`).
         cost: how convolutions are cut, see :class:`~fisedit.runtime.cost_model.CostModel`.
         provider: whose kernels run the edit: ``"triton"`` (fused, in CUDA graphs), ``"reference"`` (plain PyTorch), or
-            ``"auto"``: Triton on a GPU that has it.
+            ``"auto"``: Triton on a GPU where it can launch kernels, which takes a C compiler.
         dense: what runs dense on a GPU (calls outside sessions, recording, seeking a mask, edits of most of the image):
             ``"inductor"`` compiles it at the first such call, for a minute or two; ``"eager"`` never does. A CPU never
             compiles.

@@ -290,6 +290,19 @@ class UnavailableDeviceError(FISEditError):
 
 
 @dataclass(eq=False, repr=False)
+class UnavailableProviderError(FISEditError):
+    """Kernels were asked for that this machine cannot launch."""
+
+    provider: str
+    reason: str
+
+    template: ClassVar[str] = (
+        "The kernels of provider={provider!r} cannot be launched here: {reason}. They need Triton, a C compiler and "
+        "Python's headers (on Debian the packages gcc and python3-dev); provider='reference' needs none of these."
+    )
+
+
+@dataclass(eq=False, repr=False)
 class UnreadableModelError(FISEditError):
     """A folder whose pipeline cannot be loaded."""
 

@@ -169,6 +169,7 @@ class CompiledUNet(nn.Module):
         Raises:
             NestedSessionError: inside another ``record`` or ``edit`` of this model.
             UnsupportedCaptureError, UnsupportedDtypeError: at the first call, if the model cannot be captured.
+            UnavailableProviderError: at the first call, if ``provider="triton"`` cannot launch kernels here.
         """
         state = self._weights()
         recording = self._new_recording(state)

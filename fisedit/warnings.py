@@ -20,6 +20,10 @@ class NotCompiledWarning(FISEditWarning):
     """Inductor could not compile a dense graph, which runs uncompiled."""
 
 
+class NotFusedWarning(FISEditWarning):
+    """Triton cannot launch kernels on this machine's GPU, so that edits run by plain PyTorch, op by op."""
+
+
 class PageableMemoryWarning(FISEditWarning):
     """Host memory could not be page-locked, so that copies from and to it hold the GPU up."""
 

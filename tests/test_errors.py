@@ -44,6 +44,15 @@ EXAMPLES = [
     (errors.InvalidAlignmentError(given="3 tokens", expected="77"), ["has 3 tokens", "expected 77", "align_prompts"]),
     (errors.UnavailableDeviceError(device="cuda", available=["cpu", "mps:0"]), ["'cuda'", "cpu, mps:0"]),
     (
+        errors.UnavailableProviderError(provider="triton", reason="no C compiler"),
+        [
+            "provider='triton'",
+            "launched here: no C compiler. They need",
+            "gcc and python3-dev",
+            "'reference' needs none",
+        ],
+    ),
+    (
         errors.UnreadableModelError(folder="models/sd", reason="no {weights}"),
         ["models/sd", "no {weights}", "save_pretrained"],
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 from typing import Any
 
 import pytest
@@ -10,7 +12,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, library
+from triton.runtime import driver
 
+from fisedit.errors import UnavailableProviderError
 from fisedit.runtime import kernels, ops
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.geometry import ConvGeometry, Upsample
@@ -22,6 +26,7 @@ from fisedit.runtime.kernels.row_attention.reference import row_attention
 from fisedit.runtime.kernels.scatter_rows.reference import scatter_rows
 from fisedit.runtime.kernels.sparse_conv.reference import sparse_conv
 from fisedit.runtime.plan import MaskPlan, Table
+from fisedit.warnings import NotFusedWarning
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -230,3 +235,53 @@ def test_every_op_passes_opcheck() -> None:
     for name, arguments in calls.items():
         op = getattr(torch.ops.fisedit, name).default
         library.opcheck(op, arguments, named.get(name), test_utils=("test_schema", "test_faketensor"))
+
+
+class Uncompiled:
+    """Triton's driver where it finds no C compiler, or its compiler no header."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+    @property
+    def utils(self) -> object:
+        if self.error is not None:
+            raise self.error
+        return self
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nor so"),
+        subprocess.CalledProcessError(1, ["gcc", "driver.c"]),
+        FileNotFoundError("ldconfig"),
+    ],
+)
+def test_a_gpu_without_a_compiler_runs_plain_pytorch(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one warning for all models; an error where Triton was asked for."""
+    gpu = torch.device("cuda", 7)
+    monkeypatch.setattr(type(driver), "active", Uncompiled(error))
+    reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(".")
+    kernels.choose_provider.cache_clear()
+    with pytest.warns(NotFusedWarning, match=f"{re.escape(reason)}. .*gcc") as seen:
+        assert [kernels.choose_provider("auto", gpu) for _ in range(2)] == ["reference"] * 2
+    assert len(seen) == 1
+    with pytest.raises(
+        UnavailableProviderError, match=re.escape(f"provider='triton' cannot be launched here: {reason}.")
+    ):
+        kernels.choose_provider("triton", gpu)
+    assert kernels.choose_provider("reference", gpu) == "reference"
+    monkeypatch.setattr(type(driver), "active", Uncompiled(None))
+    kernels.choose_provider.cache_clear()
+    assert [kernels.choose_provider(asked, gpu) for asked in ("auto", "triton")] == ["triton"] * 2
+    kernels.choose_provider.cache_clear()
+
+
+def test_a_gpu_without_triton_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    kernels.choose_provider.cache_clear()
+    with pytest.warns(NotFusedWarning, match="Triton is not installed"):
+        assert kernels.choose_provider("auto", torch.device("cuda", 7)) == "reference"
+    assert kernels.choose_provider("auto", torch.device("cpu")) == "reference"
+    kernels.choose_provider.cache_clear()

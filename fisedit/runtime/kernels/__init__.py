@@ -10,11 +10,14 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
+from subprocess import SubprocessError
 from typing import Any
 
 import torch
 
+from fisedit.errors import UnavailableProviderError
 from fisedit.runtime import ops
+from fisedit.warnings import NotFusedWarning, warn
 
 PROVIDERS: dict[str, tuple[str, ...]] = {
     "reference": tuple(name for name in ops.SCHEMAS if name not in ops.STRUCTURAL),
@@ -44,11 +47,39 @@ for _name in PROVIDERS["reference"]:
     ops.namespace.impl(_name, _load(_name, "reference"), "CompositeExplicitAutograd")
 
 
+@cache
 def choose_provider(provider: str, device: torch.device) -> str:
-    """``"auto"`` is Triton on a GPU that has it, else the reference."""
-    if provider != "auto":
-        return provider
-    return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "reference"
+    """``"auto"`` is Triton on a GPU where it can launch kernels, else the reference.
+
+    Raises:
+        UnavailableProviderError: Triton was asked for, and cannot.
+    """
+    if device.type != "cuda" or provider == "reference":
+        return "reference" if provider == "auto" else provider
+    reason = why_not_triton()
+    if reason is not None and provider == "triton":
+        raise UnavailableProviderError(provider=provider, reason=reason)
+    if reason is not None:
+        warn(
+            f"Edits run by plain PyTorch, much slower than by our kernels: {reason}. These need Triton, a C compiler "
+            "and Python's headers (on Debian the packages gcc and python3-dev).",
+            NotFusedWarning,
+        )
+    return "triton" if reason is None else "reference"
+
+
+def why_not_triton() -> str | None:
+    """Why Triton cannot launch kernels on this machine's GPU; ``None`` if it can. What launches them is C, which it
+    compiles when it is needed first, and keeps."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    from triton.runtime import driver
+
+    try:
+        _ = driver.active.utils
+    except (RuntimeError, OSError, ImportError, SubprocessError) as error:
+        return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+    return None
 
 
 def find(target: Any, provider: str) -> tuple[str, Callable[..., Any]] | None:
