@@ -112,7 +112,7 @@ def next_power_of_2(number: int) -> int:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
-    return tensor.is_cuda and _capability(tensor.device) >= (9, 0)
+    return tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
 
 
 @cache
@@ -135,7 +135,9 @@ def is_aligned(rows: Tensor) -> bool:
 def starts_early() -> bool:
     """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without
     one, on an H100."""
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0)
+    if not torch.cuda.is_available():
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @cache
@@ -146,6 +148,16 @@ def specializes() -> bool:
 
     hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
     return hopper and torch.version.hip is None and re.match(r"3\.[67]\.", __version__) is not None
+
+
+@cache
+def shared_memory(programs: int = 1) -> int:
+    """Bytes that so many programs of a multiprocessor of the current GPU can have together, each of which takes one KB
+    besides; without a GPU, of an H100."""
+    found = 228 * 1024
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(torch.cuda.current_device()).shared_memory_per_multiprocessor
+    return found - 1024 * programs
 
 
 @cache

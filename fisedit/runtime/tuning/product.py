@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fisedit.runtime.kernels.launch import cdiv, specializes, starts_early
+from fisedit.runtime.kernels.launch import cdiv, shared_memory, specializes, starts_early
 from fisedit.runtime.kernels.multiply_rows.attend import blocks_of
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
@@ -54,8 +54,6 @@ TURNS = (
     Config(128, 64, 64, 4, 6, specialized=True, turns=True),
 )
 """Such tiles of linear layers that two groups of warps take in turn."""
-SHARED_MEMORY = 227 * 1024
-"""Bytes that a program can have on a GPU of compute capability 9.0."""
 MULTIPROCESSORS = 132
 LEAST_STEPS = 4
 """Of the inner dimension, for a program of a split product."""
@@ -219,7 +217,7 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     ):
         return False
     sums = tile.m * wide(tile, product) // (32 * tile.warps)  # of each thread, in registers
-    return sums <= 128 and _deepest(tile, product, SHARED_MEMORY) >= 3 and not (tile.turns and product.taps)
+    return sums <= 128 and _deepest(tile, product, shared_memory()) >= 3 and not (tile.turns and product.taps)
 
 
 @cache
@@ -295,7 +293,8 @@ def _stages(tile: Config, product: Product, programs: int) -> int:
     ends, programs start where there is room, and two in one place take twice as long as the rest.
     """
     wanted = next(of.stages for of in TILES + SPECIALIZED if replace(of, split=tile.split, stages=tile.stages) == tile)
-    deep, shared = (_deepest(tile, product, memory) for memory in (SHARED_MEMORY, SHARED_MEMORY // 2))
+    memory = shared_memory()
+    deep, shared = (_deepest(tile, product, size) for size in (memory, memory // 2))
     if programs <= MULTIPROCESSORS and starts_early():
         return min(max(wanted, shared + 1), deep)
     alone = tile.warps == 8 and (product.taps > 1 or tile.n > 128)  # for its registers

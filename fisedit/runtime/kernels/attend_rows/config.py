@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fisedit.runtime.kernels.launch import cdiv, next_power_of_2, starts_early
+from fisedit.runtime.kernels.launch import cdiv, next_power_of_2, shared_memory, starts_early
 from fisedit.runtime.kernels.share_out import MOST_PARTS
 
 MULTIPROCESSORS = 132
 """Of an H100 or H200, for which ``choose_config`` was measured."""
 DEEPEST = 15
 """Stages: before its first product, a program runs through all but one."""
-SHARED_MEMORY = 226 * 1024
-"""Bytes that the programs of a multiprocessor can have together."""
 GROUPS, GROUP = 3, 64
 """Groups of four warps that attend where warps have tasks of their own, each for so many queries of a tile."""
 
@@ -78,9 +76,10 @@ def deepen(tile: Config, queries: int, pairs: int, head_dim: int) -> Config:
     each = cdiv(tile.programs or cdiv(queries, tile.m) * pairs, MULTIPROCESSORS)
     row = 2 * max(16, next_power_of_2(head_dim))  # bytes in half precision
     own, block = tile.m * row, tile.n * 2 * row + (0 if tile.whole else tile.n * 4)  # queries; keys, values, table
-    blocks = (SHARED_MEMORY // (each + 1) - own) // block + 1
+    memory = shared_memory(2)
+    blocks = (memory // (each + 1) - own) // block + 1
     stages = blocks if tile.whole else 2 * blocks - 1  # a block is loaded two stages after its table
-    fits = each <= 2 and stages <= DEEPEST and own + blocks * block <= SHARED_MEMORY // each
+    fits = each <= 2 and stages <= DEEPEST and own + blocks * block <= memory // each
     return replace(tile, stages=max(tile.stages, stages)) if fits else tile
 
 

@@ -19,7 +19,15 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fisedit.runtime.kernels.activate import ACTIVATIONS, PTX
-from fisedit.runtime.kernels.launch import cdiv, has_descriptors, is_aligned, launch, multiprocessors, overlaps
+from fisedit.runtime.kernels.launch import (
+    cdiv,
+    has_descriptors,
+    is_aligned,
+    launch,
+    multiprocessors,
+    overlaps,
+    shared_memory,
+)
 from fisedit.runtime.kernels.multiply_rows.epilogue import (
     finish_shares,
     finish_tile,
@@ -283,11 +291,17 @@ PROCESSORS = 132
 
 
 def choose(rows: int, columns: int, inner: int, chunk: int, gated: bool, gathered: bool, dtype: torch.dtype) -> Config:
-    """A tile for a product of ``rows x inner x columns`` by rule.
+    """A tile for a product of ``rows x inner x columns`` by rule, as deep as the GPU's shared memory holds.
 
     Args:
         rows, columns, inner: of the product. chunk: channels that are read in one piece.
     """
+    tile = _choose(rows, columns, inner, chunk, gated, gathered, dtype)
+    step = (tile.m + tile.n * (2 if gated else 1)) * tile.k * dtype.itemsize
+    return replace(tile, stages=min(tile.stages, shared_memory() // step))
+
+
+def _choose(rows: int, columns: int, inner: int, chunk: int, gated: bool, gathered: bool, dtype: torch.dtype) -> Config:
     if dtype == torch.float32 or inner < 64:
         return SMALL if inner < 64 else Config(32, 64, 32, 4, 3)
     if gated:
