@@ -34,13 +34,13 @@ from triton.runtime import driver
 from fisedit.environment import describe_environment, environment_line
 from fisedit.runtime.kernels.attend_rows.config import Config
 from fisedit.runtime.kernels.attend_rows.triton import attend_rows
-from fisedit.runtime.kernels.launch import shared_memory
 from fisedit.runtime.kernels.multiply_rows.attend import multiply_attend
 from fisedit.runtime.kernels.multiply_rows.triton import multiply_rows
 from fisedit.runtime.tuning.attend_rows import Attention
 from fisedit.runtime.tuning.product import MULTIPROCESSORS, SPECIALIZED, TILES, TURNS
 
-H100 = GPUTarget("cuda", 90, 32)
+H100, SHARED_MEMORY = GPUTarget("cuda", 90, 32), 227 * 1024
+"""And the bytes that a program has there."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 LINE = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)\s*(.*?);", re.MULTILINE)
 
@@ -154,13 +154,13 @@ def tiles(only: str) -> Iterator[tuple[str, Code]]:
             if re.search(only, name) and not (tile.turns and kind == "convolution"):
                 with compiling() as made:
                     multiply_rows(**given, config=tile)
-                yield from ((name, code) for code in made if code.shared <= shared_memory())
+                yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
     for tile in (tile for tile in TILES + SPECIALIZED if tile.n == 64 and tile.m >= 16 * tile.warps):
         name = f"attending, {tile}"
         if re.search(only, name):
             with compiling() as made:
                 multiply_attend(**attending(512, 640, 64), config=tile)
-            yield from ((name, code) for code in made if code.shared <= shared_memory())
+            yield from ((name, code) for code in made if code.shared <= SHARED_MEMORY)
 
 
 def attending(rows: int, c: int, head_dim: int) -> dict[str, Any]:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-import torch
 from rich.table import Table
 from torch import nn
 
 from fisedit.results import EditResult
+from fisedit.runtime.timing import wait_for
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,18 @@ def timed_calls(module: nn.Module) -> Iterator[list[float]]:
     seconds: list[float] = []
     starts: list[float] = []
 
-    def now() -> float:
-        device = next(module.parameters()).device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    def now(args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        wait_for((*args, *kwargs.values()))
         return time.perf_counter()
 
-    before = module.register_forward_pre_hook(lambda *_: starts.append(now()))
-    after = module.register_forward_hook(lambda *_: seconds.append(now() - starts.pop()))
+    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
+        starts.append(now(args, kwargs))
+
+    def end(_: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        seconds.append(now(args, kwargs) - starts.pop())
+
+    before = module.register_forward_pre_hook(begin, with_kwargs=True)
+    after = module.register_forward_hook(end, with_kwargs=True)
     try:
         yield seconds
     finally:

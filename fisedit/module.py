@@ -215,6 +215,7 @@ class CompiledUNet(nn.Module):
             ForeignRecordingError, IncompleteRecordingError, SessionClosedError: ``base`` cannot be edited here.
             RecordingMismatchError: at the first call, if its settings differ from the recorded ones.
             InvalidMaskError, NestedSessionError, UnknownOptionError.
+            UnavailableProviderError: at the first call, as of :meth:`record`.
         """
         several = isinstance(base, (list, tuple))
         bases = list(base) if several else [base]

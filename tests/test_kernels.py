@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -250,6 +251,20 @@ class Uncompiled:
         return self
 
 
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """What was found out about this machine's Triton is forgotten, before and after."""
+
+    def forget() -> None:
+        kernels.why_not_triton.cache_clear()
+        kernels._fall_back.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize(
     "error",
     [
@@ -263,7 +278,6 @@ def test_a_gpu_without_a_compiler_runs_plain_pytorch(error: Exception, monkeypat
     gpu = torch.device("cuda", 7)
     monkeypatch.setattr(type(driver), "active", Uncompiled(error))
     reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(".")
-    kernels.choose_provider.cache_clear()
     with pytest.warns(NotFusedWarning, match=f"{re.escape(reason)}. .*gcc") as seen:
         assert [kernels.choose_provider("auto", gpu) for _ in range(2)] == ["reference"] * 2
     assert len(seen) == 1
@@ -272,16 +286,30 @@ def test_a_gpu_without_a_compiler_runs_plain_pytorch(error: Exception, monkeypat
     ):
         kernels.choose_provider("triton", gpu)
     assert kernels.choose_provider("reference", gpu) == "reference"
+    kernels.why_not_triton.cache_clear()
     monkeypatch.setattr(type(driver), "active", Uncompiled(None))
-    kernels.choose_provider.cache_clear()
     assert [kernels.choose_provider(asked, gpu) for asked in ("auto", "triton")] == ["triton"] * 2
-    kernels.choose_provider.cache_clear()
 
 
+@pytest.mark.usefixtures("fresh")
 def test_a_gpu_without_triton_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    kernels.choose_provider.cache_clear()
     with pytest.warns(NotFusedWarning, match="Triton is not installed"):
         assert kernels.choose_provider("auto", torch.device("cuda", 7)) == "reference"
     assert kernels.choose_provider("auto", torch.device("cpu")) == "reference"
-    kernels.choose_provider.cache_clear()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize(("version", "reason"), [("3.6.0", "there is no C compiler"), ("3.7.1", None)])
+def test_an_older_triton_needs_its_compiler_again(
+    version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its driver may lie compiled in the cache, but not what launches other kinds of arguments."""
+    monkeypatch.setattr("triton.__version__", version)
+    monkeypatch.setattr(type(driver), "active", Uncompiled(None))
+    monkeypatch.setattr(kernels, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert kernels.why_not_triton() == reason
+    kernels.why_not_triton.cache_clear()
+    monkeypatch.setenv("CC", "cc")
+    assert kernels.why_not_triton() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -104,6 +105,20 @@ def test_two_programs_may_share_where_none_starts_early(monkeypatch: pytest.Monk
     assert 2 * way.stages * (64 + 128) * 64 * 2 <= 227 * 1024
 
 
+@pytest.fixture
+def other_gpu() -> Iterator[None]:
+    """What was found for one GPU is forgotten, before and after."""
+
+    def forget() -> None:
+        for cached in (candidates, module.fit, module.estimate):
+            cached.cache_clear()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("other_gpu")
 @pytest.mark.parametrize("early", [False, True])
 def test_tiles_fit_a_gpu_with_less_shared_memory(early: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """99 KB for a program, as on most GPUs that are no data center's; the rule's tile as well."""
@@ -111,16 +126,12 @@ def test_tiles_fit_a_gpu_with_less_shared_memory(early: bool, monkeypatch: pytes
         monkeypatch.setattr(where, "shared_memory", lambda: 99 * 1024)
     monkeypatch.setattr(module, "starts_early", lambda: early)
     monkeypatch.setattr(module, "specializes", lambda: False)
-    for cached in (candidates, module.fit, module.estimate):
-        cached.cache_clear()
     for shape in (product(9, (1280, 0), 1280), product(0, (1280, 0), 10240, "gelu gated"), product(0, (320, 0), 960)):
         for rows in (8, 24, 96, 200, 800, 3000):
             assert len(tiles(shape, rows)) >= 2
             for way in (*candidates(shape, rows), module.rule(shape, 2 * rows)):
                 step = (way.m + wide(way, shape)) * way.k * 2
                 assert way.stages >= 2 and step * (way.stages - (way.m < 64)) <= 99 * 1024
-    for cached in (candidates, module.fit, module.estimate):
-        cached.cache_clear()
 
 
 def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from fisedit.runtime.cuda_graph import CAPTURING
 from fisedit.runtime.executor import Executable, Keep, Stage
+from fisedit.runtime.timing import wait_for
 from fisedit.warnings import NotCompiledWarning, warn
 
 logger = logging.getLogger("fisedit")
@@ -58,13 +59,12 @@ class Compilation:
         return f"{self.name}: " + ("not called yet" if self.seconds is None else f"{self.seconds:.1f} s")
 
     @contextmanager
-    def timed(self) -> Iterator[None]:
-        """Note how long the block takes; the first one compiles."""
+    def timed(self, given: Iterable[Any]) -> Iterator[None]:
+        """Note how long the block takes, on the GPU of what a call is given; the first one compiles."""
         logger.info("compiling the %s graph for this GPU; compile(unet, dense='eager') never does", self.name)
         start = time.perf_counter()
         yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait_for(given)
         self.seconds = (self.seconds or 0.0) + time.perf_counter() - start
         logger.info("compiled the %s graph in %.1f s", self.name, self.seconds)
 
@@ -130,7 +130,7 @@ class CompiledStage:
     def _run_compiled(self, inputs: Sequence[Tensor], keep: Keep | None) -> list[Tensor]:
         captured = self._captured
         if captured is None:
-            with _compiling, self.compilation.timed():
+            with _compiling, self.compilation.timed(inputs):
                 captured = self._captured = self._capture(inputs)
         if captured.addresses != self._addresses():  # the weights were moved
             captured = self._captured = self._capture(inputs)
@@ -225,7 +225,7 @@ class CompiledModel:
         with _compiling:
             if self._compiled is not None:  # another thread was first
                 return self.model(*args, **kwargs)
-            with self.compilation.timed():
+            with self.compilation.timed((*args, *kwargs.values())):
                 compiled = torch.compile(self.model, **MODEL_OPTIONS)
                 result = _owned(compiled(*args, **kwargs))
             self._compiled, self._owner.thread = compiled, threading.get_ident()

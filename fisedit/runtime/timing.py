@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -18,6 +20,12 @@ def now(device: torch.device) -> Moment:
     event = torch.cuda.Event(enable_timing=True)
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+def wait_for(given: Iterable[Any]) -> None:
+    """Wait for the GPUs on which tensors among the arguments of a call lie."""
+    for device in {value.device for value in given if isinstance(value, torch.Tensor) and value.is_cuda}:
+        torch.cuda.synchronize(device)
 
 
 def seconds_between(first: Moment, last: Moment) -> float:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import re
 from collections.abc import Callable
 from functools import cache
+from shutil import which
 from subprocess import SubprocessError
 from typing import Any
 
@@ -47,7 +50,6 @@ for _name in PROVIDERS["reference"]:
     ops.namespace.impl(_name, _load(_name, "reference"), "CompositeExplicitAutograd")
 
 
-@cache
 def choose_provider(provider: str, device: torch.device) -> str:
     """``"auto"`` is Triton on a GPU where it can launch kernels, else the reference.
 
@@ -59,22 +61,31 @@ def choose_provider(provider: str, device: torch.device) -> str:
     reason = why_not_triton()
     if reason is not None and provider == "triton":
         raise UnavailableProviderError(provider=provider, reason=reason)
-    if reason is not None:
-        warn(
-            f"Edits run by plain PyTorch, much slower than by our kernels: {reason}. These need Triton, a C compiler "
-            "and Python's headers (on Debian the packages gcc and python3-dev).",
-            NotFusedWarning,
-        )
-    return "triton" if reason is None else "reference"
+    return "triton" if reason is None else _fall_back(reason)
 
 
+@cache
+def _fall_back(reason: str) -> str:
+    """The provider instead of Triton, with one warning."""
+    warn(
+        f"Edits run by plain PyTorch, much slower than by our kernels: {reason}. These need Triton, a C compiler "
+        "and Python's headers (on Debian the packages gcc and python3-dev).",
+        NotFusedWarning,
+    )
+    return "reference"
+
+
+@cache
 def why_not_triton() -> str | None:
     """Why Triton cannot launch kernels on this machine's GPU; ``None`` if it can. What launches them is C, which it
-    compiles when it is needed first, and keeps."""
+    compiles when it is needed first, and keeps; up to Triton 3.6, for each kind of arguments."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
+    import triton
     from triton.runtime import driver
 
+    if re.match(r"3\.[0-6]\.", triton.__version__) and not (os.environ.get("CC") or any(map(which, ("gcc", "clang")))):
+        return "there is no C compiler"
     try:
         _ = driver.active.utils
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:

@@ -112,13 +112,13 @@ def next_power_of_2(number: int) -> int:
 
 def overlaps(tensor: Tensor) -> bool:
     """Whether kernels on a tensor's device may start before those before them end (programmatic dependent launch)."""
-    return tensor.is_cuda and torch.version.hip is None and _capability(tensor.device) >= (9, 0)
+    return tensor.is_cuda and _overlaps(tensor.device)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    """PyTorch looks it up at each call, and each launch asks."""
-    return torch.cuda.get_device_capability(device)
+def _overlaps(device: torch.device) -> bool:
+    """Each launch asks, and PyTorch would look it up each time."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_descriptors(tensor: Tensor) -> bool:
@@ -135,9 +135,7 @@ def is_aligned(rows: Tensor) -> bool:
 def starts_early() -> bool:
     """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without
     one, on an H100."""
-    if not torch.cuda.is_available():
-        return True
-    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+    return not torch.cuda.is_available() or _overlaps(torch.device("cuda", torch.cuda.current_device()))
 
 
 @cache

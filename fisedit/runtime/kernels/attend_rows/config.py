@@ -53,6 +53,8 @@ def choose_config(queries: int, keys: int, head_dim: int, pairs: int, itemsize: 
         tile = Config(32, 32, 4, 2) if head_dim <= 128 else Config(16, 32, 4, 1)
     elif keys <= 128 and head_dim > 64:
         tile = Config(64, 32, 4, 2) if head_dim > 128 else Config(32, 128, 4, 2)
+    elif head_dim > 128 and shared_memory() < 176 * 1024:  # less than an H100 has
+        tile = Config(64, 32, 4, 3 if gathered else 2)
     elif head_dim > 128:
         tile = Config(64, 64, 8, 3)
     elif keys <= 128:
