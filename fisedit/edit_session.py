@@ -229,7 +229,7 @@ class EditSession:
             halos = self._fetch_halos(group, call, program, replays, masks)
             group.replay = replays.take(masks, call.batch, call.device, halos)
         replay, prefetch, number = group.replay, group.prefetch, self.calls - 1
-        fetched = self._fetching(group, source, lambda of: replay.run(call.tensors, of, group.memo, keep))
+        fetched = self._fetching(group, source, lambda of: replays.run(replay, call.tensors, of, group.memo, keep))
         if prefetch is None:
             return fetched
 

@@ -20,10 +20,12 @@ from meter import Allocations, Meter  # noqa: E402
 from other_unets import LinearAttentionUNet, built  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+import fisedit  # noqa: E402
 from fisedit.explanation import workspaces  # noqa: E402
 from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
+from fisedit.runtime.cuda_graph import Replay  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
 from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
@@ -156,6 +158,39 @@ def test_inspect_tells() -> None:
         f"memory of a call with all rows active: 60 values in 23 buffers, at most {peak / 2**20:.2f} MiB at once"
     )
     assert "memory of a call" not in h.program.inspect("record") + h.program.inspect("detect")
+
+
+def test_graphs_that_wait_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the GPU has no memory for a graph of other sizes; if none waits, the caller is told."""
+    unet = fisedit.compile(models.one_level(), provider="triton")
+    call = models.arguments(unet, SIZE)
+    with unet.record() as base:
+        recorded = unet(**call)[0]
+    (program,) = unet._live.programs.values()
+    replays, run, refused = program.replays(), Replay.run, list[Replay]()
+
+    def crowded(self: Replay, *args: Any, **kwargs: Any) -> list[Tensor]:
+        if self.buckets not in known and (replays._idle or not refused):
+            refused.append(self)
+            raise torch.OutOfMemoryError("no memory")
+        return run(self, *args, **kwargs)
+
+    def edited(rows: int) -> Tensor:
+        mask = torch.zeros(SIZE)
+        mask[:rows] = 1
+        with unet.edit(base, mask), torch.no_grad():
+            return unet(**call)[0]
+
+    torch.testing.assert_close(edited(1), recorded)
+    known = {buckets for buckets, _ in replays._idle}
+    assert len(known) == 1
+    monkeypatch.setattr(Replay, "run", crowded)
+    torch.testing.assert_close(edited(5), recorded)
+    assert len(refused) == 1 and {buckets for buckets, _ in replays._idle} == {refused[0].buckets}
+    replays._idle.clear()
+    refused.clear()
+    with pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        edited(5)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -211,6 +211,25 @@ class Replays:
             replay.plan.write(projected, halos)
         return replay
 
+    def run(
+        self, replay: Replay, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, keep: Keep | None = None
+    ) -> list[Tensor]:
+        """One call of a graph that was taken; where the GPU's memory runs out, those that wait for other masks go, and
+        it is run again.
+
+        Raises:
+            torch.OutOfMemoryError: none waited, or that was not enough.
+        """
+        try:
+            return replay.run(inputs, source, memo, keep)
+        except torch.OutOfMemoryError:
+            if not self._idle:
+                raise
+        with self._lock:
+            self._idle.clear()
+        torch.cuda.empty_cache()
+        return replay.run(inputs, source, memo, keep)
+
     def give_back(self, replay: Replay) -> None:
         replay.end_session()
         with self._lock:
