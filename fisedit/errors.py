@@ -297,8 +297,8 @@ class UnavailableProviderError(FISEditError):
     reason: str
 
     template: ClassVar[str] = (
-        "The kernels of provider={provider!r} cannot be launched here: {reason}. They need Triton, a C compiler and "
-        "Python's headers (on Debian the packages gcc and python3-dev); provider='reference' needs none of these."
+        "The kernels of provider={provider!r} cannot be launched here: {reason}. "
+        "provider='reference' is plain PyTorch, for any device."
     )
 
 

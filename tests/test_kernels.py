@@ -277,13 +277,12 @@ def test_a_gpu_without_a_compiler_runs_plain_pytorch(error: Exception, monkeypat
     """With one warning for all models; an error where Triton was asked for."""
     gpu = torch.device("cuda", 7)
     monkeypatch.setattr(type(driver), "active", Uncompiled(error))
-    reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(".")
-    with pytest.warns(NotFusedWarning, match=f"{re.escape(reason)}. .*gcc") as seen:
+    told = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(".")
+    reason = f"Triton's driver failed ({told}); Triton needs a C compiler and Python's headers"
+    with pytest.warns(NotFusedWarning, match=f"{re.escape(reason)}.*gcc") as seen:
         assert [kernels.choose_provider("auto", gpu) for _ in range(2)] == ["reference"] * 2
     assert len(seen) == 1
-    with pytest.raises(
-        UnavailableProviderError, match=re.escape(f"provider='triton' cannot be launched here: {reason}.")
-    ):
+    with pytest.raises(UnavailableProviderError, match=re.escape(f"'triton' cannot be launched here: {reason}")):
         kernels.choose_provider("triton", gpu)
     assert kernels.choose_provider("reference", gpu) == "reference"
     kernels.why_not_triton.cache_clear()
@@ -292,15 +291,21 @@ def test_a_gpu_without_a_compiler_runs_plain_pytorch(error: Exception, monkeypat
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_gpu_without_triton_runs_plain_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.warns(NotFusedWarning, match="Triton is not installed"):
+@pytest.mark.parametrize("reason", ["Triton is not installed", "written for GPUs of NVIDIA"])
+def test_a_gpu_that_kernels_are_not_for_runs_plain_pytorch(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason.startswith("Triton"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(torch.version, "hip", "6.4")
+    with pytest.warns(NotFusedWarning, match=reason):
         assert kernels.choose_provider("auto", torch.device("cuda", 7)) == "reference"
     assert kernels.choose_provider("auto", torch.device("cpu")) == "reference"
 
 
 @pytest.mark.usefixtures("fresh")
-@pytest.mark.parametrize(("version", "reason"), [("3.6.0", "there is no C compiler"), ("3.7.1", None)])
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.6.0", f"there is no C compiler; {kernels.NEEDED}"), ("3.7.1", None)]
+)
 def test_an_older_triton_needs_its_compiler_again(
     version: str, reason: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ TUNED = {
     ("multiply_attend_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
 }
 """Where ops are that choose among kernels."""
+NEEDED = "Triton needs a C compiler and Python's headers (on Debian the packages gcc and python3-dev)"
 
 
 @cache
@@ -68,8 +69,7 @@ def choose_provider(provider: str, device: torch.device) -> str:
 def _fall_back(reason: str) -> str:
     """The provider instead of Triton, with one warning."""
     warn(
-        f"Edits run by plain PyTorch, much slower than by our kernels: {reason}. These need Triton, a C compiler "
-        "and Python's headers (on Debian the packages gcc and python3-dev).",
+        f"Edits run by plain PyTorch, much slower than by our kernels, which cannot run here: {reason}.",
         NotFusedWarning,
     )
     return "reference"
@@ -77,19 +77,25 @@ def _fall_back(reason: str) -> str:
 
 @cache
 def why_not_triton() -> str | None:
-    """Why Triton cannot launch kernels on this machine's GPU; ``None`` if it can. What launches them is C, which it
-    compiles when it is needed first, and keeps; up to Triton 3.6, for each kind of arguments."""
+    """Why our kernels cannot be launched on this machine's GPU; ``None`` if they can.
+
+    What launches them is C. Triton compiles it when it is needed first, up to 3.6 for each kind of arguments, and keeps
+    it.
+    """
+    if torch.version.hip is not None:
+        return "they are written for GPUs of NVIDIA, and were never run on others"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
+        return "Triton is not installed (pip install triton)"
     import triton
     from triton.runtime import driver
 
     if re.match(r"3\.[0-6]\.", triton.__version__) and not (os.environ.get("CC") or any(map(which, ("gcc", "clang")))):
-        return "there is no C compiler"
+        return f"there is no C compiler; {NEEDED}"
     try:
         _ = driver.active.utils
     except (RuntimeError, OSError, ImportError, SubprocessError) as error:
-        return f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+        told = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(". ")
+        return f"Triton's driver failed ({told}); {NEEDED}"
     return None
 
 

@@ -118,7 +118,7 @@ def overlaps(tensor: Tensor) -> bool:
 @cache
 def _overlaps(device: torch.device) -> bool:
     """Each launch asks, and PyTorch would look it up each time."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def has_descriptors(tensor: Tensor) -> bool:
