@@ -233,6 +233,22 @@ def test_pipelines_are_short_where_no_program_starts_early(monkeypatch: pytest.M
     assert alone and all(short.stages <= 5 < way.stages for way, short in alone)
 
 
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("keys", [64, 256, 4096])
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 128, 160, 256])
+def test_rule_tiles_fit_a_gpu_with_less_shared_memory(
+    head_dim: int, keys: int, gathered: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """99 KB for a program, some of which what follows the sums takes; a block comes two stages after its table."""
+    monkeypatch.setattr(config, "shared_memory", lambda programs=1: (100 - programs) * 1024)
+    monkeypatch.setattr(config, "starts_early", lambda: False)
+    row = 2 * (1 << (head_dim - 1).bit_length())
+    for queries in (40, 400):
+        tile = choose_config(queries, keys, head_dim, 16, 2, gathered)
+        blocks = max(1, (tile.stages - 1) // (2 if gathered else 1))
+        assert tile.m * row + blocks * tile.n * 2 * row <= 90 * 1024
+
+
 def test_keys_are_put_in_one_piece_where_that_can_win() -> None:
     def found(attention: tuning.Attention, number: int) -> list[tuning.Way]:
         ways = tuning.candidates(attention, number)
