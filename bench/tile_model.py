@@ -66,7 +66,7 @@ def read(table: dict[str, dict[str, float]]) -> Iterator[Measured]:
         channels = (*map(int, sizes["channels"].split("+")), 0, 0)[:3]
         taps = int(found["kind"].split()[2]) if found["kind"].startswith("convolution") else 0
         shape = Product(taps, int(sizes["batch"]), channels, int(sizes["outputs"]), getattr(torch, dtype),
-                          json.loads(found["key"])[2])  # fmt: skip
+                        json.loads(found["key"])[2])  # fmt: skip
         parsed = {text: TILE.match(text) for text, time in times.items() if math.isfinite(time)}
         tiles = {Config(*map(int, match.groups()[:6]), match[7] is not None, match[8] is not None): times[text]
                  for text, match in parsed.items() if match}  # fmt: skip

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 ACTIVATIONS = {"none": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
-PTX: tl.constexpr = tl.constexpr(torch.version.hip is None and not triton.knobs.runtime.interpret)
-"""Whether kernels are compiled for a GPU that reads PTX, not interpreted."""
+PTX: tl.constexpr = tl.constexpr(not triton.knobs.runtime.interpret)
+"""Whether kernels are compiled, for a GPU that reads PTX, and not interpreted."""
 
 
 @triton.jit

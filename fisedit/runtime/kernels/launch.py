@@ -145,7 +145,7 @@ def specializes() -> bool:
     from triton import __version__
 
     hopper = not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] == 9
-    return hopper and torch.version.hip is None and re.match(r"3\.[67]\.", __version__) is not None
+    return hopper and re.match(r"3\.[67]\.", __version__) is not None
 
 
 @cache
