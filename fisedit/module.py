@@ -41,6 +41,7 @@ from fisedit.runtime.cache.tiers import Tiers
 from fisedit.runtime.cache.writer import Writer
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.dense import CompiledModel
+from fisedit.runtime.kernels import check_launches
 from fisedit.runtime.packed_weights import Made
 from fisedit.saving import load_recording, save_recording
 from fisedit.warnings import DenseIslandsWarning, warn
@@ -329,8 +330,10 @@ class CompiledUNet(nn.Module):
         Raises:
             UnsupportedCaptureError: the model cannot be traced.
             UnsupportedDtypeError: half precision on a CPU.
+            UnavailableProviderError: ``provider="triton"`` cannot launch kernels here.
         """
         sample = call.tensors[call.sample]
+        check_launches(self.compile_config.provider, sample.device)
         if sample.dtype == torch.float16 and sample.device.type == "cpu":
             raise UnsupportedDtypeError(dtype="float16", device="cpu", supported=("float32", "bfloat16"))
         live, model = self._live, call.model or self._dense

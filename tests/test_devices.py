@@ -11,12 +11,13 @@ from typing import Any
 import models
 import pytest
 import torch
+import triton
 from diffusers import EulerAncestralDiscreteScheduler
 from harness import Harness, masks, relative_error
 from tiny_pipeline import build_tiny_pipeline
 
 import fisedit
-from fisedit.errors import UnsupportedDtypeError
+from fisedit.errors import UnavailableProviderError, UnsupportedDtypeError
 from fisedit.runtime.cuda_graph import Replay
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
@@ -143,6 +144,39 @@ def test_half_precision_on_a_cpu_is_refused() -> None:
         unet(sample, 5, text)
 
 
+@pytest.mark.parametrize("reason", ["Triton is not installed", "they are for a GPU"])
+def test_triton_on_a_cpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused before anything is recorded, where it was asked for and is not interpreted."""
+    if reason == "they are for a GPU":
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    else:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    model = models.one_level()
+    call = models.arguments(model, (8, 8))
+    unet = fisedit.compile(model, provider="triton")
+    with pytest.raises(UnavailableProviderError, match=f"cannot be launched here: {reason}"), unet.record() as base:
+        unet(**call)
+    assert not base.calls
+    for provider in ("auto", "reference"):
+        other = fisedit.compile(model, provider=provider)
+        with other.record() as base:
+            other(**call)
+        assert base.calls
+
+
+@pytest.mark.skipif(not OTHERS, reason="needs two GPUs")
+def test_graphs_are_captured_on_the_gpu_of_a_call() -> None:
+    """Whichever GPU the process captured on before."""
+    for device in ("cuda:0", *OTHERS, "cuda:0"):
+        unet = fisedit.compile(models.one_level().to(device))
+        call = models.arguments(unet, (8, 8))
+        call |= {name: value.to(device) for name, value in call.items() if isinstance(value, torch.Tensor)}
+        with unet.record() as base:
+            recorded = unet(**call)[0]
+        with unet.edit(base, torch.eye(8)):
+            assert relative_error(unet(**call)[0], recorded) <= 1e-5
+
+
 def test_the_gpu_of_a_call_is_the_current_one_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels are launched on the current GPU, and graphs are captured there."""
     current: list[torch.Tensor] = []
@@ -153,8 +187,9 @@ def test_the_gpu_of_a_call_is_the_current_one_meanwhile(monkeypatch: pytest.Monk
         yield
         current.pop()
 
-    unet = fisedit.compile(models.one_level(), provider="triton")
+    unet = fisedit.compile(models.one_level().to(DEVICES[-1]), provider="triton")
     call = models.arguments(unet, (8, 8))
+    call |= {name: value.to(DEVICES[-1]) for name, value in call.items() if isinstance(value, torch.Tensor)}
     run, calls = Replay.run, list[torch.Tensor]()
 
     def watched(self: Replay, *args: Any, **kwargs: Any) -> list[torch.Tensor]:

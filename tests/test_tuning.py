@@ -129,7 +129,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return run(way, given)
 
     monkeypatch.setattr(tuning, "run", run)
-    monkeypatch.setattr(tuning, "run_fastest", lambda call, _: call.run(tuning.RULE))
+    monkeypatch.setattr(tuning, "run_fastest", lambda call, *_, **others: call.run(tuning.RULE))
     monkeypatch.setattr(tuning, "timings_of", lambda device: None)
     return calls
 

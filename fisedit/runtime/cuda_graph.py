@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +26,13 @@ CAPTURING = threading.Lock()
 """Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
 KEPT = 12
 """Captured graphs of one model that wait for masks of their sizes."""
+
+
+@cache
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """The stream that graphs of a GPU are captured on. PyTorch's default one is of the GPU that was captured on first;
+    one for all captures of a GPU, as libraries keep a workspace for each stream."""
+    return torch.cuda.Stream(device)
 
 
 class Replay:
@@ -148,9 +156,9 @@ class Replay:
             if not self._compile():
                 self._call()
             rehearsed = time.monotonic()
-            graph = torch.cuda.CUDAGraph()
+            graph, stream = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 reserved = torch.cuda.memory_reserved(self.plan.device)
                 self._results = self._call()
                 self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fisedit.runtime.cuda_graph import CAPTURING
+from fisedit.runtime.cuda_graph import CAPTURING, capture_stream
 from fisedit.runtime.executor import Executable, Keep, Stage
 from fisedit.runtime.timing import wait_for
 from fisedit.warnings import NotCompiledWarning, warn
@@ -166,8 +166,8 @@ class CompiledStage:
                 for _ in range(WARMUPS):
                     self._compiled(*static)
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            graph, capturing = torch.cuda.CUDAGraph(), capture_stream(torch.cuda.current_device())
+            with CAPTURING, torch.cuda.graph(graph, stream=capturing, capture_error_mode="thread_local"):
                 outputs = self._compiled(*static)
         return _Captured(graph, static, outputs, self._addresses())
 

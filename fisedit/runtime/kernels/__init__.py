@@ -65,6 +65,26 @@ def choose_provider(provider: str, device: torch.device) -> str:
     return "triton" if reason is None else _fall_back(reason)
 
 
+def check_launches(provider: str, device: torch.device) -> None:
+    """Before a call on ``device`` is recorded or edited.
+
+    Raises:
+        UnavailableProviderError: Triton was asked for, on a device that is no GPU; interpreted, it runs on all.
+    """
+    if provider != "triton" or device.type == "cuda":
+        return
+    if importlib.util.find_spec("triton") is None:
+        raise UnavailableProviderError(provider=provider, reason="Triton is not installed (pip install triton)")
+    import triton
+
+    if not triton.knobs.runtime.interpret:
+        reason = (
+            f"they are for a GPU, and the call is on the device {device.type!r} "
+            "(TRITON_INTERPRET=1 in the environment has them interpreted, slowly)"
+        )
+        raise UnavailableProviderError(provider=provider, reason=reason)
+
+
 @cache
 def _fall_back(reason: str) -> str:
     """The provider instead of Triton, with one warning."""
