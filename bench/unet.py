@@ -63,7 +63,8 @@ class EditLoop:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a mask, or the mean over a family of masks, ``each`` of them. Times in ms."""
+    """One line of the table: a mask, or the mean over a family of masks, ``each`` of them. Times in ms; errors are the
+    largest of all masks, of the edit and of the dense model, over the active positions."""
 
     model: str
     mask: str
@@ -76,6 +77,7 @@ class Row:
     new_mask_known: list[float]
     entered: list[float]
     error: float
+    error_dense: float
     macs_dense: int
     macs: int
     work: Work
@@ -198,12 +200,14 @@ def measure_masks(
     subject: Subject, base: Recording, name: str, masks: list[Tensor], repeats: int, macs_dense: int
 ) -> Row:
     """Sessions under each mask, each beside a dense loop; the times are the medians, their mean over the masks."""
-    dense: list[float] = []
+    assert subject.wanted is not None
+    dense, errors = list[float](), list[float]()
     loops: list[list[EditLoop]] = [[] for _ in masks]
     for mask, made in zip(masks, loops, strict=True):
         for _ in range(repeats):
-            timed, _ = loop(subject.step(subject.dense), subject.timesteps[WARM:], subject.device)
+            timed, out = loop(subject.step(subject.dense), subject.timesteps[WARM:], subject.device)
             dense.append(timed.wall)
+            errors.append(relative_error(out, subject.wanted, mask.to(subject.device)))
             made.append(measure_edit(subject, base, mask, count=not made))
     times = [median(one.loop.wall for one in made) for made in loops]
     works = [count_work(subject.graph, mask) for mask in masks]
@@ -220,6 +224,7 @@ def measure_masks(
         new_mask_known=[median(one.new_mask for one in made[1:]) for made in loops if made[1:]],
         entered=[one.entered for made in loops for one in made],
         error=max(one.error for made in loops for one in made),
+        error_dense=max(errors),
         macs_dense=macs_dense,
         macs=round(mean(made[0].macs or macs_dense for made in loops)),
         work=mean_work(works),
@@ -263,6 +268,7 @@ def summary(rows: list[Row], dense: dict[str, Any]) -> Iterator[str]:
             if extra:
                 more = f"{median(extra):.1f} ms more, at most {max(extra):.1f}"
                 yield f"{row.mask}, mask's sizes {known}: first calls {more}"
+        yield f"{row.mask}: error {row.error:.1e}, of the dense model {row.error_dense:.1e}"
         yield f"{row.mask}: a session opens in {median(row.entered):.1f} ms, at most {max(row.entered):.1f}"
 
 
@@ -379,7 +385,9 @@ def measure_model(
     subject.wanted = float32_output(subject)
     dense = measure_dense(subject, results, ways, repeats, autotune)
     if not edits:
-        print("", *summary([], dense), sep="\n", flush=True)
+        everywhere = torch.ones(subject.published.size, dtype=torch.bool, device=subject.device)
+        error = relative_error(subject.step(subject.dense)(subject.timesteps[-1]), subject.wanted, everywhere)
+        print("", *summary([], dense), f"error of the dense model: {error:.1e}", sep="\n", flush=True)
         return []
     _, base = measure_record(subject, subject.ours)
     macs_dense = count_macs(subject, results)
@@ -406,7 +414,7 @@ def measure_model(
 
 def main(
     models: Annotated[str, typer.Option(help="Names of bench/published.py, with commas.")] = "SD2.1,SD1.5,SDXL",
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16; float32 on a CPU.")] = "float16",
+    dtype: Annotated[str | None, typer.Option(help="If not float16 on a GPU, and float32 on a CPU.")] = None,
     steps: Annotated[int, typer.Option(min=WARM + 1, help="Recorded steps; each loop is as long.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Loops of each kind; the median is shown.")] = 5,
     ragged_masks: Annotated[int, typer.Option(min=1, help="Masks of the ragged family.")] = 24,
@@ -426,7 +434,7 @@ def main(
     logging.basicConfig(format="%(message)s")
     logging.getLogger("fisedit").setLevel(logging.DEBUG if verbose else logging.INFO)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    of = getattr(torch, dtype if device.type == "cuda" else "float32")
+    of = getattr(torch, dtype or ("float16" if device.type == "cuda" else "float32"))
     environment = {**describe_environment(device), "dtype": str(of).removeprefix("torch."), "batch": 2}
     print(environment_line(environment), environment["dtype"], flush=True)
     results, rows = Results(output, {"environment": environment}), []
