@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from fisedit.runtime.kernels.launch import _overlaps, shared_memory, specializes, starts_early  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows import triton as kernel  # noqa: E402
 from fisedit.runtime.kernels.multiply_rows.triton import Config  # noqa: E402
 from fisedit.runtime.row_plan import bucket, buckets, smallest, typical  # noqa: E402
@@ -110,8 +113,9 @@ def other_gpu() -> Iterator[None]:
     """What was found for one GPU is forgotten, before and after."""
 
     def forget() -> None:
-        for cached in (candidates, module.fit, module.estimate):
+        for cached in (candidates, module.fit, module.estimate, specializes, starts_early, shared_memory):
             cached.cache_clear()
+        _overlaps.cache_clear()
 
     forget()
     yield
@@ -132,6 +136,29 @@ def test_tiles_fit_a_gpu_with_less_shared_memory(early: bool, monkeypatch: pytes
             for way in (*candidates(shape, rows), module.rule(shape, 2 * rows)):
                 step = (way.m + wide(way, shape)) * way.k * 2
                 assert way.stages >= 2 and step * (way.stages - (way.m < 64)) <= 99 * 1024
+
+
+@pytest.mark.usefixtures("other_gpu")
+def test_unlike_gpus_have_tiles_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever is asked for first: a Hopper's would not compile for the other, or not fit it."""
+    capabilities, memory, asked = [(9, 0), (8, 9)], [228, 100], [0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: asked[0])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capabilities[gpu_of(device)])
+    facts = [SimpleNamespace(shared_memory_per_multiprocessor=kilobytes * 1024) for kilobytes in memory]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts[gpu_of(device)])
+
+    def gpu_of(device: Any) -> int:
+        return asked[0] if device is None else getattr(device, "index", device)
+
+    shape = product(9, (1280, 0), 1280)
+    for gpu in (0, 1, 0):
+        asked[0] = gpu
+        ways = candidates(shape, 200)
+        assert any(way.specialized for way in ways) == (gpu == 0)
+        largest = max((way.m + way.n) * way.k * 2 * way.stages for way in ways)
+        assert (largest > 99 * 1024) == (gpu == 0)
 
 
 def test_a_tile_is_split_as_its_rows_fill_the_gpu() -> None:

@@ -8,13 +8,16 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from fisedit.runtime.progress import Progress
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -131,14 +134,34 @@ def is_aligned(rows: Tensor) -> bool:
     return rows.stride(-2) * rows.element_size() % 16 == 0 and rows.data_ptr() % 16 == 0
 
 
-@cache
+class CachedByGpu(Generic[P, T]):
+    """A function that asks of the current GPU, computed once for each GPU and arguments."""
+
+    __wrapped__: Callable[P, T]
+
+    def __init__(self, function: Callable[P, T]) -> None:
+        update_wrapper(self, function)
+        self._known: dict[Hashable, T] = {}
+
+    def __call__(self, *arguments: P.args, **named: P.kwargs) -> T:
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
+        key = (gpu, arguments, *named.items())
+        if key not in self._known:
+            self._known[key] = self.__wrapped__(*arguments, **named)
+        return self._known[key]
+
+    def cache_clear(self) -> None:
+        self._known.clear()
+
+
+@CachedByGpu
 def starts_early() -> bool:
     """Whether programs of a kernel start where there is room while the one before it ends, on the current GPU; without
     one, on an H100."""
     return not torch.cuda.is_available() or _overlaps(torch.device("cuda", torch.cuda.current_device()))
 
 
-@cache
+@CachedByGpu
 def specializes() -> bool:
     """Whether warps of a kernel can have tasks of their own on the current GPU, a Hopper; without one, as on an H100.
     That is written in Gluon, which may change with each Triton: these are known to compile it."""
@@ -148,7 +171,7 @@ def specializes() -> bool:
     return hopper and re.match(r"3\.[67]\.", __version__) is not None
 
 
-@cache
+@CachedByGpu
 def shared_memory(programs: int = 1) -> int:
     """Bytes that so many programs of a multiprocessor of the current GPU can have together, each of which takes one KB
     besides; without a GPU, of an H100."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
 
-from fisedit.runtime.kernels.launch import cdiv, shared_memory, specializes, starts_early
+from fisedit.runtime.kernels.launch import CachedByGpu, cdiv, shared_memory, specializes, starts_early
 from fisedit.runtime.kernels.multiply_rows.attend import blocks_of
 from fisedit.runtime.kernels.multiply_rows.triton import Config, choose, split_of
 from fisedit.runtime.kernels.share_out import MOST_PARTS
@@ -191,7 +190,7 @@ def fused_parts(given: Mapping[str, Any], full: bool, norm: str = "") -> str:
     return " ".join(parts + ["gated"] * given["gated"] + ["full"] * full + [norm] * bool(norm))
 
 
-@cache
+@CachedByGpu
 def candidates(product: Product, rows: int) -> list[Config]:
     """All tiles that can compute a product of so many rows of each sample, split as the model likes best."""
     if product.dtype == torch.float32 or product.steps(1) < 64:
@@ -220,7 +219,7 @@ def _makes_sense(tile: Config, product: Product, rows: int) -> bool:
     return sums <= 128 and _deepest(tile, product, shared_memory()) >= 3 and not (tile.turns and product.taps)
 
 
-@cache
+@CachedByGpu
 def ways(product: Product, rows: int) -> list[Way]:
     """See :meth:`Product.ways`. The rule stands in where there is no tile; of the few tiles that a text leaves, whose
     attention the model does not know, all that have warps of different tasks are timed."""
@@ -242,7 +241,7 @@ def wide(tile: Config, product: Product) -> int:
     return tile.n * (2 if product.gated or tile.turns else 1)
 
 
-@cache
+@CachedByGpu
 def fit(tile: Config, product: Product, rows: int) -> Config:
     """A tile with its work split as the model likes best; in turns, it is not split."""
     if tile.turns:
@@ -267,7 +266,7 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
     return down * cdiv(product.outputs, wide(way, product))
 
 
-@cache
+@CachedByGpu
 def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
     """With how many rows active a way is timed for a padded number: typically many; or the fewest and the most, if
     between them a further round of tiles begins."""
@@ -334,7 +333,7 @@ def text_bytes(product: Product) -> int:
     return 2 * sum(blocks_of(keys)) * head_dim * product.dtype.itemsize if keys else 0
 
 
-@cache
+@CachedByGpu
 def estimate(way: Config, product: Product, rows: int) -> float:
     """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
 
