@@ -23,6 +23,7 @@ from torch import Tensor, nn  # noqa: E402
 import fisedit  # noqa: E402
 from fisedit.explanation import workspaces  # noqa: E402
 from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
+from fisedit.runtime import cuda_graph  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
 from fisedit.runtime.cuda_graph import Replay  # noqa: E402
@@ -193,6 +194,22 @@ def test_graphs_that_wait_make_room_for_others(monkeypatch: pytest.MonkeyPatch) 
     refused.clear()
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         edited(5)
+
+
+@pytest.mark.parametrize(("held", "kept"), [(0, 12), (10, 4), (70, 1)])
+def test_graphs_that_wait_hold_a_part_of_the_memory(held: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those used last, of a GPU of 160 bytes; one in any case, and never more than twelve."""
+    monkeypatch.setattr(cuda_graph, "gpu_memory", lambda device: 160.0)
+    h = Harness(*openai_style(), provider="triton")
+    replays, numbers = h.program.replays(), []
+    for number in range(16):
+        mask = torch.arange(48).view(SIZE) <= 3 * number
+        replay = replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, h.call.device)
+        replay.graph_bytes = held
+        replays.give_back(replay)
+        numbers.append((replay.buckets, replay.batch))
+    waiting = [key for key, idle in replays._idle.items() for _ in idle]
+    assert waiting == list(dict.fromkeys(reversed(numbers)))[:kept][::-1]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

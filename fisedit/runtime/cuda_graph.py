@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -24,8 +25,9 @@ from fisedit.runtime.timetable import Row, counted, same
 logger = logging.getLogger("fisedit")
 CAPTURING = threading.Lock()
 """Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
-KEPT = 12
-"""Captured graphs of one model that wait for masks of their sizes."""
+KEPT, KEPT_SHARE = 12, 0.25
+"""Captured graphs of one model that wait for masks of their sizes, and how much of the GPU's memory they hold at most:
+what runs beside, the decoder of a pipeline above all, needs some, too."""
 
 
 @cache
@@ -33,6 +35,12 @@ def capture_stream(device: int) -> torch.cuda.Stream:
     """The stream that graphs of a GPU are captured on. PyTorch's default one is of the GPU that was captured on first;
     one for all captures of a GPU, as libraries keep a workspace for each stream."""
     return torch.cuda.Stream(device)
+
+
+@cache
+def gpu_memory(device: torch.device) -> float:
+    """Bytes of a GPU's memory; endless elsewhere, where no graph holds any."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 class Replay:
@@ -244,8 +252,13 @@ class Replays:
             key = (replay.buckets, replay.batch)
             self._idle.setdefault(key, []).append(replay)
             self._idle.move_to_end(key)
-            while sum(map(len, self._idle.values())) > KEPT:
+            while self._crowded(replay.plan.device):
                 oldest = next(iter(self._idle))
                 self._idle[oldest].pop()
                 if not self._idle[oldest]:
                     del self._idle[oldest]
+
+    def _crowded(self, device: torch.device) -> bool:
+        """Whether too many graphs wait, or hold too much; the last one may."""
+        held = [replay.graph_bytes for replays in self._idle.values() for replay in replays]
+        return len(held) > KEPT or (len(held) > 1 and sum(held) > KEPT_SHARE * gpu_memory(device))
