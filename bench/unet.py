@@ -63,8 +63,8 @@ class EditLoop:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a mask, or the mean over a family of masks, ``each`` of them. Times in ms; errors are the
-    largest of all masks, of the edit and of the dense model, over the active positions."""
+    """One line of the table: a mask, or the mean over a family of masks, ``each`` of them. Times are in ms; errors, of
+    edits and of the dense model, are over the active positions, the largest of all masks."""
 
     model: str
     mask: str
@@ -387,6 +387,7 @@ def measure_model(
     if not edits:
         everywhere = torch.ones(subject.published.size, dtype=torch.bool, device=subject.device)
         error = relative_error(subject.step(subject.dense)(subject.timesteps[-1]), subject.wanted, everywhere)
+        results.put(name, "dense error", error)
         print("", *summary([], dense), f"error of the dense model: {error:.1e}", sep="\n", flush=True)
         return []
     _, base = measure_record(subject, subject.ours)
@@ -414,7 +415,7 @@ def measure_model(
 
 def main(
     models: Annotated[str, typer.Option(help="Names of bench/published.py, with commas.")] = "SD2.1,SD1.5,SDXL",
-    dtype: Annotated[str | None, typer.Option(help="If not float16 on a GPU, and float32 on a CPU.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Default: float16 on a GPU, float32 on a CPU.")] = None,
     steps: Annotated[int, typer.Option(min=WARM + 1, help="Recorded steps; each loop is as long.")] = 20,
     repeats: Annotated[int, typer.Option(min=1, help="Loops of each kind; the median is shown.")] = 5,
     ragged_masks: Annotated[int, typer.Option(min=1, help="Masks of the ragged family.")] = 24,

@@ -50,7 +50,8 @@ def explain(program: Program, mask: Tensor, cost_model: CostModel, timings: Timi
 
     timings = timings or timings_of(device)
     rows = rows_of_mask(graph, mask)
-    with torch.cuda.device(device.index if device.type == "cuda" else -1):  # tiles are those of the current GPU
+    gpu = device.index if device.type == "cuda" else -1  # which changes nothing
+    with torch.cuda.device(gpu):  # tiles are those of the current one
         text = explain_choices(list(layer_choices(graph, rows, dtype, timings)), "µs", call)
         peak = predict_peak(graph, rows, workspaces(graph, rows, dtype, timings))
     return f"{text}\nmemory of a call: {predict_peak(graph, rows) / 2**20:.2f} MiB of values, {peak / 2**20:.2f} in all"

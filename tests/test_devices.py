@@ -144,10 +144,10 @@ def test_half_precision_on_a_cpu_is_refused() -> None:
         unet(sample, 5, text)
 
 
-@pytest.mark.parametrize("reason", ["Triton is not installed", "they are for a GPU"])
+@pytest.mark.parametrize("reason", ["Triton is not installed", "they are for GPUs of NVIDIA"])
 def test_triton_on_a_cpu(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refused before anything is recorded, where it was asked for and is not interpreted."""
-    if reason == "they are for a GPU":
+    if reason == "they are for GPUs of NVIDIA":
         monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     else:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +20,7 @@ from fisedit.passes.fused import get
 from fisedit.passes.ir import PRODUCTS, args, is_op
 from fisedit.passes.ir import fisedit as ops
 from fisedit.program import Program
+from fisedit.runtime import kernels
 from fisedit.runtime.calibration import Choice, Timings
 from fisedit.runtime.cost_model import CostModel
 from fisedit.runtime.explain import CallChoice, explain_choices, tile_choices
@@ -92,6 +97,33 @@ def test_a_compiled_model_explains_its_edits(unet: fisedit.CompiledUNet) -> None
     convolutions = sum(isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3) for m in unet.modules())
     assert lines[-1].startswith(f"all {convolutions} layers: ")
     assert sum(int(line.split(" x ")[0]) for line in lines[1:-1]) == convolutions
+
+
+def test_tiles_are_explained_on_the_gpu_of_the_model(
+    unet: fisedit.CompiledUNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which ones there are depends on the GPU that is the current one."""
+    captured = next(iter(unet._live.programs.values())).captured
+    first, *others = captured.signature.tensors
+    on_gpu = replace(captured.signature, tensors=((*first[:3], "cuda:1"), *others))
+    program = Program(replace(captured, signature=on_gpu), CompileConfig(provider="triton", dense="eager"))
+    current, asked = [0], list[int]()
+
+    @contextmanager
+    def device(given: int) -> Iterator[None]:
+        current.append(given)
+        yield
+        current.pop()
+
+    def expect(self: Timings, *_: Any) -> dict[Any, float]:
+        asked.append(current[-1])
+        return {}
+
+    monkeypatch.setattr(kernels, "why_not_triton", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(Timings, "expect", expect)
+    explain(program, MASK, CostModel(), Timings.load("cpu", tmp_path))
+    assert set(asked) == {1} and current == [0]
 
 
 def test_a_fused_graph_is_explained_by_its_timings(unet: fisedit.CompiledUNet, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from fisedit.passes.plan_memory import planned_bytes, predict_peak  # noqa: E402
 from fisedit.runtime import cuda_graph  # noqa: E402
 from fisedit.runtime.calibration import Timings  # noqa: E402
 from fisedit.runtime.cost_model import CostModel  # noqa: E402
-from fisedit.runtime.cuda_graph import Replay  # noqa: E402
+from fisedit.runtime.cuda_graph import Replay, Replays  # noqa: E402
 from fisedit.runtime.executor import Memo  # noqa: E402
 from fisedit.runtime.plan import MaskPlan  # noqa: E402
 from fisedit.runtime.row_plan import LevelMasks  # noqa: E402
@@ -163,6 +164,7 @@ def test_inspect_tells() -> None:
 
 def test_graphs_that_wait_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the GPU has no memory for a graph of other sizes; if none waits, the caller is told."""
+    monkeypatch.setattr(Replays, "_all", WeakSet())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     unet = fisedit.compile(models.one_level().to(device), provider="triton", dense="eager")
     call = models.arguments(unet, SIZE)
@@ -185,31 +187,40 @@ def test_graphs_that_wait_make_room_for_others(monkeypatch: pytest.MonkeyPatch) 
             return unet(**call)[0]
 
     assert relative_error(edited(1), recorded) <= 1e-5
-    known = {buckets for buckets, _ in replays._idle}
+    known = [replay.buckets for replay in replays._idle]
     assert len(known) == 1
     monkeypatch.setattr(Replay, "run", crowded)
     assert relative_error(edited(5), recorded) <= 1e-5
-    assert len(refused) == 1 and {buckets for buckets, _ in replays._idle} == {refused[0].buckets}
+    assert len(refused) == 1 and replays._idle == refused
     replays._idle.clear()
     refused.clear()
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         edited(5)
 
 
-@pytest.mark.parametrize(("held", "kept"), [(0, 12), (10, 4), (70, 1)])
-def test_graphs_that_wait_hold_a_part_of_the_memory(held: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those used last, of a GPU of 160 bytes; one in any case, and never more than twelve."""
+@pytest.mark.parametrize(("held", "kept"), [(0, 5), (10, 4), (70, 1)])
+def test_graphs_that_wait_are_few(held: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five at most of each model, and those of all hold a quarter of 160 bytes: the one used last stays in any case."""
+    monkeypatch.setattr(cuda_graph, "KEPT", 5)
     monkeypatch.setattr(cuda_graph, "gpu_memory", lambda device: 160.0)
+    monkeypatch.setattr(Replays, "_all", WeakSet())
     h = Harness(*openai_style(), provider="triton")
-    replays, numbers = h.program.replays(), []
-    for number in range(16):
-        mask = torch.arange(48).view(SIZE) <= 3 * number
-        replay = replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, h.call.device)
+    replays, other = h.program.replays(), Replays(h.program.replays().executable)
+
+    def given_back(to: Replays, rows: int) -> Replay:
+        mask = torch.arange(48).view(SIZE) < rows
+        replay = to.take(LevelMasks(mask.expand(2, -1, -1), to.levels), 2, h.call.device)
         replay.graph_bytes = held
-        replays.give_back(replay)
-        numbers.append((replay.buckets, replay.batch))
-    waiting = [key for key, idle in replays._idle.items() for _ in idle]
-    assert waiting == list(dict.fromkeys(reversed(numbers)))[:kept][::-1]
+        to.give_back(replay)
+        return replay
+
+    made = [given_back(replays, rows) for rows in (8, 12, 16, 24, 32, 48)]
+    assert replays._idle == made[-kept:]
+    assert given_back(replays, 48) is made[-1] and replays._idle == made[-kept:]
+    last = given_back(other, 8)
+    assert other._idle == [last]
+    taken = replays.take(LevelMasks(torch.ones(2, *SIZE, dtype=torch.bool), replays.levels), 2, h.call.device)
+    assert taken is made[-1] and taken not in replays._idle
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

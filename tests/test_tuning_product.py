@@ -113,9 +113,9 @@ def other_gpu() -> Iterator[None]:
     """What was found for one GPU is forgotten, before and after."""
 
     def forget() -> None:
-        for cached in (candidates, module.fit, module.estimate, specializes, starts_early, shared_memory):
+        asked = candidates, module.ways, module.fit, specializes, starts_early, shared_memory
+        for cached in (*asked, actives, estimate, _overlaps):
             cached.cache_clear()
-        _overlaps.cache_clear()
 
     forget()
     yield

@@ -6,10 +6,10 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ logger = logging.getLogger("fisedit")
 CAPTURING = threading.Lock()
 """Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
 KEPT, KEPT_SHARE = 12, 0.25
-"""Captured graphs of one model that wait for masks of their sizes, and how much of the GPU's memory they hold at most:
-what runs beside, the decoder of a pipeline above all, needs some, too."""
+"""Captured graphs of one executable that wait for masks of their sizes, and how much of a GPU's memory those of all
+models hold before one goes for each that comes: what runs beside, a pipeline's decoder above all, needs some, too."""
 
 
 @cache
@@ -202,6 +202,9 @@ def table_keys(executable: Executable) -> set[Table]:
 class Replays:
     """The captured graphs of one executable: lent to sessions, kept for the next mask of their sizes."""
 
+    _all: ClassVar[WeakSet[Replays]] = WeakSet()
+    _lock: ClassVar[threading.Lock] = threading.Lock()  # of what waits, of all of them
+
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
         keys = table_keys(executable)
@@ -209,8 +212,9 @@ class Replays:
         views = dict.fromkeys(slot for stage in executable.stages for slot in stage.views)
         loads = dict.fromkeys(w.name for stage in executable.stages for w in stage.inputs if w.kind == "load")
         self.reads = tuple(views), tuple(loads)  # slots read where they lie, and those that are loaded
-        self._idle: OrderedDict[tuple[Buckets, int], list[Replay]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._idle: list[Replay] = []  # the one used longest ago first
+        with self._lock:
+            self._all.add(self)
 
     def take(self, projected: LevelMasks, batch: int, device: torch.device, halos: Halos | None = None) -> Replay:
         """A graph for masks at ``levels``, its tables filled; give it back with :meth:`give_back`.
@@ -218,10 +222,11 @@ class Replays:
         Args:
             halos: where recorded rows lie that are fetched; ``None``: recorded maps are read whole, in their place.
         """
-        key = (projected.buckets, batch)
+        wanted = (projected.buckets, batch)
         with self._lock:
-            idle = self._idle.get(key)
-            replay = idle.pop() if idle else None
+            replay = next((idle for idle in reversed(self._idle) if (idle.buckets, idle.batch) == wanted), None)
+            if replay is not None:
+                self._idle.remove(replay)
         with torch.inference_mode(False), torch.no_grad():
             replay = replay or Replay(self.executable, projected.buckets, batch, device)
             replay.plan.write(projected, halos)
@@ -230,8 +235,8 @@ class Replays:
     def run(
         self, replay: Replay, inputs: Mapping[str, Tensor], source: SlotSource, memo: Memo, keep: Keep | None = None
     ) -> list[Tensor]:
-        """One call of a graph that was taken; where the GPU's memory runs out, those that wait for other masks go, and
-        it is run again.
+        """One call of a graph that was taken; where the GPU's memory runs out, all graphs go that wait for other masks
+        there, and it is run again.
 
         Raises:
             torch.OutOfMemoryError: none waited, or that was not enough.
@@ -239,26 +244,30 @@ class Replays:
         try:
             return replay.run(inputs, source, memo, keep)
         except torch.OutOfMemoryError:
-            if not self._idle:
+            if not self._drop(replay.plan.device):
                 raise
-        with self._lock:
-            self._idle.clear()
         torch.cuda.empty_cache()
         return replay.run(inputs, source, memo, keep)
 
     def give_back(self, replay: Replay) -> None:
         replay.end_session()
         with self._lock:
-            key = (replay.buckets, replay.batch)
-            self._idle.setdefault(key, []).append(replay)
-            self._idle.move_to_end(key)
+            self._idle.append(replay)
             while self._crowded(replay.plan.device):
-                oldest = next(iter(self._idle))
-                self._idle[oldest].pop()
-                if not self._idle[oldest]:
-                    del self._idle[oldest]
+                del self._idle[0]
 
     def _crowded(self, device: torch.device) -> bool:
-        """Whether too many graphs wait, or hold too much; the last one may."""
-        held = [replay.graph_bytes for replays in self._idle.values() for replay in replays]
-        return len(held) > KEPT or (len(held) > 1 and sum(held) > KEPT_SHARE * gpu_memory(device))
+        """Whether too many graphs wait here, or those of all models hold too much; the one used last may stay."""
+        held = sum(idle.graph_bytes for idle in self._waiting(device))
+        return len(self._idle) > KEPT or (len(self._idle) > 1 and held > KEPT_SHARE * gpu_memory(device))
+
+    def _drop(self, device: torch.device) -> bool:
+        """Let all graphs go that wait on a GPU, of all models. Whether there was one."""
+        with self._lock:
+            waiting = self._waiting(device)
+            for replays in self._all:
+                replays._idle = [idle for idle in replays._idle if idle.plan.device != device]
+        return bool(waiting)
+
+    def _waiting(self, device: torch.device) -> list[Replay]:
+        return [idle for replays in self._all for idle in replays._idle if idle.plan.device == device]

@@ -38,6 +38,7 @@ TUNED = {
     ("multiply_attend_rows", "triton"): "fisedit.runtime.tuning.multiply_rows",
 }
 """Where ops are that choose among kernels."""
+NOT_INSTALLED = "Triton is not installed (pip install triton)"
 NEEDED = "Triton needs a C compiler and Python's headers (on Debian the packages gcc and python3-dev)"
 
 
@@ -66,21 +67,21 @@ def choose_provider(provider: str, device: torch.device) -> str:
 
 
 def check_launches(provider: str, device: torch.device) -> None:
-    """Before a call on ``device`` is recorded or edited.
+    """Refuse a call on a device for which kernels were asked for that it cannot run, before anything is recorded.
 
     Raises:
-        UnavailableProviderError: Triton was asked for, on a device that is no GPU; interpreted, it runs on all.
+        UnavailableProviderError: Triton was asked for, the device is no GPU, and kernels are not interpreted.
     """
     if provider != "triton" or device.type == "cuda":
         return
     if importlib.util.find_spec("triton") is None:
-        raise UnavailableProviderError(provider=provider, reason="Triton is not installed (pip install triton)")
+        raise UnavailableProviderError(provider=provider, reason=NOT_INSTALLED)
     import triton
 
     if not triton.knobs.runtime.interpret:
         reason = (
-            f"they are for a GPU, and the call is on the device {device.type!r} "
-            "(TRITON_INTERPRET=1 in the environment has them interpreted, slowly)"
+            f"they are for GPUs of NVIDIA, and the call is on the device {device.type!r} "
+            "(TRITON_INTERPRET=1 in the environment that Python starts in has them interpreted, slowly)"
         )
         raise UnavailableProviderError(provider=provider, reason=reason)
 
@@ -105,7 +106,7 @@ def why_not_triton() -> str | None:
     if torch.version.hip is not None:
         return "they are written for GPUs of NVIDIA, and were never run on others"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
+        return NOT_INSTALLED
     import triton
     from triton.runtime import driver
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -266,7 +267,7 @@ def _tiles(way: Config, product: Product, rows: int, active: int) -> int:
     return down * cdiv(product.outputs, wide(way, product))
 
 
-@CachedByGpu
+@cache
 def actives(way: Way, product: Product, rows: int) -> tuple[int, ...]:
     """With how many rows active a way is timed for a padded number: typically many; or the fewest and the most, if
     between them a further round of tiles begins."""
@@ -333,7 +334,7 @@ def text_bytes(product: Product) -> int:
     return 2 * sum(blocks_of(keys)) * head_dim * product.dtype.itemsize if keys else 0
 
 
-@CachedByGpu
+@cache
 def estimate(way: Config, product: Product, rows: int) -> float:
     """µs of a product in a tile, about: what was fitted to some thousand timings on an H100.
 
