@@ -207,20 +207,26 @@ def test_graphs_that_wait_are_few(held: int, kept: int, monkeypatch: pytest.Monk
     h = Harness(*openai_style(), provider="triton")
     replays, other = h.program.replays(), Replays(h.program.replays().executable)
 
-    def given_back(to: Replays, rows: int) -> Replay:
+    def taken(of: Replays, rows: int) -> Replay:
         mask = torch.arange(48).view(SIZE) < rows
-        replay = to.take(LevelMasks(mask.expand(2, -1, -1), to.levels), 2, h.call.device)
+        return of.take(LevelMasks(mask.expand(2, -1, -1), of.levels), 2, h.call.device)
+
+    def used(of: Replays, rows: int) -> Replay:
+        replay = taken(of, rows)
         replay.graph_bytes = held
-        to.give_back(replay)
+        of.give_back(replay)
         return replay
 
-    made = [given_back(replays, rows) for rows in (8, 12, 16, 24, 32, 48)]
+    sizes = 8, 12, 16, 24, 32, 48
+    made = [used(replays, rows) for rows in sizes]
     assert replays._idle == made[-kept:]
-    assert given_back(replays, 48) is made[-1] and replays._idle == made[-kept:]
-    last = given_back(other, 8)
+    assert used(replays, 48) is made[-1] and replays._idle == made[-kept:]
+    last = used(other, 8)
     assert other._idle == [last]
-    taken = replays.take(LevelMasks(torch.ones(2, *SIZE, dtype=torch.bool), replays.levels), 2, h.call.device)
-    assert taken is made[-1] and taken not in replays._idle
+    oldest = taken(replays, sizes[-kept])
+    assert oldest is made[-kept] and oldest not in replays._idle
+    more = [used(replays, rows) for rows in sizes[:-kept]]  # while it is in use
+    assert oldest not in replays._idle and set(more[-kept:]) <= set(replays._idle)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
