@@ -43,7 +43,7 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small model on a CPU: every figure is there, three counters agree, an edit gives the dense output."""
     output = tmp_path / "unet.json"
     unet.main(
-        models="", dtype="float16", steps=3, repeats=1, ragged_masks=1, output=output, ways="compiled",
+        models="", dtype=None, steps=3, repeats=1, ragged_masks=1, output=output, ways="compiled",
         profile=["blob 5%"], variant=["dense_above=0.1"], max_autotune=0.0, quick=False, tiny=True,
     )  # fmt: skip
     found = json.loads(output.read_text())
@@ -53,7 +53,7 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tiny["dense"].keys() == {"compiled"}
     assert [row["mask"] for row in tiny["rows"]] == ["blob 5%", "blob 15%", "ragged, 1 masks"]
     for row in tiny["rows"]:
-        assert row["error"] < 1e-5 and row["ratio"] == row["dense"] / row["ours"]
+        assert row["error_dense"] < 1e-6 and row["error"] < 1e-5 and row["ratio"] == row["dense"] / row["ours"]
         assert row["work"]["macs"] <= row["macs"] < row["macs_dense"]
     assert tiny["call, blob 5%"]["launches"][0]["microseconds"] > 0
     for row, found in zip(tiny["rows"], tiny["variants"], strict=True):
@@ -67,11 +67,12 @@ def test_unet_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_ways_to_call_the_dense_model_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "unet.json"
     unet.main(
-        models="", dtype="float16", steps=3, repeats=1, output=output, ways="record,outside", max_autotune=0.0,
+        models="", dtype="bfloat16", steps=3, repeats=1, output=output, ways="record,outside", max_autotune=0.0,
         edits=False, tiny=True,
     )  # fmt: skip
-    printed = capsys.readouterr().out
-    assert json.loads(output.read_text())["tiny"].keys() == {"dense", "first loop, seconds"}
+    printed, tiny = capsys.readouterr().out, json.loads(output.read_text())["tiny"]
+    assert tiny.keys() == {"dense", "first loop, seconds", "dense error"}
+    assert 1e-3 < tiny["dense error"] < 1e-1 and f"\nerror of the dense model: {tiny['dense error']:.1e}\n" in printed
     assert all(f"\n{way}: " in printed for way in ("compiled", "record", "outside")) and "|" not in printed
 
 
