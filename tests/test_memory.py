@@ -189,44 +189,67 @@ def test_graphs_that_wait_make_room_for_others(monkeypatch: pytest.MonkeyPatch) 
     assert relative_error(edited(1), recorded) <= 1e-5
     known = [replay.buckets for replay in replays._idle]
     assert len(known) == 1
+    other = Replays(replays.executable)
+    other.give_back(other.take(LevelMasks(torch.ones(2, *SIZE) > 0, other.levels), 2, call["sample"].device))
     monkeypatch.setattr(Replay, "run", crowded)
     assert relative_error(edited(5), recorded) <= 1e-5
-    assert len(refused) == 1 and replays._idle == refused
+    assert len(refused) == 1 and replays._idle == refused and other._idle == []
     replays._idle.clear()
     refused.clear()
     with pytest.raises(torch.OutOfMemoryError, match="no memory"):
         edited(5)
 
 
-@pytest.mark.parametrize(("held", "kept"), [(0, 5), (10, 4), (70, 1)])
-def test_graphs_that_wait_are_few(held: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five at most of each model, and those of all hold a quarter of 160 bytes: the one used last stays in any case."""
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
+    """The graphs of a program, and there are no others; five at most wait, and all that wait hold 40 bytes."""
     monkeypatch.setattr(cuda_graph, "KEPT", 5)
     monkeypatch.setattr(cuda_graph, "gpu_memory", lambda device: 160.0)
     monkeypatch.setattr(Replays, "_all", WeakSet())
-    h = Harness(*openai_style(), provider="triton")
-    replays, other = h.program.replays(), Replays(h.program.replays().executable)
+    return Harness(*openai_style(), provider="triton").program.replays()
 
-    def taken(of: Replays, rows: int) -> Replay:
-        mask = torch.arange(48).view(SIZE) < rows
-        return of.take(LevelMasks(mask.expand(2, -1, -1), of.levels), 2, h.call.device)
 
-    def used(of: Replays, rows: int) -> Replay:
-        replay = taken(of, rows)
-        replay.graph_bytes = held
-        of.give_back(replay)
-        return replay
+def taken(replays: Replays, rows: int) -> Replay:
+    mask = torch.arange(48).view(SIZE) < rows
+    return replays.take(LevelMasks(mask.expand(2, -1, -1), replays.levels), 2, torch.device("cpu"))
 
+
+def used(replays: Replays, rows: int, held: int = 0) -> Replay:
+    replay = taken(replays, rows)
+    replay.graph_bytes = held
+    replays.give_back(replay)
+    return replay
+
+
+@pytest.mark.parametrize(("held", "kept", "left"), [(0, 5, 5), (10, 4, 3), (70, 1, 0)])
+def test_graphs_that_wait_are_few(held: int, kept: int, left: int, replays: Replays) -> None:
+    """Those used longest ago go, whosever they are on a GPU; the last one stays, whatever it holds."""
+    other, elsewhere = Replays(replays.executable), Replays(replays.executable)
+    far = used(elsewhere, 8, held)
+    far.plan.device = torch.device("meta")
     sizes = 8, 12, 16, 24, 32, 48
-    made = [used(replays, rows) for rows in sizes]
+    made = [used(replays, rows, held) for rows in sizes]
     assert replays._idle == made[-kept:]
-    assert used(replays, 48) is made[-1] and replays._idle == made[-kept:]
-    last = used(other, 8)
-    assert other._idle == [last]
-    oldest = taken(replays, sizes[-kept])
-    assert oldest is made[-kept] and oldest not in replays._idle
-    more = [used(replays, rows) for rows in sizes[:-kept]]  # while it is in use
-    assert oldest not in replays._idle and set(more[-kept:]) <= set(replays._idle)
+    assert used(replays, 48, held) is made[-1] and replays._idle == made[-kept:]
+    last = used(other, 8, held)
+    assert other._idle == [last] and replays._idle == made[6 - left :] and elsewhere._idle == [far]
+    if left:
+        oldest = taken(replays, sizes[6 - left])
+        assert oldest is made[6 - left]
+        for rows in sizes:  # while it is in use
+            assert used(replays, rows, held) is not oldest
+        assert oldest not in replays._idle and len(replays._idle) == kept
+
+
+def test_to_give_a_graph_back_waits_for_nothing(replays: Replays) -> None:
+    """A session may end where garbage is collected, in the very thread that looks at what waits."""
+    made = [taken(replays, rows) for rows in (8, 12, 16, 24, 32, 48)]
+    with Replays._lock:
+        for replay in made:
+            replays.give_back(replay)
+    assert taken(replays, 12) is made[1]
+    replays.give_back(made[1])
+    assert replays._idle == [made[2], *made[3:], made[1]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakSet
@@ -27,7 +29,7 @@ CAPTURING = threading.Lock()
 """Held while a CUDA graph is captured: PyTorch allows one capture at a time in a process."""
 KEPT, KEPT_SHARE = 12, 0.25
 """Captured graphs of one executable that wait for masks of their sizes, and how much of a GPU's memory those of all
-models hold before one goes for each that comes: what runs beside, a pipeline's decoder above all, needs some, too."""
+models hold: what runs beside, a pipeline's decoder above all, needs some, too."""
 
 
 @cache
@@ -55,6 +57,7 @@ class Replay:
         self.plan = RowPlan(table_keys(executable), buckets, batch, device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.graph_bytes = 0  # of GPU memory that the captured graph has for its values, in blocks of the allocator
+        self.used = 0  # a number that grows with each use
         self._buffers: dict[Input, Tensor] = {}
         self._seen: dict[Input, tuple[Tensor, int]] = {}
         self._row: Row | None = None  # the buffer of what depends on the timestep alone
@@ -91,9 +94,13 @@ class Replay:
         self._memo = None
         self._seen.clear()
 
+    def _forget_graph(self) -> None:
+        self.graph, self.graph_bytes, self._results = None, 0, ()
+
     def _take_constants(self, constants: Mapping[str, Any]) -> None:
         """What is made of the weights is read where it lies."""
-        self._constants, self.graph = constants, None
+        self._constants = constants
+        self._forget_graph()
         values = [wanted for wanted in self.step.inputs if wanted.kind == "value" and wanted not in self._of_timestep]
         self._values = [wanted for wanted in values if wanted.name not in constants]
         self._buffers |= {wanted: constants[wanted.name] for wanted in values if wanted.name in constants}
@@ -116,7 +123,8 @@ class Replay:
             news[wanted] = seen
             buffer = self._buffers.get(wanted)
             if buffer is None or buffer.shape != value.shape:
-                self._buffers[wanted], self.graph = value.clone(memory_format=torch.preserve_format), None
+                self._buffers[wanted] = value.clone(memory_format=torch.preserve_format)
+                self._forget_graph()
             else:
                 copies.add(buffer, value)
         self._fill_row(row, copies)
@@ -169,8 +177,9 @@ class Replay:
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 reserved = torch.cuda.memory_reserved(self.plan.device)
                 self._results = self._call()
-                self.graph_bytes = torch.cuda.memory_reserved(self.plan.device) - reserved
+                made = torch.cuda.memory_reserved(self.plan.device) - reserved
         self.graph = graph  # not before: a capture that fails leaves nothing to replay
+        self.graph_bytes = max(made, 0)  # another thread may have given memory back
         milliseconds = (rehearsed - start) * 1e3, (time.monotonic() - rehearsed) * 1e3
         logger.debug("rehearsed a call for %s in %.0f ms, captured it in %.0f ms", self.buckets, *milliseconds)
 
@@ -200,10 +209,15 @@ def table_keys(executable: Executable) -> set[Table]:
 
 
 class Replays:
-    """The captured graphs of one executable: lent to sessions, kept for the next mask of their sizes."""
+    """The captured graphs of one executable: lent to sessions, kept for the next mask of their sizes.
+
+    A session may end anywhere, also where garbage is collected while the lock is held: to give a graph back waits for
+    nothing.
+    """
 
     _all: ClassVar[WeakSet[Replays]] = WeakSet()
     _lock: ClassVar[threading.Lock] = threading.Lock()  # of what waits, of all of them
+    _clock: ClassVar[Iterator[int]] = itertools.count()
 
     def __init__(self, executable: Executable) -> None:
         self.executable = executable
@@ -212,7 +226,8 @@ class Replays:
         views = dict.fromkeys(slot for stage in executable.stages for slot in stage.views)
         loads = dict.fromkeys(w.name for stage in executable.stages for w in stage.inputs if w.kind == "load")
         self.reads = tuple(views), tuple(loads)  # slots read where they lie, and those that are loaded
-        self._idle: list[Replay] = []  # the one used longest ago first
+        self._returned: deque[Replay] = deque()
+        self._idle: list[Replay] = []
         with self._lock:
             self._all.add(self)
 
@@ -224,7 +239,8 @@ class Replays:
         """
         wanted = (projected.buckets, batch)
         with self._lock:
-            replay = next((idle for idle in reversed(self._idle) if (idle.buckets, idle.batch) == wanted), None)
+            fitting = [idle for idle in self._waiting() if (idle.buckets, idle.batch) == wanted]
+            replay = fitting[-1] if fitting else None
             if replay is not None:
                 self._idle.remove(replay)
         with torch.inference_mode(False), torch.no_grad():
@@ -244,30 +260,38 @@ class Replays:
         try:
             return replay.run(inputs, source, memo, keep)
         except torch.OutOfMemoryError:
-            if not self._drop(replay.plan.device):
-                raise
+            with self._lock:
+                if not self._drop_oldest(replay.plan.device, most=-1, keep=0):
+                    raise
         torch.cuda.empty_cache()
         return replay.run(inputs, source, memo, keep)
 
     def give_back(self, replay: Replay) -> None:
         replay.end_session()
-        with self._lock:
-            self._idle.append(replay)
-            while self._crowded(replay.plan.device):
-                del self._idle[0]
+        replay.used = next(self._clock)
+        self._returned.append(replay)
+        if self._lock.acquire(blocking=False):  # else the next one looks
+            try:
+                del self._waiting()[:-KEPT]
+                device = replay.plan.device
+                self._drop_oldest(device, most=KEPT_SHARE * gpu_memory(device), keep=1)
+            finally:
+                self._lock.release()
 
-    def _crowded(self, device: torch.device) -> bool:
-        """Whether too many graphs wait here, or those of all models hold too much; the one used last may stay."""
-        held = sum(idle.graph_bytes for idle in self._waiting(device))
-        return len(self._idle) > KEPT or (len(self._idle) > 1 and held > KEPT_SHARE * gpu_memory(device))
+    def _waiting(self) -> list[Replay]:
+        """What waits here, the one used longest ago first."""
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        return self._idle
 
-    def _drop(self, device: torch.device) -> bool:
-        """Let all graphs go that wait on a GPU, of all models. Whether there was one."""
-        with self._lock:
-            waiting = self._waiting(device)
-            for replays in self._all:
-                replays._idle = [idle for idle in replays._idle if idle.plan.device != device]
-        return bool(waiting)
-
-    def _waiting(self, device: torch.device) -> list[Replay]:
-        return [idle for replays in self._all for idle in replays._idle if idle.plan.device == device]
+    def _drop_oldest(self, device: torch.device, most: float, keep: int) -> bool:
+        """Let graphs of all models go that wait on a GPU, those used longest ago, until the others hold ``most`` bytes
+        or so many are left to ``keep``. Whether one went."""
+        waiting = [(idle, owner) for owner in self._all for idle in owner._waiting() if idle.plan.device == device]
+        waiting.sort(key=lambda pair: pair[0].used)
+        held, gone = sum(idle.graph_bytes for idle, _ in waiting), 0
+        while held > most and gone < len(waiting) - keep:
+            idle, owner = waiting[gone]
+            owner._idle.remove(idle)
+            held, gone = held - idle.graph_bytes, gone + 1
+        return gone > 0
