@@ -261,7 +261,7 @@ class Replays:
             return replay.run(inputs, source, memo, keep)
         except torch.OutOfMemoryError:
             with self._lock:
-                if not self._drop_oldest(replay.plan.device, most=-1, keep=0):
+                if not self._drop_oldest(replay.plan.device, most=-math.inf, keep=0):
                     raise
         torch.cuda.empty_cache()
         return replay.run(inputs, source, memo, keep)
